@@ -1,0 +1,32 @@
+# make train | test | lint | bench; each sets up .venv by itself. PYTHON chooses the interpreter, ARGS is passed on.
+PYTHON ?= python3
+PY := .venv/bin/python
+ARGS ?=
+
+.PHONY: setup train test lint bench clean
+
+setup: .venv/ready
+
+.venv/ready: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+	@echo "== setting up .venv (a few minutes the first time)"
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet -c constraints.txt torch setuptools wheel ninja pybind11
+	$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+train: setup
+	$(PY) -m bench.train $(ARGS)
+
+test: setup
+	$(PY) -m pytest $(ARGS)
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: setup
+	$(PY) -m pytest bench --benchmark-enable $(ARGS)
+
+clean:
+	rm -rf .venv build *.egg-info fngd_kernels/*.so
