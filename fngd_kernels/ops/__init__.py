@@ -1,0 +1,1 @@
+"""Public operators: each one checks its input, plans, and runs."""
