@@ -1,0 +1,16 @@
+"""The compiled extension, when there is one: importing it registers its kernels with torch."""
+
+import importlib
+import warnings
+
+try:
+    importlib.import_module("fngd_kernels._C")
+    AVAILABLE = True
+except ImportError as error:
+    AVAILABLE = False
+    warnings.warn(
+        f"fngd_kernels works without its native extension ({error}); results are the same, but batched solves "
+        "and the backward passes of linear and convolution layers go through plain torch and are slower. "
+        "To build it, install a C++ compiler and run `pip install --no-build-isolation -e .`",
+        stacklevel=2,
+    )
