@@ -2,9 +2,13 @@
 
 import importlib
 import warnings
+from typing import Any
 
+import torch  # noqa: F401 - loads the libraries that the extension links to
+
+extension: Any = None
 try:
-    importlib.import_module("fngd_kernels._C")
+    extension = importlib.import_module("fngd_kernels._C")
     AVAILABLE = True
 except ImportError as error:
     AVAILABLE = False

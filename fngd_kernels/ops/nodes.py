@@ -1,0 +1,92 @@
+"""Differentiable maps whose parameter gradients are weighted sums over samples.
+
+Each function computes what its torch counterpart computes. Its backward returns the ordinary input gradient and, for
+the parameters, sum_n s_n C_n with C_n the contribution of sample n (row n of the input) and s the weights `scale`.
+With a `sink` instead of weights, backward calls `sink(a, e, selective)` when the weight gradient is asked for:
+a and e are the sample-first factors of the contributions, `selective` tells that the caller asked for some gradients
+only (autograd.grad), and the result is (weight gradient, bias gradient) or None to leave them undefined.
+Source: the weighted form of the natural gradient, Ou et al. 2024 (arXiv 2403.03473).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import native
+from . import nodes_python
+from .library import LIBRARY
+
+Gradients = tuple[Tensor | None, Tensor | None]
+Sink = Callable[[Tensor, Tensor, bool], Gradients | None]
+
+LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? scale) -> Tensor")
+LIBRARY.define(
+    "conv(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, "
+    "int[] stride, int[] padding, int[] dilation, int groups) -> Tensor"
+)
+LIBRARY.define("embedding(Tensor ids, Tensor weight, Tensor? scale, int padding_idx) -> Tensor")
+LIBRARY.define("rows(Tensor parameter, int samples, Tensor? scale) -> Tensor")
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None, sink: Sink | None = None
+) -> Tensor:
+    """Return x W^T + b.
+
+    x: (N, ..., I); weight: (O, I); bias: (O,) or None; scale: (N,), the weights of the samples.
+    """
+    if not native.AVAILABLE:
+        return nodes_python.Linear.apply(x, weight, bias, scale, sink, False)
+    if sink is not None:
+        return native.extension.captured_linear(x, weight, bias, sink)
+    return torch.ops.fngd.linear(x, weight, bias, scale)
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None = None,
+    sink: Sink | None = None,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Return the 1-3 d convolution of x.
+
+    x: (N, C, *space); weight: (O, C / groups, *kernel); bias: (O,) or None; scale: (N,), the weights of the samples.
+    """
+    geometry = (list(stride), list(padding), list(dilation), groups)
+    if not native.AVAILABLE:
+        return nodes_python.Conv.apply(x, weight, bias, scale, sink, geometry, None)
+    if sink is not None:
+        return native.extension.captured_conv(x, weight, bias, sink, *geometry)
+    return torch.ops.fngd.conv(x, weight, bias, scale, *geometry)
+
+
+def embedding(
+    ids: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    sink: Sink | None = None,
+    *,
+    padding_idx: int = -1,
+) -> Tensor:
+    """Return the rows of weight (V, D) that ids (N, ...) name; padding_idx as in torch.embedding (-1: none)."""
+    if not native.AVAILABLE:
+        return nodes_python.Embedding.apply(ids, weight, scale, sink, padding_idx)
+    if sink is not None:
+        return native.extension.captured_embedding(ids, weight, sink, padding_idx)
+    return torch.ops.fngd.embedding(ids, weight, scale, padding_idx)
+
+
+def rows(parameter: Tensor, samples: int, scale: Tensor | None = None, sink: Sink | None = None) -> Tensor:
+    """Return one copy of the parameter for every sample, (samples, *parameter.shape); sink receives (None, e)."""
+    if not native.AVAILABLE:
+        return nodes_python.Rows.apply(parameter, samples, scale, sink)
+    if sink is not None:
+        return native.extension.captured_rows(parameter, samples, sink)
+    return torch.ops.fngd.rows(parameter, samples, scale)
