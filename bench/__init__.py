@@ -1,0 +1,1 @@
+"""Training runs and benchmarks: imports anything, imported by nothing but the tests."""

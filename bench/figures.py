@@ -1,0 +1,80 @@
+"""The picture of a study: training loss and validation error, over epochs and over seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from bench.optimizers import METHODS
+from bench.study import Results
+from bench.training import Run
+
+# Okabe and Ito's colours, told apart by every kind of colour vision; dashes tell them apart in print
+STYLES = {
+    "sgd": {"color": "#000000", "linestyle": "-"},
+    "adamw": {"color": "#E69F00", "linestyle": "--"},
+    "fngd": {"color": "#0072B2", "linestyle": "-."},
+    "fngd-exact": {"color": "#D55E00", "linestyle": ":"},
+}
+
+
+def save_curves(path: Path, results: Results, *, title: str, target: float) -> None:
+    """Draw the final runs: line = mean over seeds, band = lowest to highest seed."""
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2, sharex="col", sharey="row")
+    for method, runs in results.final.items():
+        done = [run for run in runs if not run.diverged]
+        if done:
+            _draw(axes, method, results.chosen[method], done)
+    axes[0, 0].set_ylabel("training loss (mean of the epoch)")
+    axes[1, 0].set_ylabel("validation error (%)")
+    axes[1, 0].set_xlabel("epoch")
+    axes[1, 1].set_xlabel("seconds of training (evaluation excluded)")
+    for axis in axes.flat:
+        axis.set_yscale("log")
+        axis.grid(visible=True, which="both", linewidth=0.4, alpha=0.5)
+    axes[1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in axes[1]:
+        axis.axhline(100 * (1 - target), color="#666666", linewidth=1)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    axes[1, 0].annotate(
+        f"target {target:.1%} accuracy",
+        (0.99, 100 * (1 - target)),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        horizontalalignment="right",
+        color="#444444",
+    )
+    axes[0, 1].legend(loc="upper right")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+
+
+def _draw(axes: np.ndarray, method: str, lr: float, runs: list[Run]) -> None:
+    loss = np.array([[epoch["train_loss"] for epoch in run.epochs] for run in runs])
+    accuracy = np.array([[epoch["validation_accuracy"] for epoch in run.epochs] for run in runs])
+    seconds = np.cumsum([[epoch["seconds"] for epoch in run.epochs] for run in runs], axis=1).mean(axis=0)
+    epochs = np.arange(1, loss.shape[1] + 1)
+    label = f"{METHODS[method].label} (lr {lr:g})"
+    # a log axis has no place for no error at all: such points are left out
+    error = np.where(accuracy < 1, 100 * (1 - accuracy), np.nan)
+    for row, values in enumerate((loss, error)):
+        for column, x in enumerate((epochs, seconds)):
+            _band(axes[row, column], x, values, STYLES[method], label)
+
+
+def _band(axis: Axes, x: np.ndarray, values: np.ndarray, style: dict[str, str], label: str) -> None:
+    mean = values.mean(axis=0)
+    axis.plot(x, mean, label=label, linewidth=1.8, **style)  # type: ignore[arg-type]
+    axis.fill_between(
+        x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.12, linewidth=0
+    )

@@ -1,0 +1,104 @@
+"""Interleaved timing: contenders take turns in one process, so that drift of the machine hits all alike."""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one contender over the rounds."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median seconds."""
+        return statistics.median(self.samples)
+
+    @property
+    def p20(self) -> float:
+        """20th percentile, seconds."""
+        return _percentile(self.samples, 20)
+
+    @property
+    def p80(self) -> float:
+        """80th percentile, seconds."""
+        return _percentile(self.samples, 80)
+
+
+def round_robin(
+    contenders: Mapping[str, Step], *, rounds: int, warmup: int, device: torch.device
+) -> dict[str, Timing]:
+    """Run every contender once a round, in a new order each round, and time each call.
+
+    Raises: ValueError when rounds is below 1.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds: expected 1 or more, got {rounds}")
+    order = random.Random(0)
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for turn in range(warmup + rounds):
+            for name in order.sample(list(contenders), len(contenders)):
+                seconds = _timed(contenders[name], device)
+                if turn >= warmup:
+                    samples[name].append(seconds)
+            gc.collect()
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def training_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    *,
+    ids: Tensor | None = None,
+) -> Step:
+    """One whole optimisation step on one batch; `ids` are the samples' rows for a shared-coefficient FNGD."""
+
+    def step() -> None:
+        if ids is not None:
+            optimizer.set_samples(ids)  # type: ignore[attr-defined]
+        optimizer.zero_grad()
+        loss(model(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until `device` has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _timed(step: Step, device: torch.device) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    step()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def _percentile(samples: tuple[float, ...], percent: int) -> float:
+    if len(samples) == 1:
+        return samples[0]
+    return statistics.quantiles(samples, n=100, method="inclusive")[percent - 1]

@@ -1,0 +1,131 @@
+"""What every workload is: three splits of images and labels, and how to prepare a batch of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (N,C,H,W) and labels (N,) of one split."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def to(self, device: torch.device) -> Split:
+        """Copy to `device`."""
+        return Split(self.x.to(device), self.y.to(device))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A classification task; `mean` and `std` (C,1,1) are statistics of the training split alone."""
+
+    title: str
+    classes: int
+    train: Split
+    validation: Split
+    test: Split
+    mean: Tensor
+    std: Tensor
+    crop_padding: int
+    target: float
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C,H,W) of one image."""
+        channels, height, width = self.train.x.shape[1:]
+        return channels, height, width
+
+    def to(self, device: torch.device) -> Workload:
+        """Copy every tensor to `device`."""
+        return replace(
+            self,
+            train=self.train.to(device),
+            validation=self.validation.to(device),
+            test=self.test.to(device),
+            mean=self.mean.to(device),
+            std=self.std.to(device),
+        )
+
+    def standardise(self, x: Tensor) -> Tensor:
+        """(N,C,H,W) raw values -> float32 of zero mean and unit variance over the training split."""
+        return (x.float() - self.mean) / self.std
+
+    def augment(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Random crop and horizontal flip, drawn on the CPU so that every device sees the same images."""
+        return crop_and_flip(x, self.crop_padding, generator) if self.crop_padding else x
+
+
+def make_workload(
+    title: str,
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    *,
+    classes: int,
+    validation_fraction: float,
+    train_size: int | None,
+    crop_padding: int,
+    target: float,
+) -> Workload:
+    """Split validation off the training images, limit what is left to `train_size`, take its statistics."""
+    for _, labels in (train, test):
+        if not 0 <= labels.min() <= labels.max() < classes:
+            raise ValueError(f"labels: expected 0 to {classes - 1}, got {labels.min()} to {labels.max()}")
+    (x, y), (x_val, y_val) = stratified_split(*train, fraction=validation_fraction)
+    if train_size is not None:
+        if not classes <= train_size <= len(y) - classes:
+            raise ValueError(f"train_size: expected {classes} to {len(y) - classes} images, got {train_size}")
+        _, (x, y) = stratified_split(x, y, fraction=train_size)
+    # channel by channel: a float copy of all images would be four times their size
+    moments = [torch.std_mean(torch.from_numpy(x[:, channel]).float()) for channel in range(x.shape[1])]
+    std, mean = (torch.stack(values).view(-1, 1, 1) for values in zip(*moments, strict=True))
+    return Workload(
+        title=title,
+        classes=classes,
+        train=_split(x, y),
+        validation=_split(x_val, y_val),
+        test=_split(*test),
+        mean=mean,
+        std=std,
+        crop_padding=crop_padding,
+        target=target,
+    )
+
+
+def stratified_split(
+    x: np.ndarray, y: np.ndarray, *, fraction: float | int
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Fixed split into rest and part, classes in equal proportion; `fraction` is a share or a count."""
+    x_rest, x_part, y_rest, y_part = train_test_split(
+        x, y, test_size=fraction, stratify=y, random_state=SPLIT_SEED
+    )
+    return (x_rest, y_rest), (x_part, y_part)
+
+
+def _split(x: np.ndarray, y: np.ndarray) -> Split:
+    return Split(torch.from_numpy(x), torch.from_numpy(y).long())
+
+
+def crop_and_flip(x: Tensor, padding: int, generator: torch.Generator) -> Tensor:
+    """Shift each image of (N,C,H,W) by up to `padding` pixels (zeros enter) and mirror half of them."""
+    n, _, height, width = x.shape
+    offsets = torch.randint(2 * padding + 1, (n, 2), generator=generator)
+    mirrored = torch.randint(2, (n, 1), generator=generator).bool()
+    rows = offsets[:, :1] + torch.arange(height)
+    columns = offsets[:, 1:] + torch.arange(width)
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    padded = torch.nn.functional.pad(x, [padding] * 4)
+    index = (rows * (width + 2 * padding)).unsqueeze(2) + columns.unsqueeze(1)
+    index = index.view(n, 1, height * width).to(x.device)
+    return padded.flatten(2).gather(2, index.expand(-1, x.shape[1], -1)).view_as(x)
