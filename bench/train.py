@@ -102,7 +102,8 @@ def _compare(options: argparse.Namespace) -> None:
     results = conduct(study, workload, folder)
     rows = report.summarise(results, target=target)
     report.write_json(folder / "results.json", study, workload, results, rows, target)
-    title = f"{workload.title}, {study.model}, batch {study.batch_size}: means over {len(study.seeds)} seeds"
+    seeds = ", ".join(map(str, study.seeds))
+    title = f"{workload.title}, {study.model}, batch {study.batch_size}; mean and range of seeds {seeds}"
     figures.save_curves(folder / "curves.png", results, title=title, target=target)
     print(report.table(rows, target=target))
     print(f"raw numbers: {folder / 'results.json'}, picture: {folder / 'curves.png'}")

@@ -56,9 +56,8 @@ def load(name: str, data_dir: Path, *, cache_dir: Path, train_size: int | None =
 def read_jpeg(archive: Path) -> Arrays:
     """Decode `cifar10-jpeg/{train,test}/CLASS/NNNN.jpg`, in order of class and number."""
     images: dict[str, list[tuple[int, int, np.ndarray]]] = {"train": [], "test": []}
-    for path, content in tqdm(
-        _members(archive, JPEG_PATH, MAX_JPEG_BYTES), desc=archive.name, unit=" images"
-    ):
+    members = _members(archive, JPEG_PATH, MAX_JPEG_BYTES)
+    for path, content in tqdm(members, desc=f"decoding {archive.name}", unit=" images", disable=None):
         if path[2] not in CLASSES:
             raise ValueError(f"{archive.name}: expected one of {', '.join(CLASSES)}, got class {path[2]!r}")
         try:
