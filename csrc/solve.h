@@ -86,17 +86,18 @@ class DampedCholesky {
   FNGD_INLINE void load(const Team& team, const T* k, int64_t row_stride, int64_t col_stride, T damping, const T* rhs,
                         int64_t rhs_stride) {
     for (int i = 0; i < padded; ++i) {
+      const T* from = k + i * row_stride;
       T* to = row(i);
-      const int end = (i / TILE + 1) * TILE;
-      for (int j = team.rank(); j < end; j += team.size()) {
-        T value = i < n && j <= i ? k[i * row_stride + j * col_stride] : T(0);
-        if (j == i) value = i < n ? value + damping : T(1);
-        to[j * TILE] = value;
-      }
+      const int below = i < n ? i : 0, end = (i / TILE + 1) * TILE;
+      for (int j = team.rank(); j < below; j += team.size()) to[int64_t{j} * TILE] = from[j * col_stride];
+      for (int j = below + team.rank(); j < end; j += team.size()) to[int64_t{j} * TILE] = T(0);
     }
+    team.sync();
     for (int i = team.rank(); i < padded; i += team.size()) {
       residual[i] = i < n ? (rhs ? rhs[i * rhs_stride] : T(1)) : T(0);
+      row(i)[int64_t{i} * TILE] = i < n ? k[i * (row_stride + col_stride)] + damping : T(1);
       solution[i] = T(0);
+      inverse_diagonal[i] = T(1);
     }
   }
 
@@ -191,11 +192,16 @@ class DampedCholesky {
   FNGD_INLINE void back_substitute(const Team& team) const {
     for (int begin = padded - TILE; begin >= 0; begin -= TILE) {
       if (team.rank() == 0) {
-        for (int i = begin + TILE - 1; i >= begin; --i) {
-          if (i >= n) continue;
-          solution[i] *= inverse_diagonal[i];
-          for (int j = begin; j < i; ++j) solution[j] -= row(i)[int64_t{j} * TILE] * solution[i];
+        const T* diagonal = row(begin) + int64_t{begin} * TILE;
+        T x[TILE];
+        memcpy(x, solution + begin, sizeof(x));
+        FNGD_UNROLL
+        for (int r = TILE - 1; r >= 0; --r) {
+          x[r] *= inverse_diagonal[begin + r];
+          FNGD_UNROLL
+          for (int c = 0; c < r; ++c) x[c] -= diagonal[c * TILE + r] * x[r];
         }
+        memcpy(solution + begin, x, sizeof(x));
       }
       team.sync();
       const T* rows = row(begin);
