@@ -1,0 +1,255 @@
+"""The cost model: which Gram algorithm a layer takes, in which chunks; standard library only.
+
+Costs are in multiply-adds (MACs) of a large matrix product.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from math import ceil, prod
+
+from .geometry import PixelGrid, expand, pixel_grids
+
+WORKSPACE = 64 << 20
+"""Default upper bound of scratch memory, in bytes."""
+
+CHUNK_BYTES = 2 << 20
+"""Scratch of one step of an algorithm: about what the outer cache of one core holds."""
+
+NARROW_MAC = 2.0
+"""Price of a MAC in the small products that form per-sample contributions, in MACs of a large product."""
+
+ELEMENT_PASS = 16.0
+"""Price of reading, combining and writing one element of a scratch tensor, in MACs."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one Gram matrix is formed.
+
+    algorithm: "hadamard" (one position per sample), "pairs" (of positions) or "explicit" (contributions C_n)
+    sample_chunk: samples per block (pairs), samples whose C_n are formed at a time (explicit)
+    group_chunk, out_chunk, in_chunk: groups, outputs and inputs per group of one chunk of the weight (explicit)
+    macs: multiply-adds done
+    bytes_moved: bytes of inputs and scratch read and written
+    workspace: bytes of scratch needed, the library's own copies included
+    """
+
+    algorithm: str
+    sample_chunk: int
+    group_chunk: int
+    out_chunk: int
+    in_chunk: int
+    macs: int
+    bytes_moved: int
+    workspace: int
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Sizes of a layer; a linear layer is a convolution with one group whose pixels are its positions."""
+
+    samples: int
+    pixels: int
+    positions: int
+    inputs: int
+    outputs: int
+    groups: int
+    kernel: int
+    copies: bool
+    size: int
+
+    @property
+    def input_bytes(self) -> int:
+        pixels = self.pixels * self.inputs + self.positions * self.outputs
+        return self.samples * self.groups * pixels * self.size
+
+
+def plan(
+    a_shape: Sequence[int],
+    e_shape: Sequence[int],
+    *,
+    weight_shape: Sequence[int] | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    bias: bool = False,
+    itemsize: int = 4,
+    workspace: int = WORKSPACE,
+) -> Plan:
+    """Choose the cheapest Gram algorithm whose scratch memory fits, and its chunks.
+
+    `pairs` costs N^2 T^2 (I + O) / 2 MACs, `explicit` N T I O + N^2 I O / 2; pairs of pixels of a convolution
+    never form patches and cost N^2 (pixels^2 C + positions^2 O) / 2. Passes over scratch are priced too.
+
+    a_shape: (N,I), (N,T,I), or (N,C,*space) with weight_shape
+    e_shape: (N,O), (N,T,O), or (N,O,*space_out) with weight_shape
+    weight_shape: (O,C/groups,*kernel) of a convolution, None for a linear layer
+    stride, padding, dilation, groups: of the convolution
+    bias: whether the bias belongs to the block
+    itemsize: bytes of an element of the inputs
+    workspace: upper bound of scratch memory in bytes; a chunk of one sample and one weight is the least there is
+
+    Returns: Plan
+    """
+    dims = 0 if weight_shape is None else len(weight_shape) - 2
+    return _plan(
+        tuple(a_shape),
+        tuple(e_shape),
+        None if weight_shape is None else tuple(weight_shape),
+        expand(stride, dims),
+        expand(padding, dims),
+        expand(dilation, dims),
+        groups,
+        bias,
+        itemsize,
+        workspace,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    a_shape: tuple[int, ...],
+    e_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...] | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    bias: bool,
+    itemsize: int,
+    workspace: int,
+) -> Plan:
+    size = max(4, itemsize)
+    n = a_shape[0]
+    if weight_shape is None:
+        positions = a_shape[1] if len(a_shape) == 3 else 1
+        layer = _Layer(n, positions, positions, a_shape[-1], e_shape[-1], 1, 1, itemsize < size, size)
+        if positions == 1:
+            return _hadamard(layer)
+        grids = None
+    else:
+        axes = map(pixel_grids, a_shape[2:], weight_shape[2:], stride, padding, dilation)
+        grids = list(product(*axes))
+        layer = _Layer(
+            n,
+            prod(a_shape[2:]),
+            prod(e_shape[2:]),
+            weight_shape[1],
+            weight_shape[0] // groups,
+            groups,
+            prod(weight_shape[2:]),
+            True,
+            size,
+        )
+    pairs, pairs_cost = _pairs(layer, grids, workspace)
+    explicit, explicit_cost = _explicit(layer, workspace)
+    return pairs if pairs.workspace <= workspace and pairs_cost < explicit_cost else explicit
+
+
+def _hadamard(layer: _Layer) -> Plan:
+    n = layer.samples
+    products = 2 * n * n * layer.size
+    casts = layer.input_bytes if layer.copies else 0
+    macs = n * n * (layer.inputs + layer.outputs)
+    return Plan(
+        "hadamard", n, 1, layer.outputs, layer.inputs, macs, layer.input_bytes + products, products + casts
+    )
+
+
+def _pairs(layer: _Layer, grids: list[tuple[PixelGrid, ...]] | None, workspace: int) -> tuple[Plan, float]:
+    """Plan blocks of samples, all pairs of whose positions are formed at a time."""
+    n, p = layer.samples, layer.positions
+    if grids is None:
+        pixels, taps = [p], 0
+    else:
+        pixels = [prod(axis.size for axis in grid) for grid in grids]
+        taps = sum(
+            prod((tap.outputs.stop - tap.outputs.start) ** 2 for tap in taps)
+            for grid in grids
+            for taps in product(*(axis.taps for axis in grid))
+        )
+    # Of one pair of samples: position pairs of a and of e, and (convolution) the largest pixel Gram matrix.
+    scratch = (2 * p * p + (max(pixels, default=0) ** 2 if grids is not None else 0)) * layer.size
+    rows = n * (sum(pixels) * layer.inputs + p * layer.outputs) * layer.size if layer.copies else 0
+
+    block = max(1, min(n, int((min(CHUNK_BYTES, max(workspace - rows, 0)) / scratch) ** 0.5)))
+    blocks = ceil(n / block)
+    block = ceil(n / blocks)
+    sample_pairs = block * block * blocks * (blocks + 1) // 2
+    macs = layer.groups * sample_pairs * (sum(q * q for q in pixels) * layer.inputs + p * p * layer.outputs)
+    elements = layer.groups * sample_pairs * (taps + 2 * p * p)
+    plan = Plan(
+        "pairs",
+        block,
+        1,
+        layer.outputs,
+        layer.inputs,
+        macs,
+        layer.input_bytes + 2 * elements * layer.size,
+        block * block * scratch + rows,
+    )
+    return plan, macs + ELEMENT_PASS * elements
+
+
+def _explicit(layer: _Layer, workspace: int) -> tuple[Plan, float]:
+    """Plan chunks of the weight, whose C_n are formed for all samples, some samples at a time."""
+    n, kernel = layer.samples, layer.kernel
+    columns = min(CHUNK_BYTES, workspace // 4) // (n * layer.size)
+    while True:
+        g, o, i = _weight_chunk(layer, columns)
+        chunk = n * g * o * i * kernel * layer.size
+        # A slice of each input and C_n, each twice where the library keeps a copy in a layout of its own.
+        one = 2 * g * (layer.pixels * i + layer.positions * o + i * o * kernel) * layer.size
+        one = one if layer.copies else 0
+        if chunk + n * one <= workspace:
+            samples, needed = n, chunk + n * one
+        else:
+            samples = max(1, (workspace - 2 * chunk) // max(one, 1))
+            samples = ceil(n / ceil(n / min(n, samples)))
+            needed = 2 * chunk + samples * one
+        if needed <= workspace or g * o * i == 1:
+            break
+        columns = g * o * i * kernel // 2
+
+    weights = layer.groups * layer.outputs * layer.inputs * kernel
+    formed = n * layer.positions * weights
+    blocks = max(1, min(4, n // 32))
+    summed = n * n * weights * (blocks + 1) // (2 * blocks)
+    plan = Plan(
+        "explicit",
+        samples,
+        g,
+        o,
+        i,
+        formed + summed,
+        layer.input_bytes + 2 * n * weights * layer.size,
+        needed,
+    )
+    return plan, NARROW_MAC * formed + summed + ELEMENT_PASS * n * weights
+
+
+def _weight_chunk(layer: _Layer, columns: int) -> tuple[int, int, int]:
+    """Halve groups, then the longer of outputs and inputs, until a chunk has at most `columns` weights."""
+    g, o, i = layer.groups, layer.outputs, layer.inputs
+    while g * o * i * layer.kernel > columns and g * o * i > 1:
+        if g > 1:
+            g = ceil(g / 2)
+        elif i >= o:
+            i = ceil(i / 2)
+        else:
+            o = ceil(o / 2)
+    return g, o, i
+
+
+def embedding_chunk(positions: int, dim: int, itemsize: int, workspace: int) -> int:
+    """Return how many of the `dim` columns of an embedding's gradients are summed at a time."""
+    # Sums per id, two gathered copies of them, and their products.
+    return max(1, min(dim, workspace // max(1, 4 * positions * max(4, itemsize))))
+
+
+def column_chunk(rows: int, size: int, workspace: int) -> int:
+    """Return how many columns of a matrix of `size`-byte elements are copied at a time."""
+    return max(1, min(CHUNK_BYTES, workspace) // (rows * size))

@@ -1,0 +1,70 @@
+"""Weighted sums of contributions: the gradient at the output is scaled, then the ordinary product follows."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .products import accumulation_dtype
+
+
+def _scaled(e: Tensor, s: Tensor) -> Tensor:
+    """Return s_n e_n, rounded once to the dtype of e."""
+    return (e * s.view(-1, *[1] * (e.ndim - 1))).to(e.dtype)
+
+
+def combine(a: Tensor, e: Tensor, s: Tensor, bias: bool) -> list[Tensor]:
+    """Return [E^T diag(s) A] and with bias the weighted sum of the rows of E."""
+    e = _scaled(e, s).flatten(0, -2)
+    weight = e.T @ a.flatten(0, -2)
+    return [weight, e.sum(0)] if bias else [weight]
+
+
+def combine_conv(
+    x: Tensor,
+    e: Tensor,
+    s: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: bool,
+) -> list[Tensor]:
+    """Return the weight gradient of the convolution for diag(s) E, and with bias the bias gradient."""
+    outputs = weight_shape[0]
+    if not x.shape[0]:
+        return [x.new_zeros(weight_shape), *([e.new_zeros(outputs)] if bias else [])]
+    _, weight, b = torch.ops.aten.convolution_backward(
+        _scaled(e, s),
+        x,
+        x.new_zeros(()).expand(weight_shape),
+        [outputs] if bias else None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0] * len(stride),
+        groups,
+        [False, True, bias],
+    )
+    weight = weight.contiguous()
+    return [weight, b] if bias else [weight]
+
+
+def combine_embedding(
+    ids: Tensor, e: Tensor, s: Tensor, num_embeddings: int, padding_idx: int | None
+) -> Tensor:
+    """Return the sums of diag(s) E over the positions of each id."""
+    dtype = accumulation_dtype(e.dtype)
+    weight = e.new_zeros((num_embeddings, e.shape[-1]), dtype=dtype)
+    rows = (e * s.view(-1, *[1] * (e.ndim - 1))).to(dtype)
+    if padding_idx is not None:
+        rows.masked_fill_((ids == padding_idx).unsqueeze(-1), 0)
+    return weight.index_add_(0, ids.flatten(), rows.flatten(0, -2)).to(e.dtype)
+
+
+def combine_rows(g: Tensor, s: Tensor) -> Tensor:
+    """Return sum_n s_n g_n."""
+    dtype = accumulation_dtype(g.dtype)
+    return (s.to(dtype) @ g.flatten(1).to(dtype)).to(g.dtype).view(g.shape[1:])

@@ -1,0 +1,62 @@
+"""Gram matrix of a convolution from inner products of pixels, without patches."""
+
+from itertools import product
+from math import prod
+
+from torch import Tensor
+
+from ..cost_model import Plan
+from ..geometry import pixel_grids
+from .products import accumulation_dtype, mirror, rows_product
+
+_ALL = slice(None)
+
+
+def gram_conv_pairs(
+    x: Tensor,
+    e: Tensor,
+    weight_shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    bias: bool,
+    plan: Plan,
+) -> Tensor:
+    """Return K_ij = sum_{p,q} <patch_ip, patch_jq> <e_ip, e_jq>, for x (N,C,*space) and e (N,O,*space_out).
+
+    Both pixels of a term of <patch_ip, patch_jq> are shifted by the same kernel offset, so the patch products
+    are sums of shifted slices of the pixel Gram matrix, one such matrix for each residue of the stride.
+    """
+    n = x.shape[0]
+    dtype = accumulation_dtype(x.dtype)
+    k = x.new_zeros((n, n), dtype=dtype)
+    grids = list(product(*map(pixel_grids, x.shape[2:], weight_shape[2:], stride, padding, dilation)))
+    starts = range(0, n, plan.sample_chunk)
+
+    for x_g, e_g in zip(x.chunk(groups, 1), e.chunk(groups, 1), strict=True):
+        blocks = []
+        for i in starts:
+            x_i, e_i = (t[i : i + plan.sample_chunk].to(dtype) for t in (x_g, e_g))
+            pixels = [_position_rows(x_i[(..., *(axis.pixels for axis in grid))]) for grid in grids]
+            blocks.append((slice(i, i + len(x_i)), pixels, _position_rows(e_i)))
+        for row, (i, pixels_i, e_i) in enumerate(blocks):
+            for j, pixels_j, e_j in blocks[row:]:
+                n_i, n_j = i.stop - i.start, j.stop - j.start
+                pairs = x.new_zeros((*e.shape[2:], n_i, *e.shape[2:], n_j), dtype=dtype)
+                for grid, grid_i, grid_j in zip(grids, pixels_i, pixels_j, strict=True):
+                    sizes = [axis.size for axis in grid]
+                    pixel_pairs = rows_product(grid_i, grid_j).view(*sizes, n_i, *sizes, n_j)
+                    for taps in product(*(axis.taps for axis in grid)):
+                        at, read = [tap.outputs for tap in taps], [tap.pixels for tap in taps]
+                        pairs[(*at, _ALL, *at)] += pixel_pairs[(*read, _ALL, *read)]
+                if bias:
+                    pairs += 1
+                pairs = pairs.view(len(e_i), len(e_j)).mul_(rows_product(e_i, e_j))
+                k[i, j] += pairs.view(-1, n_i, len(e_j) // n_j, n_j).sum((0, 2))
+    return mirror(k)
+
+
+def _position_rows(t: Tensor) -> Tensor:
+    """Return t (n,C,*space) as rows (P n, C): with samples innermost the shifted slices have long runs."""
+    return t.flatten(2).permute(2, 0, 1).reshape(-1, t.shape[1])

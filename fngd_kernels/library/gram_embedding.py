@@ -1,0 +1,41 @@
+"""Gram matrix of an embedding: only positions with the same id meet."""
+
+import torch
+from torch import Tensor
+
+from ..cost_model import embedding_chunk
+from .products import accumulation_dtype, mirror
+
+
+def gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int) -> Tensor:
+    """Return K_ij = sum_{t,u} [ids_it = ids_ju] <e_it, e_ju> for ids (N,T) and e (N,T,D).
+
+    Positions of one sample with one id are summed first. Rows sorted by (id, sample) then meet the rows
+    1, 2, ... places further on while the id is the same: the cost follows the repeated ids, not (NT)^2.
+    """
+    n, t, dim = e.shape
+    dtype = accumulation_dtype(e.dtype)
+    k = e.new_zeros((n, n), dtype=dtype)
+    samples = torch.arange(n, device=ids.device)
+    keys = ids.long() * n + samples[:, None]
+    if padding_idx is not None:
+        keys = keys.masked_fill(ids == padding_idx, -1)
+    keys, row_of = keys.flatten().unique(return_inverse=True)
+    # All padding shares one row, the first.
+    first = int(keys[0] < 0)
+    id_of, sample_of = keys[first:] // n, keys[first:] % n
+
+    chunk = embedding_chunk(n * t, dim, e.itemsize, workspace)
+    for columns in e.flatten(0, 1).split(chunk, 1):
+        sums = columns.new_zeros((len(keys), columns.shape[1]), dtype=dtype)
+        sums = sums.index_add_(0, row_of, columns.to(dtype))[first:]
+        left = torch.arange(len(sums), device=ids.device)
+        right = left
+        while len(left):
+            products = (sums[left] * sums[right]).sum(1)
+            k.view(-1).index_add_(0, sample_of[left] * n + sample_of[right], products)
+            # Only the last row can run off the end.
+            left, right = left[right < len(sums) - 1], right[right < len(sums) - 1] + 1
+            same = id_of[left] == id_of[right]
+            left, right = left[same], right[same]
+    return mirror(k)

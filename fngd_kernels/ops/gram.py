@@ -1,0 +1,198 @@
+"""Gram matrices of per-sample contributions C_n to a layer's gradient.
+
+K_ij = <C_i, C_j> is (N,N), float64 for float64 input and float32 otherwise, accumulated in that dtype from the first
+product on. K is exactly symmetric and, on one machine, the same from run to run. K is not differentiable:
+`fngd_kernels.reference` is. The scratch memory stays under `workspace` bytes wherever one sample and one weight fit.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import cost_model
+from ..cost_model import WORKSPACE
+from ..geometry import expand
+from ..library.gram_conv_explicit import gram_conv_explicit
+from ..library.gram_conv_pairs import gram_conv_pairs
+from ..library.gram_embedding import gram_embedding as library_gram_embedding
+from ..library.gram_explicit import gram_explicit
+from ..library.gram_hadamard import gram_hadamard
+from ..library.gram_pairs import gram_pairs
+from ..library.gram_rows import gram_rows as library_gram_rows
+from ..library.products import accumulation_dtype
+from . import checks
+from .library import LIBRARY, call
+
+LIBRARY.define("gram(Tensor a, Tensor e, bool bias, int workspace) -> Tensor")
+LIBRARY.define(
+    "gram_conv(Tensor x, Tensor e, int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, "
+    "bool bias, int workspace) -> Tensor"
+)
+LIBRARY.define("gram_embedding(Tensor ids, Tensor e, int? padding_idx, int workspace) -> Tensor")
+LIBRARY.define("gram_rows(Tensor g, int workspace) -> Tensor")
+
+
+def gram(a: Tensor, e: Tensor, *, bias: bool = False, workspace: int = WORKSPACE) -> Tensor:
+    """Return the Gram matrix of a linear layer's contributions.
+
+    K_ij = <E_i^T A_i, E_j^T A_j> + bias <sum_t E_it, sum_t E_jt>
+
+    a: (N,I) or (N,T,I) float, layer input
+    e: (N,O) or (N,T,O) float, gradient at the layer output, of a's dtype
+    bias: whether the bias belongs to the block (a column of ones on A)
+    workspace: upper bound of scratch memory in bytes
+
+    Returns: (N,N) float32 or float64, K
+    Raises: ValueError, TypeError when shapes, devices or dtypes do not fit.
+    Source: the Gram form of the empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).
+    """
+    checks.check_linear(a, e)
+    checks.check_workspace(workspace)
+    return call(torch.ops.fngd.gram.default, a, e, bias, workspace)
+
+
+def gram_conv(
+    x: Tensor,
+    e: Tensor,
+    weight_shape: Sequence[int],
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    bias: bool = False,
+    workspace: int = WORKSPACE,
+) -> Tensor:
+    """Return the Gram matrix of a 1-3 d convolution's contributions, without a patch tensor.
+
+    K_ij = <E_i^T P_i, E_j^T P_j> + bias <sum_p E_ip, sum_p E_jp>, with P_n the patches of sample n
+
+    x: (N,C,*space) float, layer input, in any memory format
+    e: (N,O,*space_out) float, gradient at the layer output, of x's dtype
+    weight_shape: (O,C/groups,*kernel)
+    stride, padding, dilation, groups: as in torch.conv2d, padding with zeros
+    bias: whether the bias belongs to the block
+    workspace: upper bound of scratch memory in bytes
+
+    Returns: (N,N) float32 or float64, K
+    Raises: ValueError, TypeError when shapes, devices or dtypes do not fit.
+    Source: the Gram form of the empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).
+    """
+    dims = len(weight_shape) - 2
+    stride, padding, dilation = expand(stride, dims), expand(padding, dims), expand(dilation, dims)
+    checks.check_conv(x, e, weight_shape, stride, padding, dilation, groups)
+    checks.check_workspace(workspace)
+    op = torch.ops.fngd.gram_conv.default
+    return call(op, x, e, weight_shape, stride, padding, dilation, groups, bias, workspace)
+
+
+def gram_embedding(
+    ids: Tensor, e: Tensor, *, padding_idx: int | None = None, workspace: int = WORKSPACE
+) -> Tensor:
+    """Return the Gram matrix of an embedding's contributions.
+
+    K_ij = sum_{t,u} [ids_it = ids_ju] <e_it, e_ju>, over positions whose id is not padding_idx
+
+    ids: (N,) or (N,T) int64 or int32, not negative
+    e: (N,D) or (N,T,D) float, gradient at the layer output
+    padding_idx: id that contributes nothing
+    workspace: upper bound of scratch memory in bytes
+
+    Returns: (N,N) float32 or float64, K
+    Raises: ValueError, TypeError when shapes, devices or dtypes do not fit.
+    Source: the Gram form of the empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).
+    """
+    checks.check_embedding(ids, e)
+    checks.check_workspace(workspace)
+    return call(torch.ops.fngd.gram_embedding.default, ids, e, padding_idx, workspace)
+
+
+def gram_rows(g: Tensor, *, workspace: int = WORKSPACE) -> Tensor:
+    """Return the Gram matrix of contributions that are already formed.
+
+    K_ij = <g_i, g_j>
+
+    g: (N,...) float, contribution of each sample
+    workspace: upper bound of scratch memory in bytes
+
+    Returns: (N,N) float32 or float64, K
+    Raises: ValueError, TypeError when g is no batch or not floating.
+    Source: the Gram form of the empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).
+    """
+    checks.check_rows(g)
+    checks.check_workspace(workspace)
+    return call(torch.ops.fngd.gram_rows.default, g, workspace)
+
+
+def _gram(a: Tensor, e: Tensor, bias: bool, workspace: int) -> Tensor:
+    if not a.numel() or not e.numel():
+        return _empty_gram(a).zero_()
+    plan = cost_model.plan(a.shape, e.shape, bias=bias, itemsize=a.itemsize, workspace=workspace)
+    if a.ndim == 2:
+        a, e = a.unsqueeze(1), e.unsqueeze(1)
+    if plan.algorithm == "hadamard":
+        return gram_hadamard(a, e, bias)
+    algorithm = gram_pairs if plan.algorithm == "pairs" else gram_explicit
+    return algorithm(a, e, bias, plan)
+
+
+def _gram_conv(
+    x: Tensor,
+    e: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: bool,
+    workspace: int,
+) -> Tensor:
+    if not x.shape[0]:
+        return _empty_gram(x)
+    plan = cost_model.plan(
+        x.shape,
+        e.shape,
+        weight_shape=weight_shape,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        bias=bias,
+        itemsize=x.itemsize,
+        workspace=workspace,
+    )
+    algorithm = gram_conv_pairs if plan.algorithm == "pairs" else gram_conv_explicit
+    return algorithm(x, e, weight_shape, stride, padding, dilation, groups, bias, plan)
+
+
+def _gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int) -> Tensor:
+    if not e.numel():
+        return _empty_gram(e).zero_()
+    if ids.ndim == 1:
+        ids, e = ids.unsqueeze(1), e.unsqueeze(1)
+    return library_gram_embedding(ids, e, padding_idx, workspace)
+
+
+def _gram_rows(g: Tensor, workspace: int) -> Tensor:
+    if not g.numel():
+        return _empty_gram(g).zero_()
+    return library_gram_rows(g.flatten(1), workspace)
+
+
+def _empty_gram(a: Tensor, *_: object) -> Tensor:
+    return a.new_empty((a.shape[0], a.shape[0]), dtype=accumulation_dtype(a.dtype))
+
+
+def _fake_gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int) -> Tensor:
+    return _empty_gram(e)
+
+
+LIBRARY.impl("gram", _gram, "CompositeExplicitAutograd")
+LIBRARY.impl("gram_conv", _gram_conv, "CompositeExplicitAutograd")
+LIBRARY.impl("gram_embedding", _gram_embedding, "CompositeExplicitAutograd")
+LIBRARY.impl("gram_rows", _gram_rows, "CompositeExplicitAutograd")
+torch.library.register_fake("fngd::gram", _empty_gram, lib=LIBRARY)
+torch.library.register_fake("fngd::gram_conv", _empty_gram, lib=LIBRARY)
+torch.library.register_fake("fngd::gram_embedding", _fake_gram_embedding, lib=LIBRARY)
+torch.library.register_fake("fngd::gram_rows", _empty_gram, lib=LIBRARY)

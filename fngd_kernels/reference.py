@@ -1,0 +1,142 @@
+"""What every operator computes, in plain torch of any dtype and differentiable: the definition, not the fast way."""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .geometry import expand
+
+
+def contributions(a: Tensor, e: Tensor, *, bias: bool = False) -> Tensor:
+    """Return C_n = E_n^T [A_n, 1] as rows (N, O (I + bias)), in at least float32."""
+    a, e = (_wide(t).unsqueeze(1) if t.ndim == 2 else _wide(t) for t in (a, e))
+    if bias:
+        a = torch.cat((a, torch.ones_like(a[..., :1])), -1)
+    return torch.einsum("nto,nti->noi", e, a).flatten(1)
+
+
+def contributions_conv(
+    x: Tensor,
+    e: Tensor,
+    weight_shape: Sequence[int],
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    bias: bool = False,
+) -> Tensor:
+    """Return the contribution of each sample to weight and bias as rows (N, O C/groups prod(kernel) + bias O)."""
+    x, e = _wide(x), _wide(e).unflatten(1, (groups, -1)).flatten(3)
+    kernel = weight_shape[2:]
+    dims = len(kernel)
+    stride, padding, dilation = expand(stride, dims), expand(padding, dims), expand(dilation, dims)
+    patches = torch.constant_pad_nd(x, [p for pad in reversed(padding) for p in (pad, pad)])
+    for axis in range(dims):
+        patches = patches.unfold(2 + axis, dilation[axis] * (kernel[axis] - 1) + 1, stride[axis])
+        patches = patches[..., :: dilation[axis]]
+    # (N,C,*space_out,*kernel) -> (N,groups,C/groups,P,prod(kernel))
+    patches = patches.flatten(2 + dims).flatten(2, 1 + dims).unflatten(1, (groups, -1))
+    weight = torch.einsum("ngop,ngcpk->ngock", e, patches).flatten(1)
+    return torch.cat((weight, e.sum(3).flatten(1)), 1) if bias else weight
+
+
+def contributions_embedding(
+    ids: Tensor, e: Tensor, num_embeddings: int, *, padding_idx: int | None = None
+) -> Tensor:
+    """Return the contribution of each sample to the embedding's weight as rows (N, num_embeddings D)."""
+    ids, e = (ids.unsqueeze(1), e.unsqueeze(1)) if ids.ndim == 1 else (ids, e)
+    one_hot = (ids.unsqueeze(-1) == torch.arange(num_embeddings, device=ids.device)).to(_wide(e).dtype)
+    if padding_idx is not None:
+        one_hot[..., padding_idx] = 0
+    return torch.einsum("ntv,ntd->nvd", one_hot, _wide(e)).flatten(1)
+
+
+def gram(a: Tensor, e: Tensor, *, bias: bool = False) -> Tensor:
+    """Return K_ij = <C_i, C_j> of a linear layer."""
+    return gram_rows(contributions(a, e, bias=bias))
+
+
+def gram_conv(
+    x: Tensor,
+    e: Tensor,
+    weight_shape: Sequence[int],
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    bias: bool = False,
+) -> Tensor:
+    """Return K_ij = <C_i, C_j> of a convolution."""
+    c = contributions_conv(
+        x, e, weight_shape, stride=stride, padding=padding, dilation=dilation, groups=groups, bias=bias
+    )
+    return gram_rows(c)
+
+
+def gram_embedding(ids: Tensor, e: Tensor, *, padding_idx: int | None = None) -> Tensor:
+    """Return K_ij = <C_i, C_j> of an embedding."""
+    used = int(ids.max()) + 1 if ids.numel() else 1
+    num_embeddings = used if padding_idx is None else max(used, padding_idx + 1)
+    return gram_rows(contributions_embedding(ids, e, num_embeddings, padding_idx=padding_idx))
+
+
+def gram_rows(g: Tensor) -> Tensor:
+    """Return K_ij = <g_i, g_j>."""
+    g = _wide(g).flatten(1)
+    return g @ g.T
+
+
+def combine(a: Tensor, e: Tensor, s: Tensor, *, bias: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """Return sum_n s_n C_n of a linear layer: the weight's, with bias also the bias's."""
+    total = combine_rows(contributions(a, e, bias=bias), s).view(e.shape[-1], -1).to(e.dtype)
+    return (total[:, :-1], total[:, -1]) if bias else total
+
+
+def combine_conv(
+    x: Tensor,
+    e: Tensor,
+    s: Tensor,
+    weight_shape: Sequence[int],
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    bias: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return sum_n s_n C_n of a convolution: the weight's, with bias also the bias's."""
+    c = contributions_conv(
+        x, e, weight_shape, stride=stride, padding=padding, dilation=dilation, groups=groups, bias=bias
+    )
+    total = combine_rows(c, s).to(e.dtype)
+    weight = total[: prod(weight_shape)].view(*weight_shape)
+    return (weight, total[prod(weight_shape) :]) if bias else weight
+
+
+def combine_embedding(
+    ids: Tensor, e: Tensor, s: Tensor, num_embeddings: int, *, padding_idx: int | None = None
+) -> Tensor:
+    """Return sum_n s_n C_n of an embedding."""
+    c = contributions_embedding(ids, e, num_embeddings, padding_idx=padding_idx)
+    return combine_rows(c, s).view(num_embeddings, -1).to(e.dtype)
+
+
+def combine_rows(g: Tensor, s: Tensor) -> Tensor:
+    """Return sum_n s_n g_n."""
+    return torch.einsum("n,n...->...", s.to(_wide(g).dtype), _wide(g)).to(g.dtype)
+
+
+def solve(k: Tensor, damping: float | Tensor, rhs: Tensor | None = None) -> Tensor:
+    """Return (k + damping I)^-1 rhs for k (..., N, N), damping a number or (...), rhs (..., N), ones by default."""
+    rhs = k.new_ones(k.shape[:-1]) if rhs is None else rhs
+    damping = torch.as_tensor(damping, dtype=k.dtype, device=k.device)[..., None, None]
+    return torch.linalg.solve(k + damping * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device), rhs)
+
+
+def _wide(t: Tensor) -> Tensor:
+    """Return t in at least float32."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
