@@ -1,11 +1,13 @@
 """Damped solve of symmetric positive definite systems, batched."""
 
 import math
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from fngd_kernels.ops.library import LIBRARY
+from .checks import check_same
+from .library import LIBRARY
 
 NATIVE_MAX_ORDER = 2048
 """Above this order the library wins, since it puts every core on one matrix (measured on a CPU, 2 cores)."""
@@ -13,20 +15,31 @@ NATIVE_MAX_ORDER = 2048
 LIBRARY.define("solve(Tensor k, Tensor damping, Tensor? rhs) -> (Tensor x, Tensor info)")
 
 
+@overload
+def solve(
+    k: Tensor, damping: float | Tensor, rhs: Tensor | None = ..., *, return_info: Literal[False] = ...
+) -> Tensor: ...
+@overload
+def solve(
+    k: Tensor, damping: float | Tensor, rhs: Tensor | None = ..., *, return_info: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
 def solve(
     k: Tensor, damping: float | Tensor, rhs: Tensor | None = None, *, return_info: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Solve damped symmetric positive definite systems: x = (k + damping I)^-1 rhs.
+    """Solve damped symmetric positive definite systems.
 
-    k: (..., N, N) float32 or float64, symmetric; only the lower triangle is read, any strides
-    damping: a number >= 0, or (...) dtype of k, one per matrix
-    rhs: (..., N) dtype of k, ones by default
+    x = (k + damping I)^-1 rhs
 
-    Returns x (..., N), with return_info also info (...) int32: 0 where solved, j > 0 where the leading minor
-    of order j is not positive definite or not finite. x of such a matrix is NaN; nothing is raised and no
-    other matrix is affected. Not differentiable: `reference.solve` is.
-    Raises ValueError or TypeError for arguments that do not fit together.
-    Source: Ou et al., arXiv 2403.03473, the system that gives the coefficients of the samples.
+    k: (..., N, N) float32 or float64, symmetric, any strides; the upper triangle has no influence
+    damping: a finite number >= 0, or (...) of k's dtype, one per matrix
+    rhs: (..., N) of k's dtype, ones by default
+    return_info: whether to return info beside x
+
+    Returns: (..., N), x; with return_info also (...) int32, info: 0 where solved, j > 0 where the leading minor
+        of order j is not positive definite or not finite. There x is NaN; nothing is raised, and the other
+        matrices are not affected. x is not differentiable: `fngd_kernels.reference` is.
+    Raises: ValueError, TypeError when shapes, devices or dtypes do not fit, or the damping is negative.
+    Source: the Woodbury form of the damped empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).
     """
     damping = _check(k, damping, rhs)
     run = _solve_library if k.shape[-1] > NATIVE_MAX_ORDER else torch.ops.fngd.solve.default
@@ -45,14 +58,10 @@ def _check(k: Tensor, damping: float | Tensor, rhs: Tensor | None) -> Tensor:
             raise ValueError(f"damping: expected a finite number >= 0, got {damping}")
         damping = k.new_full(k.shape[:-2], damping)
     for name, tensor, shape in (("damping", damping, k.shape[:-2]), ("rhs", rhs, k.shape[:-1])):
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
-        if tensor.dtype != k.dtype:
-            raise TypeError(f"{name}: expected {k.dtype} as k, got {tensor.dtype}")
-        if tensor.device != k.device:
-            raise ValueError(f"{name}: expected device {k.device} as k, got {tensor.device}")
+        if tensor is not None:
+            check_same(name, tensor, "k", k)
+            if tensor.shape != shape:
+                raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
     return damping
 
 
