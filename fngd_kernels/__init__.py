@@ -1,7 +1,7 @@
-"""Kernels of fast natural gradients: Gram matrices of per-sample contributions, damped solves, weighted sums.
+"""Kernels of fast natural gradients: Gram matrices of per-sample contributions, solves, weighted sums.
 
-Tensors in, tensors out; no modules and no optimizer. `plan` tells how a Gram matrix is formed, `reference` what
-each function computes.
+Tensors in, tensors out; no modules and no optimizer. `plan` tells how a Gram matrix is formed, `reference`
+what each function computes.
 """
 
 from . import reference
