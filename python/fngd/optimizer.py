@@ -1,0 +1,242 @@
+"""FNGD: natural gradients for any torch.optim update rule."""
+
+import math
+import numbers
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from .capture import find_layers, release, route
+from .coefficients import DAMPING_MODES, NORMALIZATIONS, SHARES
+from .engine import Engine
+
+_BASES: dict[str, type[Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+
+
+class FNGD(Optimizer):
+    """Natural-gradient descent at first-order cost: a torch.optim update rule applied to weighted gradients.
+
+    For every supported layer `.grad` becomes sum_n s_n C_n, C_n the contribution of sample n to the ordinary
+    gradient. In the first epoch s solves (lam I + N K) s = 1 with K_ij = <C_i, C_j> (the empirical Fisher's natural
+    gradient, Sherman-Morrison-Woodbury); later epochs reuse each sample's s and cost what the ordinary gradient costs.
+
+    model: the network; its modules are routed through FNGD's layer rules until `detach()`.
+    lr, **options: the base optimizer's own (momentum, weight_decay, nesterov, betas, fused, ...), with its defaults.
+    params: what to optimize, as for any torch optimizer (an iterable of parameters or of groups); all of the
+        model's parameters by default. Layers whose weight is not among them are left alone.
+    base: "sgd", "adamw" or a torch.optim class: the update rule.
+    damping: lam in the unit of damping_mode: "trace" tr(K') / N, "mean_eig" tr(K') / N^2, "absolute" 1, with K' the
+        Gram matrix of the per-sample gradients N C_n.
+    normalize: "mean" s / mean(s), so that learning rates carry over; "lambda" lam s; "raw"; "graft" keeps the length
+        of the plain gradient in each layer.
+    share: what later epochs reuse. "sample": each sample's own s (needs `fngd.track` or `set_samples`); "position":
+        the mean s of a batch position; "mean": the mean s of the layer; "none": solve at every step.
+    refresh_every: epochs between new solves; None solves in the first epoch only.
+    norms: "plain" leaves the scale and shift of normalisation layers to the plain gradient, "weighted" treats them too.
+    skip: fnmatch patterns of module names that keep the plain gradient.
+    strict: raise for a module with trainable parameters that no rule serves.
+
+    Raises:
+        ValueError: an argument out of range; no supported layer in the model; with strict, an unsupported module.
+        TypeError: an argument of the wrong type, or an option that the base optimizer does not know.
+
+    Source: Ou, Zhu, Huang, Liu 2024, arXiv 2403.03473.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 0.1,
+        *,
+        params: Iterable[Any] | None = None,
+        base: str | type[Optimizer] = "sgd",
+        damping: float = 0.1,
+        damping_mode: str = "trace",
+        normalize: str = "mean",
+        share: str = "sample",
+        refresh_every: int | None = None,
+        norms: str = "plain",
+        skip: Sequence[str] = (),
+        strict: bool = False,
+        **options: Any,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if not isinstance(damping, numbers.Real):
+            raise TypeError(f"damping: expected a number, got {type(damping).__name__}")
+        if not (math.isfinite(damping) and damping >= 0):
+            raise ValueError(f"damping: expected a finite number >= 0, got {damping}")
+        _one_of("damping_mode", damping_mode, DAMPING_MODES)
+        _one_of("normalize", normalize, NORMALIZATIONS)
+        _one_of("share", share, SHARES)
+        _one_of("norms", norms, ("plain", "weighted"))
+        if refresh_every is not None and (not isinstance(refresh_every, int) or refresh_every < 1):
+            raise ValueError(f"refresh_every: expected a number of epochs >= 1 or None, got {refresh_every!r}")
+        if isinstance(skip, str):
+            raise TypeError(f"skip: expected a sequence of module-name patterns, got the string {skip!r}")
+
+        base_class = _base_class(base)
+        try:
+            self._base = base_class(model.parameters() if params is None else params, lr=lr, **options)
+        except TypeError as error:
+            raise TypeError(f"options of base {base_class.__name__}: {error}") from error
+        super().__init__(self._base.param_groups, self._base.defaults)
+        self._link()
+
+        optimized = [p for group in self.param_groups for p in group["params"]]
+        release(model)
+        layers, self._plain = find_layers(model, optimized, affine=norms == "weighted", skip=skip)
+        if not layers:
+            found = sorted({type(m).__name__ for m in model.modules() if any(True for _ in m.parameters(False))})
+            raise ValueError(f"model: no supported layer among its modules with parameters ({', '.join(found)})")
+        unsupported = {
+            name: reason
+            for name, reason in self._plain.items()
+            if reason != "skipped" and not reason.startswith("normalisation")
+        }
+        if strict and unsupported:
+            listed = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in unsupported.items())
+            raise ValueError(f"strict: modules without a rule ({listed})")
+        self.share = share
+        self.skipped_steps = 0
+        self._model = model
+        self._engine = Engine(
+            layers,
+            damping=float(damping),
+            damping_mode=damping_mode,
+            normalize=normalize,
+            share=share,
+            refresh_every=refresh_every,
+        )
+        self._restore: Callable[[], None] | None = None
+        self.attach()
+
+    def _link(self) -> None:
+        """Let the base optimizer work on this optimizer's own groups and state."""
+        self._base.param_groups = self.param_groups
+        self._base.state = self.state
+
+    # ---- routing ---------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Route the model's layers again after `detach`."""
+        if self._restore is None:
+            self._restore = route(self._engine.layers, self._engine)
+
+    def detach(self) -> None:
+        """Give the model its own forwards back; gradients are plain from here on."""
+        if self._restore is not None:
+            self._restore()
+            self._restore = None
+
+    # ---- samples ---------------------------------------------------------------------------------------------
+
+    def set_samples(self, ids: Sequence[int] | Tensor) -> None:
+        """Name the samples of the next forward, for loops without a loader to track.
+
+        ids: (N,) integers >= 0, row n of the batch; the table grows with them, or ends at the dataset's length when
+            a loader is tracked.
+        """
+        ids = torch.as_tensor(ids)
+        if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8) or ids.ndim != 1:
+            raise TypeError(
+                f"ids: expected integers of shape (N,), got {ids.dtype} of shape {tuple(ids.shape)}; "
+                "a dataset with other keys needs its own map to 0, 1, 2, ..."
+            )
+        ids = ids.to("cpu", torch.int64)
+        size = self._engine.dataset_size
+        if ids.numel() and (ids.min() < 0 or (size is not None and ids.max() >= size)):
+            bound = "" if size is None else f" and below the dataset's length {size}"
+            raise ValueError(f"ids: expected ids >= 0{bound}, got {int(ids.min())} to {int(ids.max())}")
+        self._engine.set_samples(ids)
+
+    def start_epoch(self, dataset_size: int | None = None) -> None:
+        """Begin an epoch; a tracked loader says so itself. Loops without one call it where refresh_every counts."""
+        if dataset_size is not None:
+            self._engine.dataset_size = dataset_size
+        self._engine.start_epoch()
+
+    # ---- optimizer -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """Apply the base optimizer's rule to the gradients; a step whose gradient is not finite is left out.
+
+        closure: re-evaluates the model and returns the loss; called once.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._engine.finish_step()
+        gradients = [
+            p.grad
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None and not p.grad.is_sparse
+        ]
+        if gradients and not bool(torch.isfinite(get_total_norm(gradients, math.inf))):
+            self.skipped_steps += 1
+            return loss
+        self._base.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base optimizer's state and, under "fngd", the coefficient table: tensors and numbers only."""
+        return {**super().state_dict(), "fngd": self._engine.state_dict() | {"skipped_steps": self.skipped_steps}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what state_dict returned; the continued run is the same bit for bit.
+
+        Raises:
+            ValueError: the state is not FNGD's, or of another model or another way of sharing.
+        """
+        if "fngd" not in state_dict:
+            raise ValueError("state_dict: expected the state of an FNGD optimizer, the key 'fngd' is missing")
+        self._engine.check_state(state_dict["fngd"])
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "fngd"})
+        self._link()
+        self._engine.load_state_dict(state_dict["fngd"])
+        self.skipped_steps = state_dict["fngd"]["skipped_steps"]
+
+    # ---- reports ---------------------------------------------------------------------------------------------
+
+    def coverage(self) -> dict[str, str]:
+        """Return for every optimized parameter the rule that weights it, or "plain: " and the reason it is not."""
+        optimized = {id(p) for group in self.param_groups for p in group["params"]}
+        served = {layer.name: layer for layer in self._engine.layers}
+        report = {}
+        for module_name, module in self._model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) not in optimized:
+                    continue
+                path = f"{module_name}.{name}" if module_name else name
+                if module_name not in served:
+                    report[path] = f"plain: {self._plain[module_name]}"
+                else:
+                    report[path] = self._engine.describe(served[module_name], parameter)
+        return report
+
+    def stats(self) -> dict[str, Any]:
+        """Return counters: solved batches, failed solves, skipped steps, the spread of the coefficients, time, memory."""
+        return self._engine.stats() | {"skipped_steps": self.skipped_steps}
+
+
+def _one_of(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _base_class(base: str | type[Optimizer]) -> type[Optimizer]:
+    if isinstance(base, str):
+        _one_of("base", base, tuple(_BASES))
+        return _BASES[base]
+    if not (isinstance(base, type) and issubclass(base, Optimizer)):
+        raise TypeError(f"base: expected 'sgd', 'adamw' or a torch.optim class, got {base!r}")
+    if issubclass(base, torch.optim.LBFGS):
+        raise ValueError("base: LBFGS evaluates the loss several times a step, which weighted gradients do not allow")
+    return base

@@ -1,0 +1,48 @@
+"""nn.Embedding: a sample contributes its output gradients to the rows that its ids name."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+import fngd_kernels as fk
+from fngd_kernels.ops import nodes
+from fngd_kernels.ops.nodes import Gradients, Sink
+
+from .base import Use
+
+
+class EmbeddingRule:
+    """Embeddings of ids (N,) or (N, ...)."""
+
+    name = "embedding"
+
+    def reason_against(self, module: nn.Module) -> str | None:
+        if module.max_norm is not None:
+            return "Embedding with max_norm changes its weight in forward"
+        if module.sparse:
+            return "Embedding with sparse gradients"
+        if module.scale_grad_by_freq:
+            return "Embedding with scale_grad_by_freq couples samples"
+        return None
+
+    def batched(self, module: nn.Module, x: Tensor) -> bool:
+        return x.ndim >= 1
+
+    def forward(self, module: nn.Module, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
+        padding_idx = -1 if module.padding_idx is None else module.padding_idx
+        return nodes.embedding(x, module.weight, scale, sink, padding_idx=padding_idx)
+
+    def gram(self, module: nn.Module, uses: Sequence[Use]) -> Tensor:
+        return fk.gram_embedding(*_positions(uses), padding_idx=module.padding_idx)
+
+    def combine(self, module: nn.Module, uses: Sequence[Use], s: Tensor) -> Gradients:
+        ids, e = _positions(uses)
+        weight = fk.combine_embedding(ids, e, s, module.num_embeddings, padding_idx=module.padding_idx)
+        return weight, None
+
+
+def _positions(uses: Sequence[Use]) -> Use:
+    """Return all uses as one: ids (N, T), e (N, T, D)."""
+    ids = torch.cat([ids.reshape(ids.shape[0], -1) for ids, _ in uses], dim=1)
+    return ids, torch.cat([e.reshape(e.shape[0], -1, e.shape[-1]) for _, e in uses], dim=1)

@@ -1,0 +1,44 @@
+"""nn.Linear: C_n = E_n^T A_n."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+import fngd_kernels as fk
+from fngd_kernels.ops import nodes
+from fngd_kernels.ops.nodes import Gradients, Sink
+
+from .base import Use, trainable_bias
+
+
+class LinearRule:
+    """Linear layers on (N, I) or (N, ..., I); the dimensions between are positions."""
+
+    name = "linear"
+
+    def reason_against(self, module: nn.Module) -> str | None:
+        return None
+
+    def batched(self, module: nn.Module, x: Tensor) -> bool:
+        return x.ndim >= 2
+
+    def forward(self, module: nn.Module, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
+        return nodes.linear(x, module.weight, module.bias, scale, sink)
+
+    def gram(self, module: nn.Module, uses: Sequence[Use]) -> Tensor:
+        return fk.gram(*_positions(uses), bias=trainable_bias(module))
+
+    def combine(self, module: nn.Module, uses: Sequence[Use], s: Tensor) -> Gradients:
+        a, e = _positions(uses)
+        if trainable_bias(module):
+            return fk.combine(a, e, s, bias=True)
+        return fk.combine(a, e, s), None
+
+
+def _positions(uses: Sequence[Use]) -> Use:
+    """Return all uses as one (N, T, I), (N, T, O); a single use without positions stays (N, I), (N, O)."""
+    if len(uses) == 1 and uses[0][0].ndim <= 3:
+        return uses[0]
+    a = torch.cat([a.reshape(a.shape[0], -1, a.shape[-1]) for a, _ in uses], dim=1)
+    return a, torch.cat([e.reshape(e.shape[0], -1, e.shape[-1]) for _, e in uses], dim=1)

@@ -1,0 +1,112 @@
+"""Sample ids for any DataLoader: taken from the batch sampler, so that datasets and collate functions stay as they are."""
+
+import copy
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from torch.utils.data import DataLoader, IterableDataset
+
+
+class TakesSamples(Protocol):
+    """What a tracked loader tells about its batches: an optimizer."""
+
+    def set_samples(self, ids: Sequence[int]) -> None:
+        """Receive the ids of the samples in the next batch."""
+
+    def start_epoch(self, dataset_size: int | None = None) -> None:
+        """Hear that the loader begins anew."""
+
+
+def track(loader: DataLoader, optimizer: TakesSamples) -> "TrackedLoader":
+    """Return the loader, iterated as before, telling the optimizer the sample ids of every batch it yields.
+
+    The ids are the dataset indices that the loader's own batch sampler draws: any map-style dataset, collate_fn,
+    number of workers, shuffling, drop_last or a short last batch. Only share = "sample" needs ids; for the other
+    modes any loader will do, an IterableDataset included.
+
+    Raises:
+        TypeError: loader is not a DataLoader, or optimizer does not take sample ids.
+        ValueError: ids are needed and the loader has none: an IterableDataset, batch_size=None with single
+            indices, or in_order=False.
+    """
+    if not isinstance(loader, DataLoader):
+        raise TypeError(f"loader: expected a torch.utils.data.DataLoader, got {type(loader).__name__}")
+    if not hasattr(optimizer, "set_samples"):
+        raise TypeError(f"optimizer: expected an fngd.FNGD, got {type(optimizer).__name__}")
+    return TrackedLoader(loader, optimizer)
+
+
+class TrackedLoader:
+    """A DataLoader that reports sample ids; every attribute but iteration is the loader's own."""
+
+    def __init__(self, loader: DataLoader, optimizer: TakesSamples) -> None:
+        self.loader, self.optimizer = loader, optimizer
+        self._recorder: _RecordingSampler | None = None
+        self._source = loader
+        if getattr(optimizer, "share", "sample") == "sample":
+            self._source, self._recorder = _recording(loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._recorder is None:
+            self.optimizer.start_epoch()
+            yield from self._source
+            return
+        self.optimizer.start_epoch(len(self.loader.dataset))  # type: ignore[arg-type]
+        batches = iter(self._source)
+        drawn = self._recorder.drawn
+        for batch in batches:
+            self.optimizer.set_samples(drawn.popleft())
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader":  # not yet set while unpickling
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+
+class _RecordingSampler:
+    """A batch sampler that notes the indices of each batch, in the order in which the loader yields batches."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+        self.drawn: deque[Sequence[int]] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        # A new queue for every pass: workers draw ahead of the loop, which may leave it early.
+        self.drawn = deque()
+        return self._draw(self.drawn)
+
+    def _draw(self, drawn: deque[Sequence[int]]) -> Iterator[Any]:
+        for indices in self.sampler:
+            if not isinstance(indices, Sequence) or isinstance(indices, (str, bytes)):
+                raise ValueError(
+                    "loader: its sampler draws single indices (batch_size=None), which do not name the samples of a "
+                    "batch; give the loader a batch_size, or call optimizer.set_samples(ids) yourself"
+                )
+            drawn.append(indices)
+            yield indices
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+def _recording(loader: DataLoader) -> tuple[DataLoader, _RecordingSampler]:
+    """Return a copy of the loader that draws through a recording sampler, and that sampler."""
+    if isinstance(loader.dataset, IterableDataset):
+        raise ValueError(
+            "loader: an IterableDataset has no sample indices; call optimizer.set_samples(ids) before each forward, "
+            "or choose share='none' (solve at every step), share='position' or share='mean'"
+        )
+    if not getattr(loader, "in_order", True):
+        raise ValueError("loader: expected in_order=True, batches out of order cannot be matched with their ids")
+    which = "sampler" if loader.batch_sampler is None else "batch_sampler"
+    recorder = _RecordingSampler(getattr(loader, which))
+    recording = copy.copy(loader)
+    # A DataLoader forbids to set its samplers after construction; the copy has drawn nothing yet.
+    recording.__dict__[which] = recorder
+    recording.__dict__["_iterator"] = None
+    return recording, recorder
