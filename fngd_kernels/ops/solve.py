@@ -35,9 +35,9 @@ def solve(
     rhs: (..., N) of k's dtype, ones by default
     return_info: whether to return info beside x
 
-    Returns: (..., N), x; with return_info also (...) int32, info: 0 where solved, j > 0 where the leading minor
-        of order j is not positive definite or not finite. There x is NaN; nothing is raised, and the other
-        matrices are not affected. x is not differentiable: `fngd_kernels.reference` is.
+    Returns: (..., N), x; with return_info also info (...) int32: 0 where solved, j > 0 where the leading
+        minor of order j is not positive definite or not finite. There x is NaN; nothing is raised, and the
+        other matrices are not affected. x is not differentiable: `fngd_kernels.reference` is.
     Raises: ValueError, TypeError when shapes, devices or dtypes do not fit, or the damping is negative.
     Source: the Woodbury form of the damped empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).
     """
