@@ -37,7 +37,7 @@ def linear(
     x: (N, ..., I); weight: (O, I); bias: (O,) or None; scale: (N,), the weights of the samples.
     """
     if not native.AVAILABLE:
-        return nodes_python.Linear.apply(x, weight, bias, scale, sink, False)
+        return nodes_python.Linear.apply(*nodes_python.autocast(x, weight, bias), scale, sink, False)
     if sink is not None:
         return native.extension.captured_linear(x, weight, bias, sink)
     return torch.ops.fngd.linear(x, weight, bias, scale)
@@ -61,7 +61,7 @@ def conv(
     """
     geometry = (list(stride), list(padding), list(dilation), groups)
     if not native.AVAILABLE:
-        return nodes_python.Conv.apply(x, weight, bias, scale, sink, geometry, None)
+        return nodes_python.Conv.apply(*nodes_python.autocast(x, weight, bias), scale, sink, geometry, None)
     if sink is not None:
         return native.extension.captured_conv(x, weight, bias, sink, *geometry)
     return torch.ops.fngd.conv(x, weight, bias, scale, *geometry)
