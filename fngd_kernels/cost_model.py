@@ -30,10 +30,10 @@ class Plan:
 
     algorithm: "hadamard" (one position per sample), "pairs" (of positions) or "explicit" (contributions C_n)
     sample_chunk: samples per block (pairs), samples whose C_n are formed at a time (explicit)
-    group_chunk, out_chunk, in_chunk: groups, outputs and inputs per group of one chunk of the weight (explicit)
+    group_chunk, out_chunk, in_chunk: groups, outputs and inputs per group in a chunk of the weight (explicit)
     macs: multiply-adds done
     bytes_moved: bytes of inputs and scratch read and written
-    workspace: bytes of scratch needed, the library's own copies included
+    workspace: bytes of scratch needed, copies that the library makes of a convolution's inputs included
     """
 
     algorithm: str
@@ -90,7 +90,7 @@ def plan(
     stride, padding, dilation, groups: of the convolution
     bias: whether the bias belongs to the block
     itemsize: bytes of an element of the inputs
-    workspace: upper bound of scratch memory in bytes; a chunk of one sample and one weight is the least there is
+    workspace: upper bound of scratch memory in bytes, met wherever one sample and one weight fit
 
     Returns: Plan
     """
@@ -152,11 +152,9 @@ def _plan(
 def _hadamard(layer: _Layer) -> Plan:
     n = layer.samples
     products = 2 * n * n * layer.size
+    macs, moved = n * n * (layer.inputs + layer.outputs), layer.input_bytes + products
     casts = layer.input_bytes if layer.copies else 0
-    macs = n * n * (layer.inputs + layer.outputs)
-    return Plan(
-        "hadamard", n, 1, layer.outputs, layer.inputs, macs, layer.input_bytes + products, products + casts
-    )
+    return Plan("hadamard", n, 1, layer.outputs, layer.inputs, macs, moved, products + casts)
 
 
 def _pairs(layer: _Layer, grids: list[tuple[PixelGrid, ...]] | None, workspace: int) -> tuple[Plan, float]:
@@ -173,11 +171,17 @@ def _pairs(layer: _Layer, grids: list[tuple[PixelGrid, ...]] | None, workspace: 
         )
     # Of one pair of samples: position pairs of a and of e, and (convolution) the largest pixel Gram matrix.
     scratch = (2 * p * p + (max(pixels, default=0) ** 2 if grids is not None else 0)) * layer.size
-    rows = n * (sum(pixels) * layer.inputs + p * layer.outputs) * layer.size if layer.copies else 0
-
-    block = max(1, min(n, int((min(CHUNK_BYTES, max(workspace - rows, 0)) / scratch) ** 0.5)))
-    blocks = ceil(n / block)
-    block = ceil(n / blocks)
+    # Of one sample: its rows, copied where they are cast or gathered.
+    rows = (sum(pixels) * layer.inputs + p * layer.outputs) * layer.size if layer.copies else 0
+    block = max(1, min(n, int((CHUNK_BYTES / scratch) ** 0.5)))
+    while True:
+        blocks = ceil(n / block)
+        block = ceil(n / blocks)
+        kept = n if grids is not None else 2 * block
+        needed = block * block * scratch + kept * rows
+        if needed <= workspace or block == 1:
+            break
+        block = ceil(block / 2)
     sample_pairs = block * block * blocks * (blocks + 1) // 2
     macs = layer.groups * sample_pairs * (sum(q * q for q in pixels) * layer.inputs + p * p * layer.outputs)
     elements = layer.groups * sample_pairs * (taps + 2 * p * p)
@@ -189,7 +193,7 @@ def _pairs(layer: _Layer, grids: list[tuple[PixelGrid, ...]] | None, workspace: 
         layer.inputs,
         macs,
         layer.input_bytes + 2 * elements * layer.size,
-        block * block * scratch + rows,
+        needed,
     )
     return plan, macs + ELEMENT_PASS * elements
 
@@ -197,19 +201,18 @@ def _pairs(layer: _Layer, grids: list[tuple[PixelGrid, ...]] | None, workspace: 
 def _explicit(layer: _Layer, workspace: int) -> tuple[Plan, float]:
     """Plan chunks of the weight, whose C_n are formed for all samples, some samples at a time."""
     n, kernel = layer.samples, layer.kernel
-    columns = min(CHUNK_BYTES, workspace // 4) // (n * layer.size)
+    columns = min(CHUNK_BYTES, workspace // 2) // (n * layer.size)
     while True:
         g, o, i = _weight_chunk(layer, columns)
         chunk = n * g * o * i * kernel * layer.size
         # A slice of each input and C_n, each twice where the library keeps a copy in a layout of its own.
         one = 2 * g * (layer.pixels * i + layer.positions * o + i * o * kernel) * layer.size
         one = one if layer.copies else 0
-        if chunk + n * one <= workspace:
-            samples, needed = n, chunk + n * one
-        else:
-            samples = max(1, (workspace - 2 * chunk) // max(one, 1))
-            samples = ceil(n / ceil(n / min(n, samples)))
-            needed = 2 * chunk + samples * one
+        samples = max(1, min(n, (workspace - chunk) // max(one, 1)))
+        samples = ceil(n / ceil(n / samples))
+        # The parts of a convolution's chunk are formed one by one, then joined.
+        joined = chunk if layer.copies and samples < n else 0
+        needed = chunk + max(joined, samples * one)
         if needed <= workspace or g * o * i == 1:
             break
         columns = g * o * i * kernel // 2

@@ -1,4 +1,4 @@
-"""What every operator computes, in plain torch of any dtype and differentiable: the definition, not the fast way."""
+"""What every operator computes, in plain torch of any dtype, differentiable: its definition."""
 
 from collections.abc import Sequence
 from math import prod
@@ -28,7 +28,7 @@ def contributions_conv(
     groups: int = 1,
     bias: bool = False,
 ) -> Tensor:
-    """Return the contribution of each sample to weight and bias as rows (N, O C/groups prod(kernel) + bias O)."""
+    """Return C_n of a convolution as rows (N, O C/groups prod(kernel) + bias O), in at least float32."""
     x, e = _wide(x), _wide(e).unflatten(1, (groups, -1)).flatten(3)
     kernel = weight_shape[2:]
     dims = len(kernel)
@@ -46,7 +46,7 @@ def contributions_conv(
 def contributions_embedding(
     ids: Tensor, e: Tensor, num_embeddings: int, *, padding_idx: int | None = None
 ) -> Tensor:
-    """Return the contribution of each sample to the embedding's weight as rows (N, num_embeddings D)."""
+    """Return C_n of an embedding as rows (N, num_embeddings D), in at least float32."""
     ids, e = (ids.unsqueeze(1), e.unsqueeze(1)) if ids.ndim == 1 else (ids, e)
     one_hot = (ids.unsqueeze(-1) == torch.arange(num_embeddings, device=ids.device)).to(_wide(e).dtype)
     if padding_idx is not None:
@@ -131,7 +131,7 @@ def combine_rows(g: Tensor, s: Tensor) -> Tensor:
 
 
 def solve(k: Tensor, damping: float | Tensor, rhs: Tensor | None = None) -> Tensor:
-    """Return (k + damping I)^-1 rhs for k (..., N, N), damping a number or (...), rhs (..., N), ones by default."""
+    """Return (k + damping I)^-1 rhs for k (..., N, N), damping a number or (...), rhs (..., N) or ones."""
     rhs = k.new_ones(k.shape[:-1]) if rhs is None else rhs
     damping = torch.as_tensor(damping, dtype=k.dtype, device=k.device)[..., None, None]
     return torch.linalg.solve(k + damping * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device), rhs)

@@ -1,5 +1,7 @@
 """Gram matrix of a convolution from its per-sample contributions, formed by chunks of the weight."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,10 +12,10 @@ from .products import accumulation_dtype, add_gram, mirror
 def gram_conv_explicit(
     x: Tensor,
     e: Tensor,
-    weight_shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     groups: int,
     bias: bool,
     plan: Plan,
@@ -53,7 +55,10 @@ def gram_conv_explicit(
                 x_chunk = x[:, g : g + plan.group_chunk, i : i + plan.in_chunk]
                 samples = zip(x_chunk.split(plan.sample_chunk), e_chunk.split(plan.sample_chunk), strict=True)
                 parts = [contributions(x_m, e_m) for x_m, e_m in samples]
-                add_gram(k, parts[0] if len(parts) == 1 else torch.cat(parts))
+                c = parts[0] if len(parts) == 1 else torch.cat(parts)
+                del parts
+                add_gram(k, c)
+                del c
     if bias:
         add_gram(k, e.flatten(3).sum(3, dtype=dtype).flatten(1))
     return mirror(k)

@@ -1,7 +1,7 @@
 """Gram matrix of a convolution from inner products of pixels, without patches."""
 
+from collections.abc import Sequence
 from itertools import product
-from math import prod
 
 from torch import Tensor
 
@@ -9,16 +9,16 @@ from ..cost_model import Plan
 from ..geometry import pixel_grids
 from .products import accumulation_dtype, mirror, rows_product
 
-_ALL = slice(None)
+_ALL: slice = slice(None)
 
 
 def gram_conv_pairs(
     x: Tensor,
     e: Tensor,
-    weight_shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     groups: int,
     bias: bool,
     plan: Plan,
@@ -32,14 +32,18 @@ def gram_conv_pairs(
     dtype = accumulation_dtype(x.dtype)
     k = x.new_zeros((n, n), dtype=dtype)
     grids = list(product(*map(pixel_grids, x.shape[2:], weight_shape[2:], stride, padding, dilation)))
-    starts = range(0, n, plan.sample_chunk)
 
     for x_g, e_g in zip(x.chunk(groups, 1), e.chunk(groups, 1), strict=True):
         blocks = []
-        for i in starts:
-            x_i, e_i = (t[i : i + plan.sample_chunk].to(dtype) for t in (x_g, e_g))
-            pixels = [_position_rows(x_i[(..., *(axis.pixels for axis in grid))]) for grid in grids]
-            blocks.append((slice(i, i + len(x_i)), pixels, _position_rows(e_i)))
+        for start in range(0, n, plan.sample_chunk):
+            samples = slice(start, min(n, start + plan.sample_chunk))
+            x_i, e_i = x_g[samples].to(dtype), e_g[samples].to(dtype)
+            pixels = []
+            for grid in grids:
+                at = (_ALL, _ALL, *(axis.pixels for axis in grid))
+                pixels.append(_position_rows(x_i[at]))
+            blocks.append((samples, pixels, _position_rows(e_i)))
+
         for row, (i, pixels_i, e_i) in enumerate(blocks):
             for j, pixels_j, e_j in blocks[row:]:
                 n_i, n_j = i.stop - i.start, j.stop - j.start
@@ -48,8 +52,9 @@ def gram_conv_pairs(
                     sizes = [axis.size for axis in grid]
                     pixel_pairs = rows_product(grid_i, grid_j).view(*sizes, n_i, *sizes, n_j)
                     for taps in product(*(axis.taps for axis in grid)):
-                        at, read = [tap.outputs for tap in taps], [tap.pixels for tap in taps]
-                        pairs[(*at, _ALL, *at)] += pixel_pairs[(*read, _ALL, *read)]
+                        outputs, shifted = [tap.outputs for tap in taps], [tap.pixels for tap in taps]
+                        at, read = (*outputs, _ALL, *outputs), (*shifted, _ALL, *shifted)
+                        pairs[at] += pixel_pairs[read]
                 if bias:
                     pairs += 1
                 pairs = pairs.view(len(e_i), len(e_j)).mul_(rows_product(e_i, e_j))

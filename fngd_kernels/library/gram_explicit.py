@@ -20,6 +20,7 @@ def gram_explicit(a: Tensor, e: Tensor, bias: bool, plan: Plan) -> Tensor:
                 e_m, a_m = (rows[m : m + plan.sample_chunk].to(dtype) for rows in (e_chunk, a_chunk))
                 torch.bmm(e_m.mT, a_m, out=c[m : m + plan.sample_chunk])
             add_gram(k, c.flatten(1))
+            del c
     if bias:
         add_gram(k, e.sum(1, dtype=dtype))
     return mirror(k)

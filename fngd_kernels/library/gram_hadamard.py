@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .products import accumulation_dtype, rows_product
+from .products import accumulation_dtype, mirror, rows_product
 
 
 def gram_hadamard(a: Tensor, e: Tensor, bias: bool) -> Tensor:
@@ -12,4 +12,4 @@ def gram_hadamard(a: Tensor, e: Tensor, bias: bool) -> Tensor:
     k = rows_product(a, a)
     if bias:
         k += 1
-    return k.mul_(rows_product(e, e))
+    return mirror(k.mul_(rows_product(e, e)))

@@ -1,7 +1,7 @@
-"""Weighted sums of per-sample contributions C_n: the gradient sum_n s_n C_n, which C_n never exist for.
+"""Weighted sums of per-sample contributions C_n: the gradient sum_n s_n C_n, without forming any C_n.
 
-With s = 1 each function returns the ordinary gradient of the layer's parameters. The result has the dtype of the
-inputs and is not differentiable: `fngd_kernels.reference` is.
+With s = 1 each function returns the ordinary gradient of the layer's parameters. The result has the dtype of
+the inputs and is not differentiable: `fngd_kernels.reference` is.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from .library import LIBRARY, call
 
 LIBRARY.define("combine(Tensor a, Tensor e, Tensor s, bool bias) -> Tensor[]")
 LIBRARY.define(
-    "combine_conv(Tensor x, Tensor e, Tensor s, int[] weight_shape, int[] stride, int[] padding, int[] dilation, "
-    "int groups, bool bias) -> Tensor[]"
+    "combine_conv(Tensor x, Tensor e, Tensor s, int[] weight_shape, int[] stride, int[] padding, "
+    "int[] dilation, int groups, bool bias) -> Tensor[]"
 )
 LIBRARY.define(
     "combine_embedding(Tensor ids, Tensor e, Tensor s, int num_embeddings, int? padding_idx) -> Tensor"

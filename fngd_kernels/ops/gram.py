@@ -1,8 +1,9 @@
 """Gram matrices of per-sample contributions C_n to a layer's gradient.
 
-K_ij = <C_i, C_j> is (N,N), float64 for float64 input and float32 otherwise, accumulated in that dtype from the first
-product on. K is exactly symmetric and, on one machine, the same from run to run. K is not differentiable:
-`fngd_kernels.reference` is. The scratch memory stays under `workspace` bytes wherever one sample and one weight fit.
+K_ij = <C_i, C_j> is (N,N), float64 for float64 input and float32 otherwise, in which every sum is kept.
+K is exactly symmetric, and not differentiable: `fngd_kernels.reference` is. Scratch memory stays under
+`workspace` bytes wherever one sample and one weight fit, beside matrices of K's size and the buffers of the
+library's matrix product (about 256 KiB for each thread).
 """
 
 from collections.abc import Sequence
@@ -26,8 +27,8 @@ from .library import LIBRARY, call
 
 LIBRARY.define("gram(Tensor a, Tensor e, bool bias, int workspace) -> Tensor")
 LIBRARY.define(
-    "gram_conv(Tensor x, Tensor e, int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, "
-    "bool bias, int workspace) -> Tensor"
+    "gram_conv(Tensor x, Tensor e, int[] weight_shape, int[] stride, int[] padding, int[] dilation, "
+    "int groups, bool bias, int workspace) -> Tensor"
 )
 LIBRARY.define("gram_embedding(Tensor ids, Tensor e, int? padding_idx, int workspace) -> Tensor")
 LIBRARY.define("gram_rows(Tensor g, int workspace) -> Tensor")
@@ -177,7 +178,7 @@ def _gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: 
 def _gram_rows(g: Tensor, workspace: int) -> Tensor:
     if not g.numel():
         return _empty_gram(g).zero_()
-    return library_gram_rows(g.flatten(1), workspace)
+    return library_gram_rows(g.reshape(len(g), -1), workspace)
 
 
 def _empty_gram(a: Tensor, *_: object) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 LIBRARY = torch.library.Library("fngd", "FRAGMENT")
-"""Plain torch is registered under `CompositeExplicitAutograd`; native code registers `CPU` or `CUDA`, which win."""
+"""Plain torch registers as `CompositeExplicitAutograd`; native code as `CPU` or `CUDA`, which win."""
 
 
 def call(op: Callable[..., Any], tensor: torch.Tensor, *args: Any) -> Any:
