@@ -22,6 +22,7 @@ class Layer:
         self.solves = 0
         self.weights: Tensor | None = None  # of the last solve
         self.open_uses = 0  # solving forwards whose backward has not come yet
+        self.split_task = -1  # the last backward in which uses had to be answered one by one
 
     @property
     def parameters(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
@@ -65,6 +66,16 @@ class RoutedForward:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _own_forward, (self.layer.module,)
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Return whether somebody else put a forward of its own on the instance."""
+    forward = module.__dict__.get("forward")
+    return not (
+        forward is None
+        or isinstance(forward, RoutedForward)
+        or getattr(forward, "__func__", None) is type(module).forward  # left by a copy of a routed module
+    )
 
 
 def _own_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -133,7 +144,7 @@ def find_layers(
             rule, reason = None, "skipped"
         elif shared:
             rule, reason = None, f"shares a parameter with {', '.join(shared)}"
-        elif not isinstance(module.__dict__.get("forward"), RoutedForward | None):
+        elif _is_replaced(module):
             rule, reason = None, "its forward was replaced on the instance"
         elif any(name.startswith(prefix) for prefix in attention):
             rule, reason = None, "MultiheadAttention reads its weight without calling it"

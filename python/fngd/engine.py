@@ -135,10 +135,15 @@ class Engine:
     @torch.no_grad()
     def _captured(self, layer: Layer, batch: Batch, a: Tensor, e: Tensor, selective: bool) -> Gradients | None:
         """Receive one use of a layer inside backward; the sink of the layer's node."""
-        use = (a, e)
+        use, task = (a, e), torch._C._current_graph_task_id()
+        last_use = layer.open_uses <= 1 and layer.split_task != task
+        layer.open_uses = max(0, layer.open_uses - 1)
         if selective or _awaited(layer):
-            return self._solve_now(layer, batch, use)
-        task = torch._C._current_graph_task_id()
+            if last_use:
+                return _weighted(layer, [use], self._solve(batch, {layer: [use]}))
+            layer.note = "used several times, and its gradient must be returned before the last use is known"
+            layer.split_task = task
+            return _weighted(layer, [use], {})
         if task not in self._pending:
             self._pending[task] = defaultdict(lambda: defaultdict(list))
             Variable._execution_engine.queue_callback(partial(self._finish_backward, task))
@@ -154,14 +159,6 @@ class Engine:
                 for parameter, gradient in zip(layer.parameters, _weighted(layer, uses, weights), strict=True):
                     if parameter is not None and parameter.requires_grad and gradient is not None:
                         _accumulate(parameter, gradient)
-
-    def _solve_now(self, layer: Layer, batch: Batch, use: Use) -> Gradients:
-        """Solve for one layer inside its own backward, where its gradient must be returned at once."""
-        if layer.open_uses > 1:
-            layer.note = "used several times, and its gradient must be returned before the last use is known"
-            return _weighted(layer, [use], {})
-        layer.open_uses -= 1
-        return _weighted(layer, [use], self._solve(batch, {layer: [use]}))
 
     def _solve(self, batch: Batch, captured: dict[Layer, list[Use]]) -> dict[Layer, Tensor]:
         """Return the weights of the samples for every layer that can be weighted, and keep them for later epochs."""

@@ -1,0 +1,576 @@
+"""FNGD as a torch optimizer: trajectories, phases, reports, state, bad input."""
+
+import copy
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import make
+from torch import nn
+
+import fngd
+
+N = 8
+
+
+def train(model, opt, x, y, steps, ids=None, loss_of=F.cross_entropy):
+    losses = []
+    for _ in range(steps):
+        if ids is not None:
+            opt.set_samples(ids)
+        opt.zero_grad()
+        loss = loss_of(model(x), y)
+        loss.backward()
+        opt.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [
+        ("sgd", {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}),
+        ("sgd", {"momentum": 0.9, "foreach": False}),
+        ("sgd", {"momentum": 0.9, "fused": True}),
+        ("adamw", {"betas": (0.8, 0.99), "weight_decay": 1e-2}),
+        (torch.optim.RMSprop, {"alpha": 0.9}),
+    ],
+)
+@pytest.mark.parametrize("share", ["none", "sample", "position", "mean"])
+def test_unit_weights_give_the_base_optimizer_trajectory(base, options, share):
+    model, x, y = make("conv2d-groups-reflect", N, torch.float32)
+    twin = copy.deepcopy(model)
+    reference = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}.get(base, base)
+    reference = reference(twin.parameters(), lr=0.02, **options)
+    opt = fngd.FNGD(model, lr=0.02, base=base, share=share, damping=1e12, **options)  # s = 1 to 1e-12
+
+    expected = train(twin, reference, x, y, 50)
+    actual = train(model, opt, x, y, 50, torch.arange(N))
+
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_samples_keep_their_coefficients_until_refreshed():
+    model, x, y = make("mlp", N)
+    opt = fngd.FNGD(model, lr=0.1, refresh_every=2)
+    ids = torch.tensor([3, 1, 7, 0, 2, 5, 6, 4])
+    solved = []
+    for _ in range(4):
+        opt.start_epoch(N)
+        train(model, opt, x, y, 1, ids)
+        solved.append(opt.stats()["solved_batches"])
+    assert solved == [1, 1, 2, 2]
+
+
+def test_a_batch_with_one_unseen_sample_is_solved():
+    model, x, y = make("mlp", N)
+    opt = fngd.FNGD(model)
+    train(model, opt, x[:4], y[:4], 1, torch.arange(4))
+    train(model, opt, x[:4], y[:4], 1, torch.tensor([3, 2, 1, 0]))
+    assert opt.stats()["solved_batches"] == 1
+    train(model, opt, x[:4], y[:4], 1, torch.tensor([0, 1, 2, 9]))
+    assert opt.stats()["solved_batches"] == 2
+    assert opt.stats()["seen_samples"] == 5
+
+
+def test_coefficients_follow_samples_through_a_reordered_batch():
+    model, x, y = make("mlp", N)
+    opt = fngd.FNGD(model, lr=0.0)
+    train(model, opt, x, y, 1, torch.arange(N))
+    order = torch.randperm(N)
+    train(model, opt, x, y, 1, torch.arange(N))
+    expected = [p.grad.clone() for p in model.parameters()]
+    train(model, opt, x[order], y[order], 1, order)
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+
+
+@pytest.mark.parametrize(("share", "width"), [("position", N), ("mean", 1)])
+def test_means_are_collected_in_the_first_epoch_and_then_shared(share, width):
+    model, x, y = make("mlp", N)
+    opt = fngd.FNGD(model, lr=0.0, share=share, normalize="lambda")
+    seen = []
+    opt.start_epoch()
+    for _ in range(3):
+        x = torch.randn_like(x)
+        train(model, opt, x, y, 1)
+        seen.append(torch.stack([layer.weights for layer in opt._engine.layers]))
+    expected = torch.stack(seen).mean(0).float()
+    expected = expected if share == "position" else expected.mean(1, keepdim=True)
+    torch.testing.assert_close(opt._engine.table.values, expected)
+
+    opt.start_epoch()
+    train(model, opt, x, y, 1)
+    assert opt.stats()["solved_batches"] == 3
+    assert opt._engine.table.values.shape[1] == width
+    weights = expected.expand(-1, N).double()
+    opt.detach()
+    shared = [p.grad.clone() for p in model.parameters()]
+    for row, gradient in zip((0, 0, 1, 1), range(4), strict=True):
+        rows = torch.stack(
+            [
+                torch.autograd.grad(F.cross_entropy(model(x[n : n + 1]), y[n : n + 1]), list(model.parameters()))[gradient]
+                for n in range(N)
+            ]
+        )
+        torch.testing.assert_close(shared[gradient], torch.einsum("n,n...->...", weights[row], rows) / N)
+
+
+def test_gradient_accumulation_solves_each_micro_batch():
+    model, x, y = make("mlp", N)
+    opt = fngd.FNGD(model, share="none")
+    F.cross_entropy(model(x[:4]), y[:4]).backward()
+    first = [p.grad.clone() for p in model.parameters()]
+    opt.zero_grad()
+    F.cross_entropy(model(x[4:]), y[4:]).backward()
+    second = [p.grad.clone() for p in model.parameters()]
+    opt.zero_grad()
+    F.cross_entropy(model(x[:4]), y[:4]).backward()
+    F.cross_entropy(model(x[4:]), y[4:]).backward()
+    for p, a, b in zip(model.parameters(), first, second, strict=True):
+        torch.testing.assert_close(p.grad, a + b)
+
+
+@pytest.mark.parametrize("how", ["hook", "autograd.grad"])
+def test_gradients_asked_for_inside_backward_are_the_same(how):
+    model, x, y = make("conv2d-groups-reflect", N)
+    opt = fngd.FNGD(model, share="none", norms="weighted")
+    F.cross_entropy(model(x), y).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    opt.zero_grad()
+    parameters = list(model.parameters())
+    loss = F.cross_entropy(model(x), y)
+    if how == "hook":
+        seen = []
+        for p in parameters:
+            p.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+        loss.backward()
+        assert len(seen) == len(parameters)
+        actual = [p.grad for p in parameters]
+    else:
+        actual = torch.autograd.grad(loss, parameters)
+        assert all(p.grad is None for p in parameters)
+    for gradient, reference in zip(actual, expected, strict=True):
+        torch.testing.assert_close(gradient, reference)
+
+
+def test_a_reused_layer_with_hooks_keeps_the_plain_gradient_and_says_so():
+    model, x, y = make("reused", N)
+    opt = fngd.FNGD(model, share="none")
+    model.linear.weight.register_post_accumulate_grad_hook(lambda p: None)
+    F.cross_entropy(model(x), y).backward()
+    actual = model.linear.weight.grad.clone()
+    opt.detach()
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    torch.testing.assert_close(actual, model.linear.weight.grad)
+    assert opt.coverage()["linear.weight"].startswith("plain: used several times")
+
+
+def test_input_gradients_in_a_solving_step_solve_nothing():
+    model, x, y = make("mlp", N)
+    opt = fngd.FNGD(model, share="none")
+    x.requires_grad_()
+    torch.autograd.grad(F.cross_entropy(model(x), y), x)
+    assert opt.stats()["solved_batches"] == 0
+
+
+def test_a_failed_backward_does_not_disturb_the_next():
+    model, x, y = make("mlp", N)
+    opt = fngd.FNGD(model, share="none")
+
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise ArithmeticError("on purpose")
+
+    hidden = Failing.apply(model[1](model[0](x)))
+    with pytest.raises(ArithmeticError):
+        F.cross_entropy(model[2](hidden), y).backward()
+    opt.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    actual = [p.grad.clone() for p in model.parameters()]
+    opt.zero_grad()
+    opt.step()
+    F.cross_entropy(model(x), y).backward()
+    for gradient, p in zip(actual, model.parameters(), strict=True):
+        assert torch.equal(gradient, p.grad)
+
+
+@pytest.mark.parametrize("share", ["none", "sample"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_batch_that_is_not_finite_never_reaches_the_parameters(share, poison):
+    model, x, y = make("mlp", N, torch.float32)
+    opt = fngd.FNGD(model, lr=0.1, share=share, momentum=0.9)
+    bad = x.clone()
+    bad[2, 1] = poison
+    before = copy.deepcopy(model.state_dict())
+    train(model, opt, bad, y, 1, torch.arange(N))
+    stats = opt.stats()
+    assert stats["skipped_steps"] == 1
+    assert stats["failed_solves"] > 0
+    assert stats["seen_samples"] == 0
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    losses = train(model, opt, x, y, 20, torch.arange(N))
+    assert losses[-1] < losses[0]
+    assert opt.stats()["skipped_steps"] == 1
+
+
+def test_a_gram_without_a_positive_pivot_falls_back_to_the_plain_gradient():
+    model, x, y = make("mlp", N)
+    x, y = x[:1].repeat(N, 1), y[:1].repeat(N)  # rank one, and no damping
+    twin = copy.deepcopy(model)
+    opt = fngd.FNGD(model, share="none", damping=0.0)
+    F.cross_entropy(model(x), y).backward()
+    F.cross_entropy(twin(x), y).backward()
+    failed = opt.stats()["failed_solves"]
+    assert failed == 2
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_zero_gradients_are_no_failure():
+    model, x, y = make("mlp", N)
+    opt = fngd.FNGD(model, share="none")
+    (F.cross_entropy(model(x), y) * 0).backward()
+    assert opt.stats()["failed_solves"] == 0
+    assert all((p.grad == 0).all() for p in model.parameters())
+
+
+# ---- state ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", ["sample", "position", "mean", "none"])
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_a_resumed_run_is_the_same_bit_for_bit(share, base):
+    options = {"momentum": 0.9} if base == "sgd" else {}
+
+    def run(model, opt, scheduler, epochs):
+        for _ in range(epochs):
+            opt.start_epoch()
+            for batch in torch.arange(2 * N).view(2, N):
+                train(model, opt, x[batch], y[batch], 1, batch)
+            scheduler.step()
+
+    def setup(model):
+        opt = fngd.FNGD(model, lr=0.05, base=base, share=share, **options)
+        return opt, torch.optim.lr_scheduler.StepLR(opt, 2, 0.5)
+
+    model, x, y = make("mlp", 2 * N, torch.float32)
+    fresh = copy.deepcopy(model)
+    opt, scheduler = setup(model)
+    run(model, opt, scheduler, 2)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "opt": opt.state_dict(), "scheduler": scheduler.state_dict()}, file)
+    run(model, opt, scheduler, 3)
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed_opt, resumed_scheduler = setup(fresh)
+    fresh.load_state_dict(saved["model"])
+    resumed_opt.load_state_dict(saved["opt"])
+    resumed_scheduler.load_state_dict(saved["scheduler"])
+    run(fresh, resumed_opt, resumed_scheduler, 3)
+
+    for p, q in zip(model.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(p, q)
+    before, after = opt.stats(), resumed_opt.stats()
+    assert [before[k] for k in ("epoch", "solved_batches", "seen_samples")] == [
+        after[k] for k in ("epoch", "solved_batches", "seen_samples")
+    ]
+
+
+def test_foreign_states_are_refused_and_change_nothing():
+    model, x, y = make("mlp", N)
+    opt = fngd.FNGD(model, momentum=0.9)
+    train(model, opt, x, y, 2, torch.arange(N))
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match="'fngd' is missing"):
+        opt.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
+    other, *_ = make("conv1d", N)
+    with pytest.raises(ValueError, match="layers"):
+        opt.load_state_dict(fngd.FNGD(other).state_dict())
+    twin = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="share='sample'"):
+        opt.load_state_dict(fngd.FNGD(twin, share="none").state_dict())
+    after = opt.state_dict()
+    assert torch.equal(before["fngd"]["values"], after["fngd"]["values"])
+    assert before["param_groups"] == after["param_groups"]
+
+
+def test_groups_schedulers_and_closures():
+    model, x, y = make("mlp", N)
+    opt = fngd.FNGD(
+        model, lr=0.1, params=[{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.0}]
+    )
+    frozen = model[2].weight.clone()
+    opt.set_samples(range(N))
+
+    def closure():
+        opt.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    loss = opt.step(closure)
+    assert loss.requires_grad
+    assert torch.equal(model[2].weight, frozen)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+    opt.step()
+    scheduler.step()
+    assert [group["lr"] for group in opt.param_groups] == [0.05, 0.0]
+    opt.param_groups[1]["lr"] = 1.0
+    opt.step()
+    assert not torch.equal(model[2].weight, frozen)
+
+
+def test_parameters_outside_the_groups_are_left_alone():
+    model, x, y = make("mlp", N)
+    opt = fngd.FNGD(model, params=model[0].parameters(), share="none")
+    F.cross_entropy(model(x), y).backward()
+    assert set(opt.coverage()) == {"0.weight", "0.bias"}
+    assert [layer.name for layer in opt._engine.layers] == ["0"]
+
+
+def test_added_group_is_optimized():
+    model, x, y = make("mlp", N)
+    extra = nn.Parameter(torch.ones(()))
+    opt = fngd.FNGD(model, lr=0.1, share="none")
+    opt.add_param_group({"params": [extra]})
+    (F.cross_entropy(model(x), y) + extra).backward()
+    opt.step()
+    assert float(extra.detach()) == pytest.approx(0.9)
+
+
+# ---- what is routed ---------------------------------------------------------------------------------------------
+
+
+class Zoo(nn.Module):
+    """Modules that no rule serves beside one that a rule does."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.tied = nn.Linear(4, 4, bias=False)
+        self.tied_twin = nn.Linear(4, 4, bias=False)
+        self.tied_twin.weight = self.tied.weight
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+        self.norm = nn.LayerNorm(4)
+        self.skipped = nn.Linear(4, 4)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.unused = nn.Linear(4, 4)
+        self.scalar = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        x = self.inner(x)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = self.tied_twin(torch.tanh(self.tied(x)))
+        return self.scalar * self.frozen(self.skipped(self.norm(self.normed(x)))).mean(1)
+
+
+def test_coverage_names_every_parameter_and_uncovered_ones_get_plain_gradients():
+    model = Zoo().double()
+    x, y = torch.randn(N, 3, 4, dtype=torch.float64), torch.randint(0, 4, (N,))
+    twin = copy.deepcopy(model)
+    opt = fngd.FNGD(model, share="none", skip=["skip*"])
+    F.cross_entropy(model(x), y).backward()
+    F.cross_entropy(twin(x), y).backward()
+    coverage = opt.coverage()
+    assert coverage.keys() == dict(model.named_parameters(remove_duplicate=False)).keys()
+    expected = {
+        "inner.weight": "linear",
+        "attention.in_proj_weight": "plain: no rule for MultiheadAttention",
+        "attention.out_proj.weight": "plain: MultiheadAttention reads its weight without calling it",
+        "tied.weight": "plain: shares a parameter with tied_twin",
+        "norm.weight": 'plain: normalisation (norms="plain")',
+        "skipped.bias": "plain: skipped",
+        "frozen.weight": "plain: frozen",
+        "unused.weight": "plain: its module took no part in a solving step",
+        "scalar": "plain: no rule for Zoo",
+    }
+    assert {name: coverage[name] for name in expected} == expected
+    assert coverage["normed.parametrizations.weight.original1"].startswith("plain: ")
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if q.grad is None:
+            assert p.grad is None, name
+        elif coverage[name].startswith("plain"):
+            torch.testing.assert_close(p.grad, q.grad)
+        else:
+            assert not torch.allclose(p.grad, q.grad), name
+
+
+def test_strict_refuses_what_no_rule_serves():
+    with pytest.raises(ValueError, match=r"strict.*attention: no rule for MultiheadAttention"):
+        fngd.FNGD(Zoo(), strict=True)
+
+
+def test_rows_that_are_not_the_samples_keep_the_plain_gradient():
+    class Flattening(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.mix(x.flatten(0, 1))).view(len(x), -1, 4).mean(1))
+
+    model = Flattening().double()
+    twin = copy.deepcopy(model)
+    x, y = torch.randn(N, 5, 4, dtype=torch.float64), torch.randint(0, 3, (N,))
+    opt = fngd.FNGD(model)
+    opt.set_samples(range(N))
+    F.cross_entropy(model(x), y).backward()
+    F.cross_entropy(twin(x), y).backward()
+    torch.testing.assert_close(model.mix.weight.grad, twin.mix.weight.grad)
+    assert not torch.allclose(model.head.weight.grad, twin.head.weight.grad)
+    assert opt.coverage()["mix.weight"] == "plain: its input has 40 rows, the batch has 8 samples"
+
+
+def test_eval_and_no_grad_forwards_leave_nothing_behind():
+    model, x, _ = make("mlp", N)
+    opt = fngd.FNGD(model)
+    with torch.no_grad():
+        expected = model(x)
+    model.eval()
+    assert torch.equal(model(x), expected)
+    model(x).sum().backward()
+    model.train()
+    assert opt.stats()["solved_batches"] == 0
+    assert all(layer.open_uses == 0 for layer in opt._engine.layers)
+
+
+def test_detach_gives_the_model_back_and_attach_takes_it_again():
+    model, x, y = make("mlp", N)
+    opt = fngd.FNGD(model, share="none")
+    opt.detach()
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    F.cross_entropy(model(x), y).backward()
+    assert opt.stats()["solved_batches"] == 0
+    opt.attach()
+    F.cross_entropy(model(x), y).backward()
+    assert opt.stats()["solved_batches"] == 1
+
+
+def test_the_model_outlives_its_optimizer():
+    model, x, y = make("mlp", N)
+    opt = fngd.FNGD(model)
+    engine = weakref.ref(opt._engine)
+    del opt
+    assert engine() is None
+    F.cross_entropy(model(x), y).backward()  # without ids: nobody asks for them any more
+
+
+def test_a_second_optimizer_takes_over_with_a_warning():
+    model, x, y = make("mlp", N)
+    first = fngd.FNGD(model, share="none")
+    with pytest.warns(UserWarning, match="another FNGD"):
+        second = fngd.FNGD(model, share="none")
+    F.cross_entropy(model(x), y).backward()
+    assert (first.stats()["solved_batches"], second.stats()["solved_batches"]) == (0, 1)
+
+
+def test_copies_of_the_model_are_not_routed():
+    model, x, y = make("mlp", N)
+    opt = fngd.FNGD(model, share="none")
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for clone in (copy.deepcopy(model), torch.load(file, weights_only=False), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(clone(x), model(x))
+        F.cross_entropy(clone(x), y).backward()
+        assert clone[0].forward.__self__ is clone[0]
+    assert opt.stats()["solved_batches"] == 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_layer_grams_on_a_routed_model_leave_the_optimizer_untouched():
+    model, x, y = make("mlp", N)
+    opt = fngd.FNGD(model)
+    opt.set_samples(range(N))
+    grams = fngd.layer_grams(model, lambda: F.cross_entropy(model(x), y))
+    assert opt.stats()["solved_batches"] == 0
+    F.cross_entropy(model(x), y).backward()
+    assert opt.stats()["solved_batches"] == 1
+    assert list(grams) == ["0", "2"]
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_the_steady_state_compiles_without_graph_breaks(normalized):
+    model, x, y = make("group-norm" if normalized else "mlp", N)
+    opt = fngd.FNGD(model, lr=0.0, norms="weighted")
+    train(model, opt, x, y, 1, torch.arange(N))
+    train(model, opt, x, y, 1, torch.arange(N))
+    expected = [p.grad.clone() for p in model.parameters()]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            train(compiled, opt, x, y, 1, torch.randperm(N).sort().values)
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+
+
+# ---- bad input --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"damping": -0.1}, ValueError, "damping: expected a finite number >= 0, got -0.1"),
+        ({"damping": float("nan")}, ValueError, "damping"),
+        ({"damping": "big"}, TypeError, "damping"),
+        ({"damping_mode": "relative"}, ValueError, "damping_mode: expected one of 'trace'"),
+        ({"normalize": "none"}, ValueError, "normalize"),
+        ({"share": "batch"}, ValueError, "share"),
+        ({"norms": "both"}, ValueError, "norms"),
+        ({"refresh_every": 0}, ValueError, "refresh_every"),
+        ({"skip": "head"}, TypeError, "skip"),
+        ({"lr": -1.0}, ValueError, "Invalid learning rate"),
+        ({"base": "lion"}, ValueError, "base: expected one of 'sgd', 'adamw'"),
+        ({"base": torch.optim.LBFGS}, ValueError, "LBFGS"),
+        ({"base": nn.Linear}, TypeError, "base"),
+        ({"base": "adamw", "momentum": 0.9}, TypeError, "options of base AdamW"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        fngd.FNGD(nn.Linear(2, 2), **arguments)
+
+
+def test_bad_models():
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module"):
+        fngd.FNGD([nn.Parameter(torch.ones(1))])
+    with pytest.raises(ValueError, match="no supported layer.*LSTM"):
+        fngd.FNGD(nn.LSTM(2, 2))
+    with pytest.raises(ValueError, match="no supported layer"):
+        fngd.layer_grams(nn.LSTM(2, 2), lambda: None)
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="closure: expected a scalar loss"):
+        fngd.layer_grams(model, lambda: model(torch.ones(3, 2)))
+    assert "forward" not in model.__dict__
+
+
+def test_bad_samples():
+    model, x, _ = make("mlp", N)
+    opt = fngd.FNGD(model)
+    with pytest.raises(RuntimeError, match=r"fngd\.track\(loader, optimizer\)"):
+        model(x)
+    with pytest.raises(TypeError, match="ids: expected integers"):
+        opt.set_samples([0.5, 1.0])
+    with pytest.raises(TypeError, match=r"shape \(N,\)"):
+        opt.set_samples(torch.zeros(2, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="ids: expected ids >= 0, got -1 to 3"):
+        opt.set_samples([3, -1])
+    opt.start_epoch(4)
+    with pytest.raises(ValueError, match="below the dataset's length 4, got 0 to 4"):
+        opt.set_samples([0, 4])
