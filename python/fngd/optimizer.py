@@ -141,7 +141,10 @@ class FNGD(Optimizer):
         ids: (N,) integers >= 0, row n of the batch; the table grows with them, or ends at the dataset's length when
             a loader is tracked.
         """
-        ids = torch.as_tensor(ids)
+        try:
+            ids = torch.as_tensor(ids)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"ids: expected integers of shape (N,), got {ids!r:.80}") from error
         if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8) or ids.ndim != 1:
             raise TypeError(
                 f"ids: expected integers of shape (N,), got {ids.dtype} of shape {tuple(ids.shape)}; "

@@ -1,0 +1,49 @@
+"""Who may import whom."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KERNELS = sorted((ROOT / "fngd_kernels").rglob("*.py"))
+OPTIMIZER = sorted((ROOT / "python" / "fngd").rglob("*.py"))
+
+
+def imports(path):
+    """Return every absolute module name that the file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def offending(path, *prefixes):
+    return {name for name in imports(path) if any(name == p or name.startswith(f"{p}.") for p in prefixes)}
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_kernels_know_no_modules_and_no_optimizer(path):
+    assert offending(path, "fngd", "torch.nn", "torch.optim", "bench", "tests") <= {"torch.nn.functional"}
+
+
+@pytest.mark.parametrize("path", OPTIMIZER, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_optimizer_imports_no_triton(path):
+    assert not offending(path, "triton", "bench", "tests")
+
+
+def test_the_cost_model_is_pure_python():
+    imported = imports(ROOT / "fngd_kernels" / "cost_model.py")
+    assert {name.split(".")[0] for name in imported} <= set(sys.stdlib_module_names)
+
+
+def test_cuda_sources_and_solver_headers_include_no_torch():
+    sources = [*ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/*.h"), ROOT / "csrc" / "solve_cpu.cpp"]
+    assert len(sources) >= 2
+    for path in sources:
+        included = [line for line in path.read_text().splitlines() if line.startswith("#include")]
+        assert not [line for line in included if any(word in line for word in ("torch", "ATen", "c10"))], path
