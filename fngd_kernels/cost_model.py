@@ -90,7 +90,7 @@ def plan(
     stride, padding, dilation, groups: of the convolution
     bias: whether the bias belongs to the block
     itemsize: bytes of an element of the inputs
-    workspace: upper bound of scratch memory in bytes, met wherever one sample and one weight fit
+    workspace: upper bound of scratch memory in bytes, met wherever the chunk of one input and one output fits
 
     Returns: Plan
     """

@@ -8,14 +8,14 @@ from torch import Tensor
 from .products import accumulation_dtype
 
 
-def _scaled(e: Tensor, s: Tensor) -> Tensor:
-    """Return s_n e_n, rounded once to the dtype of e."""
-    return (e * s.view(-1, *[1] * (e.ndim - 1))).to(e.dtype)
+def _scaled(e: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return s_n e_n, rounded once to `dtype`."""
+    return (e * s.view(-1, *[1] * (e.ndim - 1))).to(dtype)
 
 
 def combine(a: Tensor, e: Tensor, s: Tensor, bias: bool) -> list[Tensor]:
     """Return [E^T diag(s) A] and with bias the weighted sum of the rows of E."""
-    e = _scaled(e, s).flatten(0, -2)
+    e = _scaled(e, s, e.dtype).flatten(0, -2)
     weight = e.T @ a.flatten(0, -2)
     return [weight, e.sum(0)] if bias else [weight]
 
@@ -36,7 +36,7 @@ def combine_conv(
     if not x.shape[0]:
         return [x.new_zeros(weight_shape), *([e.new_zeros(outputs)] if bias else [])]
     _, weight, b = torch.ops.aten.convolution_backward(
-        _scaled(e, s),
+        _scaled(e, s, e.dtype),
         x,
         x.new_zeros(()).expand(weight_shape),
         [outputs] if bias else None,
@@ -58,7 +58,7 @@ def combine_embedding(
     """Return the sums of diag(s) E over the positions of each id."""
     dtype = accumulation_dtype(e.dtype)
     weight = e.new_zeros((num_embeddings, e.shape[-1]), dtype=dtype)
-    rows = (e * s.view(-1, *[1] * (e.ndim - 1))).to(dtype)
+    rows = _scaled(e, s, dtype)
     if padding_idx is not None:
         rows.masked_fill_((ids == padding_idx).unsqueeze(-1), 0)
     return weight.index_add_(0, ids.flatten(), rows.flatten(0, -2)).to(e.dtype)
@@ -67,4 +67,4 @@ def combine_embedding(
 def combine_rows(g: Tensor, s: Tensor) -> Tensor:
     """Return sum_n s_n g_n."""
     dtype = accumulation_dtype(g.dtype)
-    return (s.to(dtype) @ g.flatten(1).to(dtype)).to(g.dtype).view(g.shape[1:])
+    return torch.tensordot(s.to(dtype), g.to(dtype), 1).to(g.dtype)

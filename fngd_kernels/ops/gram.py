@@ -2,8 +2,8 @@
 
 K_ij = <C_i, C_j> is (N,N), float64 for float64 input and float32 otherwise, in which every sum is kept.
 K is exactly symmetric, and not differentiable: `fngd_kernels.reference` is. Scratch memory stays under
-`workspace` bytes wherever one sample and one weight fit, beside matrices of K's size and the buffers of the
-library's matrix product (about 256 KiB for each thread).
+`workspace` bytes wherever the chunk of one input and one output fits, beside matrices of K's size and the
+buffers of the library's matrix product (about 256 KiB for each thread).
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,134 @@
+import oracles
+import pytest
+import torch
+from test_gram import CONV, LINEAR, conv_case, linear_case
+
+import fngd_kernels as fk
+
+# Largest deviation over the largest entry. s_n e_n and the result are each rounded once to the input dtype.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def coefficients(n, dtype):
+    return torch.randn(n, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def assert_combined(actual, expected_rows, s, dtype):
+    parts = actual if isinstance(actual, tuple) else (actual,)
+    assert all(part.dtype == dtype and part.is_contiguous() for part in parts)
+    flat = torch.cat([part.flatten() for part in parts])
+    assert oracles.relative_error(flat, s.double() @ expected_rows) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", LINEAR)
+def test_combine(shape, bias, dtype):
+    a, e = linear_case(*shape, dtype)
+    s = coefficients(len(a), dtype)
+    combined = fk.combine(a, e, s, bias=bias)
+    assert isinstance(combined, tuple) == bias
+    assert_combined(combined, oracles.linear_rows(a, e, bias), s, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("x_shape", "weight_shape", "geometry"), CONV)
+def test_combine_conv(x_shape, weight_shape, geometry, bias, dtype):
+    x, e = conv_case(x_shape, weight_shape, geometry, dtype)
+    s = coefficients(len(x), dtype)
+    combined = fk.combine_conv(x, e, s, weight_shape, **geometry, bias=bias)
+    assert (combined[0] if bias else combined).shape == weight_shape
+    assert_combined(combined, oracles.conv_rows(x, e, weight_shape, bias, **geometry), s, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("padding_idx", [None, 0, 4])
+@pytest.mark.parametrize("shape", [(1,), (63,), (3, 1), (17, 29)])
+def test_combine_embedding(shape, padding_idx, dtype):
+    ids, e = torch.randint(5, shape), torch.randn(*shape, 6).to(dtype)
+    s = coefficients(len(ids), dtype)
+    combined = fk.combine_embedding(ids.int(), e, s, 7, padding_idx=padding_idx)
+    assert_combined(combined, oracles.embedding_rows(ids, e, 7, padding_idx), s, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1, 1), (63, 4, 5), (129, 3), (7,)])
+def test_combine_rows(shape, dtype):
+    g = torch.randn(shape).to(dtype)
+    s = coefficients(len(g), dtype)
+    combined = fk.combine_rows(g, s)
+    assert combined.shape == shape[1:]
+    assert_combined(combined, g.double().view(len(g), -1), s, dtype)
+
+
+def test_any_strides():
+    a, e, s = torch.randn(5, 7, 11).mT, torch.randn(11, 5, 12)[..., ::2].transpose(0, 1), torch.randn(10)[::2]
+    assert_combined(fk.combine(a, e, s, bias=True), oracles.linear_rows(a, e, True), s, a.dtype)
+    ids = torch.randint(4, (11, 5)).T
+    assert_combined(fk.combine_embedding(ids, e, s, 4), oracles.embedding_rows(ids, e, 4, None), s, e.dtype)
+    assert_combined(fk.combine_rows(a, s), a.double().flatten(1), s, a.dtype)
+    shape, last = (6, 4, 3, 3), torch.channels_last
+    x, e = conv_case((5, 4, 6, 7), shape, {"padding": 1})
+    x, e = x.to(memory_format=last), e.to(memory_format=last)
+    combined = fk.combine_conv(x, e, s, shape, padding=1, bias=True)
+    assert_combined(combined, oracles.conv_rows(x, e, shape, True, padding=1), s, x.dtype)
+
+
+def test_empty_batch_is_zero():
+    none = torch.ones(0)
+    weight, bias = fk.combine(torch.ones(0, 4, 3), torch.ones(0, 4, 2), none, bias=True)
+    assert torch.equal(weight, torch.zeros(2, 3))
+    assert torch.equal(bias, torch.zeros(2))
+    weight, bias = fk.combine_conv(torch.ones(0, 3, 4), torch.ones(0, 2, 2), none, (2, 3, 3), bias=True)
+    assert torch.equal(weight, torch.zeros(2, 3, 3))
+    assert torch.equal(bias, torch.zeros(2))
+    ids = torch.ones(0, 3).long()
+    assert torch.equal(fk.combine_embedding(ids, torch.ones(0, 3, 2), none, 4), torch.zeros(4, 2))
+    assert torch.equal(fk.combine_rows(torch.ones(0, 3), none), torch.zeros(3))
+
+
+def test_reference_is_the_definition():
+    s = coefficients(5, torch.float64)
+    a, e = linear_case(5, 4, 6, 3, torch.float64)
+    assert_reference(fk.reference.combine(a, e, s, bias=True), oracles.linear_rows(a, e, True), s)
+    ids = torch.randint(5, (5, 4))
+    combined = fk.reference.combine_embedding(ids, e, s, 6, padding_idx=2)
+    assert_reference(combined, oracles.embedding_rows(ids, e, 6, 2), s)
+    assert_reference(fk.reference.combine_rows(a, s), a.flatten(1), s)
+    for x_shape, weight_shape, geometry in CONV:
+        x, e = conv_case(x_shape, weight_shape, geometry, torch.float64)
+        s = coefficients(len(x), torch.float64)
+        combined = fk.reference.combine_conv(x, e, s, weight_shape, **geometry, bias=True)
+        assert_reference(combined, oracles.conv_rows(x, e, weight_shape, True, **geometry), s)
+
+
+def assert_reference(actual, expected_rows, s):
+    parts = actual if isinstance(actual, tuple) else (actual,)
+    flat = torch.cat([part.flatten() for part in parts])
+    assert oracles.relative_error(flat, s @ expected_rows) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda a, e, s: fk.combine(a, e, s[:2]), ValueError, r"s: expected shape \(3,\), got \(2,\)"),
+        (lambda a, e, s: fk.combine(a, e, s.long()), TypeError, "s: expected float32"),
+        (lambda a, e, s: fk.combine(a, e, s.to("meta")), ValueError, "s: expected the device of a"),
+        (lambda a, e, s: fk.combine(a, e[:2], s), ValueError, "e: expected shape"),
+        (lambda a, e, s: fk.combine_rows(a, s[:1]), ValueError, "s: expected shape"),
+        (lambda a, e, s: fk.combine_rows(s.sum(), s), ValueError, "g: expected shape"),
+        (lambda a, e, s: fk.combine_embedding(s, e, s, 4), TypeError, "ids: expected int64"),
+        (lambda a, e, s: fk.combine_embedding(s.long(), e, s[:2], 4), ValueError, "s: expected shape"),
+        (lambda a, e, s: fk.combine_embedding(s.long(), e, s, 0), ValueError, "num_embeddings: .* got 0"),
+        (lambda a, e, s: fk.combine_conv(a, e, s, (5, 4, 3)), ValueError, "x: expected shape"),
+        (
+            lambda a, e, s: fk.combine_conv(a[..., None], e[..., None], s[:2], (5, 4, 1)),
+            ValueError,
+            r"s: expected shape \(3,\)",
+        ),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call(torch.ones(3, 4), torch.ones(3, 5), torch.ones(3))
