@@ -6,6 +6,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from .. import native  # noqa: F401 - registers the CPU kernel
 from .checks import check_same
 from .library import LIBRARY
 

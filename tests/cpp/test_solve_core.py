@@ -1,4 +1,4 @@
-"""The core of the solve, csrc/solve.h, on its own: on the host with teams of threads, and compiled for a GPU."""
+"""The core of the solve, csrc/solve.h, alone: on the host with teams of threads, and compiled for a GPU."""
 
 import shutil
 import subprocess

@@ -1,0 +1,78 @@
+"""The package without its native extension: it imports, says once what is slower, and computes the same."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import fngd_kernels as fk
+
+BLOCK = """
+import json, sys, warnings
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name == "fngd_kernels._C":
+            raise ImportError("blocked by the test")
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def run_without_extension(code: str) -> str:
+    """Run the code in a fresh interpreter where the extension cannot be imported; return what it prints."""
+    program = BLOCK + textwrap.dedent(code)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_one_warning_says_what_is_slower_and_how_to_build():
+    printed = run_without_extension("""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import fngd_kernels
+            from fngd_kernels import native
+            from fngd_kernels.ops import nodes, solve
+        assert not native.AVAILABLE
+        print(*(w.message for w in caught if "fngd" in str(w.message)), sep="\\n")
+    """)
+    (message,) = printed.strip().splitlines()
+    assert "blocked by the test" in message
+    assert "slower" in message
+    assert "pip install --no-build-isolation -e ." in message
+
+
+def test_solves_and_op_registration_work():
+    printed = run_without_extension("""
+        warnings.simplefilter("ignore")
+        import torch
+        import fngd_kernels as fk
+        k = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64).expand(2, 2, 2).clone()
+        k[1, 1, 1] = -1
+        x, info = fk.solve(k, 0.5, return_info=True)
+        torch.library.opcheck(torch.ops.fngd.solve.default, (k[:1], torch.ones(1, dtype=k.dtype), None))
+        print(json.dumps({"x": x[0].tolist(), "failed": x[1].isnan().all().item(), "info": info.tolist()}))
+    """)
+    x = torch.linalg.solve(
+        torch.tensor([[2.5, 1.0], [1.0, 3.5]], dtype=torch.float64), torch.ones(2).double()
+    )
+    result = json.loads(printed)
+    assert result["info"] == [0, 2]
+    assert result["failed"]
+    assert result["x"] == pytest.approx(x.tolist())
+
+
+def test_gram_and_combine_give_the_same_numbers():
+    printed = run_without_extension("""
+        warnings.simplefilter("ignore")
+        import torch
+        import fngd_kernels as fk
+        a, e = torch.arange(12.0).view(3, 4), torch.arange(6.0).view(3, 2)
+        print(json.dumps([fk.gram(a, e).tolist(), fk.combine(a, e, torch.ones(3)).tolist()]))
+    """)
+    a, e = torch.arange(12.0).view(3, 4), torch.arange(6.0).view(3, 2)
+    assert json.loads(printed) == [fk.gram(a, e).tolist(), fk.combine(a, e, torch.ones(3)).tolist()]
