@@ -110,11 +110,6 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _study(options: argparse.Namespace) -> Study:
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: expected cpu on this machine, got {device!r}; torch sees no GPU")
     return Study(
         data=options.data,
         train_size=options.train_size,
@@ -127,8 +122,18 @@ def _study(options: argparse.Namespace) -> Study:
         batch_size=options.batch_size,
         share=options.share,
         damping=options.damping,
-        device=device,
+        device=_device(options.device),
     )
+
+
+def _device(name: str) -> str:
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: torch sees no GPU on this machine; use cpu")
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
 
 
 def _folder(options: argparse.Namespace) -> Path:

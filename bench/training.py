@@ -24,6 +24,7 @@ from bench.workloads import Split, Workload
 
 EVALUATION_BATCH = 500
 WARMUP_STEPS = 3
+FNGD_COUNTERS = ("solved_batches", "failed_solves", "skipped_steps")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Run:
     epochs: list[dict[str, float]] = field(default_factory=list)
     diverged: bool = False
     test_accuracy: float | None = None
-    fngd_stats: dict[str, Any] | None = None
+    fngd_counters: dict[str, int] | None = None
 
 
 def train(
@@ -108,7 +109,8 @@ def train(
     if read_test and not run.diverged:
         run.test_accuracy = _evaluate(model, workload, workload.test)[1]
     if isinstance(optimizer, fngd.FNGD):
-        run.fngd_stats = optimizer.stats()
+        stats = optimizer.stats()
+        run.fngd_counters = {name: stats[name] for name in FNGD_COUNTERS}
     return run
 
 
@@ -157,9 +159,7 @@ def _batches(
         collate_fn=_as_fetched,
         generator=generator,
     )
-    if config.method == "fngd" and config.share == "sample":
-        return fngd.track(loader, optimizer)
-    return loader
+    return fngd.track(loader, optimizer) if isinstance(optimizer, fngd.FNGD) else loader
 
 
 def _train_epoch(

@@ -1,0 +1,108 @@
+import json
+
+import fngd
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bench import environment, gate, record
+from bench.memory import peak_memory
+from bench.networks import Network
+from bench.timing import Timing, round_robin
+
+CPU = torch.device("cpu")
+SMALL = Network(
+    name="small",
+    model=lambda: nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+    ),
+    batch=lambda: (torch.randn(6, 2, 4, 4), torch.randint(3, (6,))),
+    loss=F.cross_entropy,
+    gate=("0", "1", "4"),
+)
+
+
+def test_gate_passes_correct_figures():
+    torch.manual_seed(0)
+    gate.check(SMALL, *SMALL.batch())
+
+
+def test_contributions_sum_to_the_ordinary_gradient():
+    torch.manual_seed(0)
+    model = SMALL.model()
+    x, y = SMALL.batch()
+    contributions = gate.per_sample_contributions(SMALL, model, x, y)
+    for name, parts in contributions.items():
+        for part, rows in parts.items():
+            expected = model.get_submodule(name).get_parameter(part).grad.double()
+            torch.testing.assert_close(rows.sum(0), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gate_stops_wrong_figures(monkeypatch):
+    torch.manual_seed(0)
+    batch = SMALL.batch()
+    layer_grams = fngd.layer_grams
+    with monkeypatch.context() as patch:
+        patch.setattr(fngd, "layer_grams", lambda *a: {k: 1.0001 * v for k, v in layer_grams(*a).items()})
+        with pytest.raises(AssertionError, match=r"Gram matrix of 0: relative deviation 1\.0e-04"):
+            gate.check(SMALL, *batch)
+        patch.setattr(fngd, "layer_grams", lambda *a: {"0": layer_grams(*a)["0"]})
+        with pytest.raises(AssertionError, match=r"layers without a Gram matrix: \['1', '4'\]"):
+            gate.check(SMALL, *batch)
+    with monkeypatch.context() as patch:
+        patch.setattr(gate, "DAMPING", 0.1 + 1e-3)
+        patch.setattr(gate.fngd, "FNGD", lambda *a, damping, **k: fngd_class(*a, damping=0.1, **k))
+        with pytest.raises(AssertionError, match="coefficients of 0: relative deviation"):
+            gate.check(SMALL, *batch)
+    with monkeypatch.context() as patch:
+        patch.setattr(fngd_class, "zero_grad", lambda *_: None)
+        with pytest.raises(AssertionError, match=r"weighted gradient of 0\.weight: relative deviation"):
+            gate.check(SMALL, *batch)
+
+
+fngd_class = fngd.FNGD
+
+
+def test_rows_are_appended(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    record.append(path, [{"a": 1}, {"a": 2.5}])
+    record.append(path, [{"a": None, **environment.describe(CPU)}])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["a"] for row in rows] == [1, 2.5, None]
+    assert rows[2]["torch"] == torch.__version__
+    assert rows[2]["gpu"] is None
+
+
+def test_round_robin_lets_everyone_run_once_a_round():
+    calls = []
+    contenders = {name: lambda name=name: calls.append(name) for name in "abc"}
+    timings = round_robin(contenders, rounds=5, warmup=2, device=CPU)
+    rounds = [calls[i : i + 3] for i in range(0, len(calls), 3)]
+    assert len(rounds) == 7
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    assert len({tuple(names) for names in rounds}) > 1
+    assert all(len(timing.samples) == 5 for timing in timings.values())
+    with pytest.raises(ValueError, match="rounds: expected 1 or more, got 0"):
+        round_robin(contenders, rounds=0, warmup=0, device=CPU)
+
+
+def test_timing_percentiles():
+    timing = Timing(tuple(float(i) for i in range(1, 12)))
+    assert (timing.p20, timing.median, timing.p80) == (3.0, 6.0, 9.0)
+    assert Timing((2.0,)).p80 == 2.0
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    kept = torch.ones(1000)
+
+    def step():
+        a = torch.empty(1 << 20)
+        b = torch.empty(1 << 20)
+        del a
+        c = torch.empty(1 << 18)
+        del b, c
+        return kept.sum()
+
+    expected = 4 * 2 * (1 << 20)
+    assert expected <= peak_memory(step, CPU) <= expected + 1024

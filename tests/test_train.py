@@ -1,0 +1,387 @@
+import io
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import checkpoint, models, report, study, training, workloads
+from bench.optimizers import METHODS
+from bench.progress import Progress
+from bench.timing import Timing
+from bench.train import main
+from bench.training import Run, RunConfig, train
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SMALL = ["--model", "mlp", "--width", "2", "--train-size", "200", "--epochs", "3", "--batch-size", "32"]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return workloads.load("digits", train_size=200)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def short_step_timing(monkeypatch):
+    monkeypatch.setattr(study, "STEP_ROUNDS", (2, 2))
+
+
+def config(method="sgd", **changes):
+    values = {
+        "data": "digits",
+        "train_size": 200,
+        "model": "mlp",
+        "width": 2,
+        "method": method,
+        "lr": METHODS[method].lrs[1],
+        "seed": 0,
+        "epochs": 3,
+        "batch_size": 32,
+        "share": "sample",
+        "damping": 0.1,
+        "device": "cpu",
+    }
+    return RunConfig(**(values | changes))
+
+
+def without_time(run):
+    return [{key: value for key, value in epoch.items() if key != "seconds"} for epoch in run.epochs]
+
+
+def flatten(value, path=""):
+    """Leaves of nested dicts and lists by path."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    else:
+        return {path: value}
+    return {key: leaf for name, inner in items for key, leaf in flatten(inner, f"{path}/{name}").items()}
+
+
+def assert_identical(first, second):
+    first, second = flatten(first), flatten(second)
+    assert first.keys() == second.keys()
+    for path, leaf in first.items():
+        if path.endswith("/seconds"):
+            continue
+        same = torch.equal(leaf, second[path]) if isinstance(leaf, torch.Tensor) else leaf == second[path]
+        assert same, path
+
+
+class StopAfter:
+    """Interrupts the training at a given step, as Ctrl-C does."""
+
+    def __init__(self, steps):
+        self.left = steps
+
+    def __call__(self):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns(method, digits):
+    run = train(config(method, width=8, epochs=8), digits, read_test=True)
+    assert len(run.epochs) == 8
+    assert run.epochs[-1]["train_loss"] < 0.5 * run.epochs[0]["train_loss"]
+    assert run.epochs[-1]["validation_accuracy"] > 0.7
+    assert run.test_accuracy > 0.7
+    assert all(epoch["seconds"] > 0 for epoch in run.epochs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(method, digits, tmp_path):
+    # 7 steps an epoch: the interruption falls into the middle of the third epoch
+    whole, resumed = tmp_path / "whole.pt", tmp_path / "resumed.pt"
+    expected = train(config(method, epochs=4), digits, read_test=True, checkpoint_path=whole)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(method, epochs=4), digits, checkpoint_path=resumed, on_step=StopAfter(17))
+    assert len(checkpoint.load(resumed)["epochs"]) == 2
+    torch.rand(5)
+    run = train(config(method, epochs=4), digits, read_test=True, checkpoint_path=resumed)
+    assert without_time(run) == without_time(expected)
+    assert run.test_accuracy == expected.test_accuracy
+    assert_identical(checkpoint.load(resumed), checkpoint.load(whole))
+
+
+def test_interrupted_convolutional_run_with_augmentation(tmp_path, digits):
+    cropped = workloads.Workload(**{**vars(digits), "crop_padding": 1})
+    settings = config(model="resnet18", epochs=2, batch_size=100)
+    expected = train(settings, cropped, checkpoint_path=tmp_path / "whole.pt")
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, cropped, checkpoint_path=tmp_path / "resumed.pt", on_step=StopAfter(3))
+    run = train(settings, cropped, checkpoint_path=tmp_path / "resumed.pt")
+    assert without_time(run) == without_time(expected)
+    assert without_time(train(settings, digits)) != without_time(expected)
+
+
+def test_checkpoint_of_another_configuration_is_refused(digits, tmp_path):
+    train(config(epochs=1), digits, checkpoint_path=tmp_path / "run.pt")
+    with pytest.raises(ValueError, match=r"checkpoint: expected one of .*epochs=2.*, got .*'epochs': 1"):
+        train(config(epochs=2), digits, checkpoint_path=tmp_path / "run.pt")
+
+
+def test_interrupted_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "run.pt"
+    checkpoint.save(path, {"epoch": 1})
+
+    def torn_save(state, file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", torn_save)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(path, {"epoch": 2})
+    assert checkpoint.load(path) == {"epoch": 1}
+
+
+def test_diverged_run_is_recorded_without_nan(digits, tmp_path):
+    run = train(config(lr=1e20), digits, read_test=True)
+    assert run.diverged
+    assert run.test_accuracy is None
+    assert all(math.isfinite(value) for epoch in run.epochs for value in epoch.values())
+    study.save_run(tmp_path / "run.json", run)
+    assert study.load_run(tmp_path / "run.json") == run
+    assert "diverged in epoch" in study.describe("run", run)
+
+
+def test_test_split_is_read_once_a_final_run(digits, tmp_path, monkeypatch):
+    read = []
+    evaluate = training._evaluate
+
+    def watched(model, workload, split):
+        read.append(split is workload.test)
+        return evaluate(model, workload, split)
+
+    monkeypatch.setattr(training, "_evaluate", watched)
+    train(config(), digits)
+    assert sum(read) == 0
+    train(config(), digits, read_test=True)
+    assert sum(read) == 1
+
+
+def fake_run(method, lr, accuracies, losses=None, test=None, seconds=None, diverged=False):
+    losses = losses or [1.0] * len(accuracies)
+    seconds = seconds or [1.0] * len(accuracies)
+    epochs = [
+        {"train_loss": 1.0, "validation_loss": loss, "validation_accuracy": accuracy, "seconds": time_taken}
+        for accuracy, loss, time_taken in zip(accuracies, losses, seconds, strict=True)
+    ]
+    return Run(config(method, lr=lr), epochs, diverged, test)
+
+
+def test_choice_is_the_last_validation_accuracy_then_the_loss():
+    runs = [
+        fake_run("sgd", 0.1, [0.99, 0.8]),
+        fake_run("sgd", 0.2, [0.5, 0.9], losses=[1, 0.4]),
+        fake_run("sgd", 0.3, [0.5, 0.9], losses=[1, 0.3]),
+        fake_run("sgd", 0.4, [0.95], diverged=True),
+    ]
+    assert study.choose(runs) == 0.3
+    with pytest.raises(ValueError, match=r"lr: sgd diverged at every rate tried \(0.4\)"):
+        study.choose(runs[-1:])
+
+
+def test_rows_from_known_runs():
+    final = {
+        "sgd": [
+            fake_run("sgd", 0.1, [0.5, 0.9, 0.8], test=0.7, seconds=[2, 1, 3]),
+            fake_run("sgd", 0.1, [0.95, 0.9, 0.9], test=0.8, seconds=[2, 2, 2]),
+        ],
+        "fngd": [
+            fake_run("fngd", 0.03, [0.6, 0.7, 0.8], test=0.9, seconds=[9, 2, 4]),
+            fake_run("fngd", 0.03, [0.6], diverged=True),
+        ],
+        "fngd-exact": [fake_run("fngd-exact", 0.1, [0.9], test=0.9, seconds=[7])],
+    }
+    results = study.Results(
+        tuning={
+            "sgd": [fake_run("sgd", lr, [0.5]) for lr in (0.3, 0.1, 0.03)],
+            "fngd": [fake_run("fngd", lr, [0.5]) for lr in (0.3, 0.1, 0.03)],
+            "fngd-exact": [fake_run("fngd-exact", 0.1, [0.5])],
+        },
+        chosen={"sgd": 0.1, "fngd": 0.03, "fngd-exact": 0.1},
+        final=final,
+        steps={
+            "sgd": Timing((2.0, 2.0)),
+            "fngd": Timing((2.0, 2.2)),
+            "fngd solving": Timing((4.0, 5.0)),
+            "fngd-exact solving": Timing((5.0, 5.0)),
+        },
+    )
+    sgd, shared, exact = report.summarise(results, target=0.9)
+    assert sgd.validation_accuracy.mean == pytest.approx(0.85)
+    assert sgd.validation_accuracy.std == pytest.approx(statistics.stdev([0.8, 0.9]))
+    assert sgd.test_accuracy.mean == pytest.approx(0.75)
+    assert (sgd.epochs_to_target.mean, sgd.reached_target, sgd.lr_at_edge) == (1.5, 2, False)
+    assert (sgd.solving_epoch_seconds, sgd.later_epoch_seconds) == (None, 2)
+    assert (sgd.solving_step_over_sgd, sgd.later_step_over_sgd) == (None, 1.0)
+    assert (shared.diverged, shared.reached_target, shared.epochs_to_target) == (1, 0, None)
+    assert (shared.test_accuracy.std, shared.lr_at_edge) == (None, True)
+    assert (shared.solving_epoch_seconds, shared.later_epoch_seconds) == (9, 3)
+    assert shared.solving_step_over_sgd == pytest.approx(2.25)
+    assert shared.later_step_over_sgd == pytest.approx(1.05)
+    assert (exact.solving_epoch_seconds, exact.later_epoch_seconds, exact.lr_at_edge) == (7, None, False)
+    text = report.table([sgd, shared, exact], target=0.9)
+    assert "85.00 ± 7.07" in text
+    assert "1 of 2 diverged" in text
+    assert "0.03*" in text
+    assert "(0 of 2 seeds)" in text
+
+
+def cli(folder, *arguments):
+    return main([*SMALL, "--output", str(folder), *arguments])
+
+
+def test_command_line_from_tuning_to_picture(tmp_path, capsys, monkeypatch):
+    grid = ["--lr", "0.01", "--lr", "0.03", "--seed", "4", "--seed", "7"]
+    assert cli(tmp_path, *grid) == 0
+    out, err = capsys.readouterr()
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert stored["study"]["methods"] == list(METHODS)
+    assert stored["workload"] == {"title": "digits", "train": 200, "validation": 360, "test": 360}
+    assert {"commit", "torch", "cpu", "threads", "date", "gpu"} <= stored["environment"].keys()
+    for row in stored["table"]:
+        method = row["method"]
+        assert METHODS[method].label in out
+        tuned = [run["epochs"][-1]["validation_accuracy"] for run in stored["tuning"][method]]
+        assert len(tuned) == 2
+        best = next(run for run in stored["tuning"][method] if run["config"]["lr"] == row["lr"])
+        assert best["epochs"][-1]["validation_accuracy"] == max(tuned)
+        assert all(run["test_accuracy"] is None for run in stored["tuning"][method])
+        assert [run["config"]["seed"] for run in stored["final"][method]] == [4, 7]
+        tests = [run["test_accuracy"] for run in stored["final"][method]]
+        assert row["test_accuracy"]["mean"] == pytest.approx(statistics.mean(tests))
+        assert f"{100 * statistics.mean(tests):.2f} ± {100 * statistics.stdev(tests):.2f}" in out
+    assert set(stored["steps"]) == {"sgd", "adamw", "fngd", "fngd solving", "fngd-exact solving"}
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "final-fngd-exact-lr" in err
+    assert not list(tmp_path.glob("runs/*.pt"))
+
+    def train_again(*_, **__):
+        raise AssertionError("a finished run was run again")
+
+    assert cli(tmp_path, *grid) == 2
+    assert "holds runs already" in capsys.readouterr().err
+    monkeypatch.setattr(study, "train", train_again)
+    assert cli(tmp_path, *grid, "--resume") == 0
+    assert json.loads((tmp_path / "results.json").read_text())["final"] == stored["final"]
+    assert cli(tmp_path, *grid, "--resume", "--damping", "0.5") == 2
+    assert "holds a run with other settings" in capsys.readouterr().err
+
+
+def test_interrupted_command_tells_how_to_go_on(tmp_path, capsys, monkeypatch):
+    grid = ["--optimizer", "sgd", "--lr", "0.01", "--seeds", "1"]
+    monkeypatch.setattr(Progress, "advance", lambda *_: StopAfter(1)())
+    assert cli(tmp_path, *grid) == 130
+    assert "--resume" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert cli(tmp_path, *grid, "--resume") == 0
+
+
+def test_killed_command_resumes_to_the_same_numbers(tmp_path):
+    def start(folder, *extra):
+        arguments = [*SMALL, "--optimizer", "fngd", "--lr", "0.03", "--epochs", "60", "--seeds", "1", *extra]
+        return subprocess.Popen(
+            [sys.executable, "-m", "bench.train", *arguments, "--output", str(folder)],
+            cwd=REPOSITORY,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    whole = start(tmp_path / "whole")
+    killed = start(tmp_path / "killed")
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "killed").glob("runs/*.pt")):
+        assert killed.poll() is None, killed.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not list((tmp_path / "killed").glob("runs/*.json"))
+    resumed = start(tmp_path / "killed", "--resume")
+    for process in (whole, resumed):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    assert b"fork" not in err
+    first, second = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed")
+    )
+    for stage in ("tuning", "final"):
+        assert_identical(second[stage], first[stage])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "cifar10"], "data_dir: cifar10 needs the folder that holds its archive"),
+        (["--data", "cifar100", "--data-dir", "/nonexistent"], "data_dir: expected a folder"),
+        (["--train-size", "3"], "train_size: expected 10 to 1067 images, got 3"),
+        (["--device", "warp"], "device: expected auto, cpu or cuda, got 'warp'"),
+        pytest.param(
+            ["--device", "cuda"],
+            "device: torch sees no GPU on this machine",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here"),
+        ),
+    ],
+)
+def test_bad_arguments_are_named(tmp_path, capsys, arguments, message):
+    assert cli(tmp_path, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argument", [["--lr", "-1"], ["--epochs", "0"], ["--optimizer", "lion"]])
+def test_bad_values_are_refused_by_the_parser(tmp_path, capsys, argument):
+    with pytest.raises(SystemExit):
+        cli(tmp_path, *argument)
+    assert argument[0] in capsys.readouterr().err
+
+
+def test_resume_without_a_folder_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*SMALL, "--resume"]) == 2
+    assert "resume: expected a folder runs/digits-mlp-TIME, found none" in capsys.readouterr().err
+
+
+def test_progress_writes_plain_lines_to_a_log(monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    monkeypatch.setattr("bench.progress.LOG_INTERVAL_S", 0.0)
+    with Progress(4) as progress:
+        progress.doing("warm")
+        progress.advance(2)
+        progress.note("halfway")
+    assert log.getvalue() == "  warm: 2 of 4 steps (50%) after 0 s\nhalfway\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("mlp", (1, 8, 8)), ("cnn", (3, 9, 10)), ("resnet18", (3, 32, 32))]
+)
+def test_models(name, shape):
+    model = models.build(name, shape, 7, width=4)
+    assert model(torch.randn(2, *shape)).shape == (2, 7)
+
+
+def test_unknown_models_are_named():
+    with pytest.raises(ValueError, match=r"model: expected one of mlp, cnn, resnet18, got 'vit'"):
+        models.build("vit", (1, 8, 8), 7, width=4)
+    with pytest.raises(ValueError, match="width: expected 1 or more, got 0"):
+        models.build("mlp", (1, 8, 8), 7, width=0)
