@@ -14,7 +14,7 @@ from .geometry import PixelGrid, expand, pixel_grids
 WORKSPACE = 64 << 20
 """Default upper bound of scratch memory, in bytes."""
 
-CHUNK_BYTES = 2 << 20
+CHUNK_BYTES = 3 << 20
 """Scratch of one step of an algorithm: about what the outer cache of one core holds."""
 
 NARROW_MAC = 2.0
@@ -48,7 +48,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Sizes of a layer; a linear layer is a convolution with one group whose pixels are its positions."""
+    """Sizes of a layer; a linear layer is a convolution with one group whose pixels are its positions.
+
+    pixels, positions: of one sample's input and output
+    inputs, outputs: channels per group
+    kernel: weights of one input and one output
+    aspect: outputs over inputs in a chunk of the weight that runs fastest (rows of a product, or channels)
+    copies: whether the inputs are copied, to cast or to gather them
+    size: bytes of an element in the accumulation dtype
+    """
 
     samples: int
     pixels: int
@@ -57,6 +65,7 @@ class _Layer:
     outputs: int
     groups: int
     kernel: int
+    aspect: float
     copies: bool
     size: int
 
@@ -126,7 +135,18 @@ def _plan(
     n = a_shape[0]
     if weight_shape is None:
         positions = a_shape[1] if len(a_shape) == 3 else 1
-        layer = _Layer(n, positions, positions, a_shape[-1], e_shape[-1], 1, 1, itemsize < size, size)
+        layer = _Layer(
+            samples=n,
+            pixels=positions,
+            positions=positions,
+            inputs=a_shape[-1],
+            outputs=e_shape[-1],
+            groups=1,
+            kernel=1,
+            aspect=0.5,
+            copies=itemsize < size,
+            size=size,
+        )
         if positions == 1:
             return _hadamard(layer)
         grids = None
@@ -134,18 +154,19 @@ def _plan(
         axes = map(pixel_grids, a_shape[2:], weight_shape[2:], stride, padding, dilation)
         grids = list(product(*axes))
         layer = _Layer(
-            n,
-            prod(a_shape[2:]),
-            prod(e_shape[2:]),
-            weight_shape[1],
-            weight_shape[0] // groups,
-            groups,
-            prod(weight_shape[2:]),
-            True,
-            size,
+            samples=n,
+            pixels=prod(a_shape[2:]),
+            positions=prod(e_shape[2:]),
+            inputs=weight_shape[1],
+            outputs=weight_shape[0] // groups,
+            groups=groups,
+            kernel=prod(weight_shape[2:]),
+            aspect=4.0,
+            copies=True,
+            size=size,
         )
     pairs, pairs_cost = _pairs(layer, grids, workspace)
-    explicit, explicit_cost = _explicit(layer, workspace)
+    explicit, explicit_cost = _explicit(layer, bias, workspace)
     return pairs if pairs.workspace <= workspace and pairs_cost < explicit_cost else explicit
 
 
@@ -175,14 +196,13 @@ def _pairs(layer: _Layer, grids: list[tuple[PixelGrid, ...]] | None, workspace: 
     rows = (sum(pixels) * layer.inputs + p * layer.outputs) * layer.size if layer.copies else 0
     block = max(1, min(n, int((CHUNK_BYTES / scratch) ** 0.5)))
     while True:
-        blocks = ceil(n / block)
-        block = ceil(n / blocks)
+        block = ceil(n / ceil(n / block))
         kept = n if grids is not None else 2 * block
         needed = block * block * scratch + kept * rows
         if needed <= workspace or block == 1:
             break
         block = ceil(block / 2)
-    sample_pairs = block * block * blocks * (blocks + 1) // 2
+    sample_pairs = _upper_blocks(n, block)
     macs = layer.groups * sample_pairs * (sum(q * q for q in pixels) * layer.inputs + p * p * layer.outputs)
     elements = layer.groups * sample_pairs * (taps + 2 * p * p)
     plan = Plan(
@@ -198,7 +218,7 @@ def _pairs(layer: _Layer, grids: list[tuple[PixelGrid, ...]] | None, workspace: 
     return plan, macs + ELEMENT_PASS * elements
 
 
-def _explicit(layer: _Layer, workspace: int) -> tuple[Plan, float]:
+def _explicit(layer: _Layer, bias: bool, workspace: int) -> tuple[Plan, float]:
     """Plan chunks of the weight, whose C_n are formed for all samples, some samples at a time."""
     n, kernel = layer.samples, layer.kernel
     columns = min(CHUNK_BYTES, workspace // 2) // (n * layer.size)
@@ -219,8 +239,7 @@ def _explicit(layer: _Layer, workspace: int) -> tuple[Plan, float]:
 
     weights = layer.groups * layer.outputs * layer.inputs * kernel
     formed = n * layer.positions * weights
-    blocks = max(1, min(4, n // 32))
-    summed = n * n * weights * (blocks + 1) // (2 * blocks)
+    summed = _upper_blocks(n, row_block(n)) * (weights + bias * layer.groups * layer.outputs)
     plan = Plan(
         "explicit",
         samples,
@@ -235,16 +254,27 @@ def _explicit(layer: _Layer, workspace: int) -> tuple[Plan, float]:
 
 
 def _weight_chunk(layer: _Layer, columns: int) -> tuple[int, int, int]:
-    """Halve groups, then the longer of outputs and inputs, until a chunk has at most `columns` weights."""
+    """Halve groups, then outputs or inputs, until a chunk has at most `columns` weights."""
     g, o, i = layer.groups, layer.outputs, layer.inputs
     while g * o * i * layer.kernel > columns and g * o * i > 1:
         if g > 1:
             g = ceil(g / 2)
-        elif i >= o:
-            i = ceil(i / 2)
-        else:
+        elif o > layer.aspect * i or i == 1:
             o = ceil(o / 2)
+        else:
+            i = ceil(i / 2)
     return g, o, i
+
+
+def row_block(n: int) -> int:
+    """Return how many rows of a symmetric (n,n) product are formed at a time, from the diagonal on."""
+    # Fewer blocks leave the lower triangle's work in, more make the products too narrow.
+    return max(32, ceil(n / 4))
+
+
+def _upper_blocks(n: int, block: int) -> int:
+    """Return how many elements of an (n,n) matrix lie in the blocks on and above the diagonal."""
+    return sum(min(block, n - i) * (n - i) for i in range(0, n, block))
 
 
 def embedding_chunk(positions: int, dim: int, itemsize: int, workspace: int) -> int:

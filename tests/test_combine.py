@@ -75,6 +75,13 @@ def test_any_strides():
     assert_combined(combined, oracles.conv_rows(x, e, shape, True, padding=1), s, x.dtype)
 
 
+def test_no_gradients_are_recorded():
+    a, e = (t.requires_grad_() for t in linear_case(4, 20, 5, 3))
+    s = torch.ones(4, requires_grad=True)
+    assert not fk.combine(a, e, s).requires_grad
+    assert not fk.combine_rows(a, s).requires_grad
+
+
 def test_empty_batch_is_zero():
     none = torch.ones(0)
     weight, bias = fk.combine(torch.ones(0, 4, 3), torch.ones(0, 4, 2), none, bias=True)

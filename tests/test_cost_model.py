@@ -63,6 +63,7 @@ def test_macs_by_hand():
     # C_n, then the upper block triangle of 64 samples in two blocks.
     explicit = plan((64, 50, 8), (64, 50, 6))
     assert (explicit.algorithm, explicit.macs) == ("explicit", 64 * 50 * 8 * 6 + 64 * 64 * 8 * 6 * 3 // 4)
+    assert plan((64, 50, 8), (64, 50, 6), bias=True).macs == explicit.macs + 64 * 64 * 6 * 3 // 4
     # 4x4 pixels, 3x3 outputs: every pair of pixels and every pair of outputs of 2 samples.
     pairs = conv_plan((2, 300, 4, 4), (200, 300, 2, 2))
     assert (pairs.algorithm, pairs.macs) == ("pairs", 2 * 2 * (16 * 16 * 300 + 9 * 9 * 200))

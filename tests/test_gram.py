@@ -201,6 +201,13 @@ def test_reference_is_differentiable():
     assert torch.autograd.gradcheck(lambda a, e: fk.reference.gram(a, e, bias=True), (a, e))
 
 
+def test_no_gradients_are_recorded():
+    a, e = (t.requires_grad_() for t in linear_case(4, 20, 5, 3))
+    x, y = (t.requires_grad_() for t in conv_case((4, 3, 5), (2, 3, 3), {}))
+    grams = fk.gram(a, e), fk.gram_conv(x, y, (2, 3, 3)), fk.gram_rows(a)
+    assert not any(k.requires_grad for k in grams)
+
+
 def test_autocast_does_not_round():
     a, e = linear_case(5, 20, 30, 17)
     with torch.autocast("cpu", torch.bfloat16):

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..cost_model import row_block
+
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -22,8 +24,7 @@ def rows_product(x: Tensor, y: Tensor) -> Tensor:
 def add_gram(k: Tensor, rows: Tensor) -> None:
     """Add rows rows^T to the upper triangle of k (N,N); what is below the diagonal is left undefined."""
     n = rows.shape[0]
-    # Fewer blocks leave the lower triangle's work in, more make the products too narrow.
-    block = max(32, -(-n // 4))
+    block = row_block(n)
     for i in range(0, n, block):
         k[i : i + block, i:] += rows_product(rows[i : i + block], rows[i:])
 

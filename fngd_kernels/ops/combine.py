@@ -12,7 +12,7 @@ from torch import Tensor
 from ..geometry import expand
 from ..library import combine as library
 from . import checks
-from .library import LIBRARY, call
+from .library import LIBRARY, call, register
 
 LIBRARY.define("combine(Tensor a, Tensor e, Tensor s, bool bias) -> Tensor[]")
 LIBRARY.define(
@@ -151,11 +151,7 @@ def _fake_combine_rows(g: Tensor, s: Tensor) -> Tensor:
     return g.new_empty(g.shape[1:])
 
 
-LIBRARY.impl("combine", library.combine, "CompositeExplicitAutograd")
-LIBRARY.impl("combine_conv", library.combine_conv, "CompositeExplicitAutograd")
-LIBRARY.impl("combine_embedding", library.combine_embedding, "CompositeExplicitAutograd")
-LIBRARY.impl("combine_rows", library.combine_rows, "CompositeExplicitAutograd")
-torch.library.register_fake("fngd::combine", _fake_combine, lib=LIBRARY)
-torch.library.register_fake("fngd::combine_conv", _fake_combine_conv, lib=LIBRARY)
-torch.library.register_fake("fngd::combine_embedding", _fake_combine_embedding, lib=LIBRARY)
-torch.library.register_fake("fngd::combine_rows", _fake_combine_rows, lib=LIBRARY)
+register("combine", library.combine, _fake_combine)
+register("combine_conv", library.combine_conv, _fake_combine_conv)
+register("combine_embedding", library.combine_embedding, _fake_combine_embedding)
+register("combine_rows", library.combine_rows, _fake_combine_rows)

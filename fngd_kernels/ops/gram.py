@@ -23,7 +23,7 @@ from ..library.gram_pairs import gram_pairs
 from ..library.gram_rows import gram_rows as library_gram_rows
 from ..library.products import accumulation_dtype
 from . import checks
-from .library import LIBRARY, call
+from .library import LIBRARY, call, register
 
 LIBRARY.define("gram(Tensor a, Tensor e, bool bias, int workspace) -> Tensor")
 LIBRARY.define(
@@ -189,11 +189,7 @@ def _fake_gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, worksp
     return _empty_gram(e)
 
 
-LIBRARY.impl("gram", _gram, "CompositeExplicitAutograd")
-LIBRARY.impl("gram_conv", _gram_conv, "CompositeExplicitAutograd")
-LIBRARY.impl("gram_embedding", _gram_embedding, "CompositeExplicitAutograd")
-LIBRARY.impl("gram_rows", _gram_rows, "CompositeExplicitAutograd")
-torch.library.register_fake("fngd::gram", _empty_gram, lib=LIBRARY)
-torch.library.register_fake("fngd::gram_conv", _empty_gram, lib=LIBRARY)
-torch.library.register_fake("fngd::gram_embedding", _fake_gram_embedding, lib=LIBRARY)
-torch.library.register_fake("fngd::gram_rows", _empty_gram, lib=LIBRARY)
+register("gram", _gram, _empty_gram)
+register("gram_conv", _gram_conv, _empty_gram)
+register("gram_embedding", _gram_embedding, _fake_gram_embedding)
+register("gram_rows", _gram_rows, _empty_gram)

@@ -9,10 +9,17 @@ LIBRARY = torch.library.Library("fngd", "FRAGMENT")
 """Plain torch registers as `CompositeExplicitAutograd`; native code as `CPU` or `CUDA`, which win."""
 
 
+def register(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register the plain-torch form of an operator and its fake."""
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fngd::{name}", fake, lib=LIBRARY)
+
+
 def call(op: Callable[..., Any], tensor: torch.Tensor, *args: Any) -> Any:
-    """Call an operator with autocast off: it would round inputs that are accumulated in fp32 here."""
+    """Call an operator that is not differentiable, with autocast off: it would round what is summed in fp32."""
     device = tensor.device.type
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return op(tensor, *args)
-    return op(tensor, *args)
+    with torch.no_grad():
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return op(tensor, *args)
+        return op(tensor, *args)
