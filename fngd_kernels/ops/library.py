@@ -16,7 +16,7 @@ def register(name: str, function: Callable[..., Any], fake: Callable[..., Any]) 
 
 
 def call(op: Callable[..., Any], tensor: torch.Tensor, *args: Any) -> Any:
-    """Call an operator that is not differentiable, with autocast off: it would round what is summed in fp32."""
+    """Call an operator without gradients and without autocast, which would round what is summed in fp32."""
     device = tensor.device.type
     with torch.no_grad():
         if torch.is_autocast_enabled(device):
