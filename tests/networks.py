@@ -66,10 +66,17 @@ NETWORKS = {
         lambda: _conv(nn.Conv2d(3, 6, 3, groups=3, padding="valid", bias=False), 6),
         _images(3, 4, 5),
     ),
-    "conv3d": (lambda: _conv(nn.Conv3d(2, 3, 2, stride=(1, 2, 1), padding=1), 5 * 3 * 4), _images(2, 4, 4, 3)),
+    "conv3d": (
+        lambda: _conv(nn.Conv3d(2, 3, 2, stride=(1, 2, 1), padding=1), 5 * 3 * 4),
+        _images(2, 4, 4, 3),
+    ),
     "group-norm": (
         lambda: nn.Sequential(
-            nn.Conv2d(2, 4, 3, bias=False), nn.GroupNorm(2, 4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36, 3)
+            nn.Conv2d(2, 4, 3, bias=False),
+            nn.GroupNorm(2, 4),
+            nn.ReLU(inplace=True),
+            nn.Flatten(),
+            nn.Linear(36, 3),
         ),
         _images(2, 5, 5),
     ),
@@ -88,7 +95,10 @@ def make(name: str, samples: int, dtype=torch.float64) -> tuple[nn.Module, Tenso
 def sample_gradients(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """Return {parameter: (N, *shape)}: the gradient of each sample's own loss, one backward a sample."""
     names, parameters = zip(*model.named_parameters(), strict=True)
-    rows = [torch.autograd.grad(F.cross_entropy(model(x[n : n + 1]), y[n : n + 1]), parameters) for n in range(len(x))]
+    rows = [
+        torch.autograd.grad(F.cross_entropy(model(x[n : n + 1]), y[n : n + 1]), parameters)
+        for n in range(len(x))
+    ]
     return {name: torch.stack(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
 
 

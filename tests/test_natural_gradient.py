@@ -1,14 +1,14 @@
-"""One exact step against explicit Fisher matrices, and every layer's Gram matrix against per-sample autograd."""
+"""One exact step against explicit Fisher matrices, and every layer's Gram matrix against per-sample
+autograd."""
 
 import copy
 
+import fngd
 import pytest
 import torch
 import torch.nn.functional as F
 from networks import NETWORKS, blocks, make, sample_gradients
 from torch import nn
-
-import fngd
 
 N = 7
 
@@ -19,7 +19,8 @@ def gradients(model):
 
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize(
-    ("damping_mode", "unit"), [("trace", lambda t: t / N), ("mean_eig", lambda t: t / N**2), ("absolute", lambda t: 1)]
+    ("damping_mode", "unit"),
+    [("trace", lambda t: t / N), ("mean_eig", lambda t: t / N**2), ("absolute", lambda t: 1)],
 )
 def test_exact_gradient_is_the_natural_gradient_of_every_layer(network, damping_mode, unit):
     model, x, y = make(network, N)
@@ -27,7 +28,9 @@ def test_exact_gradient_is_the_natural_gradient_of_every_layer(network, damping_
     for name, g in blocks(model, sample_gradients(model, x, y)).items():
         damping = 0.3 * unit(g.square().sum())
         fisher = g.T @ g / N
-        expected[name] = torch.linalg.solve(fisher + damping * torch.eye(g.shape[1], dtype=g.dtype), g.mean(0))
+        expected[name] = torch.linalg.solve(
+            fisher + damping * torch.eye(g.shape[1], dtype=g.dtype), g.mean(0)
+        )
 
     opt = fngd.FNGD(
         model, share="none", normalize="raw", damping=0.3, damping_mode=damping_mode, norms="weighted"
@@ -49,7 +52,9 @@ def test_normalizations_scale_the_natural_gradient(normalize):
     opt.detach()
     for name, g in blocks(model, sample_gradients(model, x, y)).items():
         damping = 0.3 * g.square().sum() / N
-        v = torch.linalg.solve(g @ g.T / N + damping * torch.eye(N, dtype=g.dtype), torch.ones(N, dtype=g.dtype))
+        v = torch.linalg.solve(
+            g @ g.T / N + damping * torch.eye(N, dtype=g.dtype), torch.ones(N, dtype=g.dtype)
+        )
         scale = {
             "mean": 1 / v.mean(),
             "lambda": damping,
@@ -59,7 +64,9 @@ def test_normalizations_scale_the_natural_gradient(normalize):
 
 
 LAYOUTS = [(name, torch.contiguous_format) for name in NETWORKS]
-LAYOUTS += [(name, torch.channels_last) for name in NETWORKS if name.startswith(("conv2d", "group", "reused"))]
+LAYOUTS += [
+    (name, torch.channels_last) for name in NETWORKS if name.startswith(("conv2d", "group", "reused"))
+]
 
 
 @pytest.mark.parametrize(("network", "memory_format"), LAYOUTS, ids=str)
@@ -104,7 +111,8 @@ def test_batch_norm_contributions_are_what_each_row_gives_at_the_layer():
     x, y = torch.randn(N, 2, 5, 5, dtype=torch.float64), torch.randint(0, 3, (N,))
     outputs = {}
     hooks = [
-        m.register_forward_hook(lambda m, i, o, n=n: outputs.__setitem__(n, o)) for n, m in model.named_children()
+        m.register_forward_hook(lambda m, i, o, n=n: outputs.__setitem__(n, o))
+        for n, m in model.named_children()
     ]
     loss = F.cross_entropy(model(x), y)
     truth = {}
@@ -149,5 +157,9 @@ def test_shared_coefficients_weigh_contributions_and_leave_input_gradients(seed)
     truth = blocks(model, sample_gradients(model, x, y))
     for layer in opt._engine.layers:
         s = layer.weights.float().double()  # the table keeps single precision
-        torch.testing.assert_close(gradients(model)[layer.name][0], s @ truth[layer.name] / N, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(dx, torch.autograd.grad(F.cross_entropy(model(x), y), x)[0], rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(
+            gradients(model)[layer.name][0], s @ truth[layer.name] / N, rtol=1e-9, atol=1e-12
+        )
+    torch.testing.assert_close(
+        dx, torch.autograd.grad(F.cross_entropy(model(x), y), x)[0], rtol=1e-10, atol=1e-13
+    )

@@ -1,4 +1,5 @@
-"""Autograd nodes, native and Python: weighted parameter gradients, any order of differentiation, compile, autocast."""
+"""Autograd nodes, native and Python: weighted parameter gradients, any order of differentiation, compile,
+autocast."""
 
 import pytest
 import torch
@@ -10,8 +11,16 @@ from fngd_kernels.ops import nodes
 
 CONVOLUTIONS = {
     "1d": ((3, 4, 9), (6, 2, 3), {"stride": [2], "padding": [1], "dilation": [2], "groups": 2}),
-    "2d": ((3, 4, 6, 5), (6, 2, 3, 2), {"stride": [2, 1], "padding": [1, 0], "dilation": [1, 2], "groups": 2}),
-    "3d": ((3, 2, 4, 3, 4), (2, 2, 2, 1, 3), {"stride": [1] * 3, "padding": [0, 1, 1], "dilation": [1] * 3, "groups": 1}),
+    "2d": (
+        (3, 4, 6, 5),
+        (6, 2, 3, 2),
+        {"stride": [2, 1], "padding": [1, 0], "dilation": [1, 2], "groups": 2},
+    ),
+    "3d": (
+        (3, 2, 4, 3, 4),
+        (2, 2, 2, 1, 3),
+        {"stride": [1] * 3, "padding": [0, 1, 1], "dilation": [1] * 3, "groups": 1},
+    ),
 }
 
 
@@ -96,7 +105,8 @@ def test_nodes_are_differentiable_twice(case, implementation):
 
 @pytest.mark.parametrize("case", CASES)
 def test_uses_inside_derivatives_are_weighted_too(case, implementation):
-    """The gradient of a loss on dX: sample n's part of it carries s_n, also where the weight is used in backward."""
+    """The gradient of a loss on dX: sample n's part of it carries s_n, also where the weight is used in
+    backward."""
     node, geometry, x, weight, bias = CASES[case]()
     function = torch_function(node, geometry)
     scale = torch.randn(len(x), dtype=torch.float64)
@@ -106,8 +116,13 @@ def test_uses_inside_derivatives_are_weighted_too(case, implementation):
         return dx.square().flatten(1).sum(1)
 
     x.requires_grad_()
-    weighted = torch.autograd.grad(loss(lambda x: node(x, weight, bias, scale, **geometry), x).sum(), weight)[0]
-    rows = [torch.autograd.grad(loss(lambda x: function(x, weight, bias), x[n : n + 1]).sum(), weight)[0] for n in range(len(x))]
+    weighted = torch.autograd.grad(loss(lambda x: node(x, weight, bias, scale, **geometry), x).sum(), weight)[
+        0
+    ]
+    rows = [
+        torch.autograd.grad(loss(lambda x: function(x, weight, bias), x[n : n + 1]).sum(), weight)[0]
+        for n in range(len(x))
+    ]
     torch.testing.assert_close(weighted, sum(s * row for s, row in zip(scale, rows, strict=True)))
 
 

@@ -5,13 +5,12 @@ import io
 import pickle
 import weakref
 
+import fngd
 import pytest
 import torch
 import torch.nn.functional as F
 from networks import make
 from torch import nn
-
-import fngd
 
 N = 8
 
@@ -114,7 +113,9 @@ def test_means_are_collected_in_the_first_epoch_and_then_shared(share, width):
     for row, gradient in zip((0, 0, 1, 1), range(4), strict=True):
         rows = torch.stack(
             [
-                torch.autograd.grad(F.cross_entropy(model(x[n : n + 1]), y[n : n + 1]), list(model.parameters()))[gradient]
+                torch.autograd.grad(
+                    F.cross_entropy(model(x[n : n + 1]), y[n : n + 1]), list(model.parameters())
+                )[gradient]
                 for n in range(N)
             ]
         )
@@ -247,7 +248,8 @@ def test_zero_gradients_are_no_failure():
     assert all((p.grad == 0).all() for p in model.parameters())
 
 
-# ---- state ------------------------------------------------------------------------------------------------------
+# ---- state
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share", ["sample", "position", "mean", "none"])
@@ -271,7 +273,9 @@ def test_a_resumed_run_is_the_same_bit_for_bit(share, base):
     opt, scheduler = setup(model)
     run(model, opt, scheduler, 2)
     file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "opt": opt.state_dict(), "scheduler": scheduler.state_dict()}, file)
+    torch.save(
+        {"model": model.state_dict(), "opt": opt.state_dict(), "scheduler": scheduler.state_dict()}, file
+    )
     run(model, opt, scheduler, 3)
 
     file.seek(0)
@@ -311,7 +315,9 @@ def test_foreign_states_are_refused_and_change_nothing():
 def test_groups_schedulers_and_closures():
     model, x, y = make("mlp", N)
     opt = fngd.FNGD(
-        model, lr=0.1, params=[{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.0}]
+        model,
+        lr=0.1,
+        params=[{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.0}],
     )
     frozen = model[2].weight.clone()
     opt.set_samples(range(N))
@@ -352,7 +358,8 @@ def test_added_group_is_optimized():
     assert float(extra.detach()) == pytest.approx(0.9)
 
 
-# ---- what is routed ---------------------------------------------------------------------------------------------
+# ---- what is routed
+# ---------------------------------------------------------------------------------------------
 
 
 class Zoo(nn.Module):
@@ -485,7 +492,11 @@ def test_copies_of_the_model_are_not_routed():
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    for clone in (copy.deepcopy(model), torch.load(file, weights_only=False), pickle.loads(pickle.dumps(model))):
+    for clone in (
+        copy.deepcopy(model),
+        torch.load(file, weights_only=False),
+        pickle.loads(pickle.dumps(model)),
+    ):
         torch.testing.assert_close(clone(x), model(x))
         F.cross_entropy(clone(x), y).backward()
         assert clone[0].forward.__self__ is clone[0]
@@ -520,7 +531,8 @@ def test_the_steady_state_compiles_without_graph_breaks(normalized):
         torch.testing.assert_close(p.grad, gradient)
 
 
-# ---- bad input --------------------------------------------------------------------------------------------------
+# ---- bad input
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -550,7 +562,7 @@ def test_bad_arguments(arguments, error, message):
 def test_bad_models():
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module"):
         fngd.FNGD([nn.Parameter(torch.ones(1))])
-    with pytest.raises(ValueError, match="no supported layer.*LSTM"):
+    with pytest.raises(ValueError, match=r"no supported layer.*LSTM"):
         fngd.FNGD(nn.LSTM(2, 2))
     with pytest.raises(ValueError, match="no supported layer"):
         fngd.layer_grams(nn.LSTM(2, 2), lambda: None)

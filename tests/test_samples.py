@@ -1,11 +1,17 @@
 """Tracked loaders report the ids of exactly the samples they yield."""
 
+import fngd
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
-
-import fngd
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    WeightedRandomSampler,
+)
 
 
 class Recorder:
@@ -130,7 +136,7 @@ def test_loaders_without_ids():
         fngd.track(DataLoader(Stream()), Recorder())
     with pytest.raises(TypeError, match="loader: expected a torch"):
         fngd.track([1, 2], Recorder())
-    with pytest.raises(TypeError, match="optimizer: expected an fngd.FNGD"):
+    with pytest.raises(TypeError, match=r"optimizer: expected an fngd\.FNGD"):
         fngd.track(DataLoader(range(3)), torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))
     with pytest.raises(ValueError, match="in_order=True"):
         fngd.track(DataLoader(range(3), in_order=False), Recorder())

@@ -17,7 +17,8 @@ class Layer:
     """A module served by a rule: one block of parameters, one row of the coefficient table."""
 
     def __init__(self, name: str, module: nn.Module, rule: Rule, index: int) -> None:
-        self.name, self.module, self.rule, self.index = name, module, rule, index
+        self.module: Any = module
+        self.name, self.rule, self.index = name, rule, index
         self.note = ""  # why the last batches that could not be weighted were not
         self.solves = 0
         self.weights: Tensor | None = None  # of the last solve
@@ -27,7 +28,7 @@ class Layer:
     @property
     def parameters(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
         """Return (weight, bias), None for a bias that the module does not have."""
-        return self.module.weight, getattr(self.module, "bias", None)  # type: ignore[return-value]
+        return self.module.weight, getattr(self.module, "bias", None)
 
     def takes(self, x: Tensor) -> bool:
         """Return whether this call is a training call on a non-empty batch."""
@@ -50,7 +51,8 @@ class Router(Protocol):
 class RoutedForward:
     """The `forward` of a routed module, set on the instance.
 
-    It holds its router weakly: a model outlives its optimizer unharmed. A copied or pickled module is not routed.
+    It holds its router weakly: a model outlives its optimizer unharmed. A copied or pickled module is not
+    routed.
     """
 
     def __init__(self, layer: Layer, router: Router) -> None:
@@ -58,6 +60,7 @@ class RoutedForward:
         self.router = weakref.ref(router)
 
     def __call__(self, input: Tensor) -> Tensor:
+        """Return the module's output; the argument has torch's name, which callers may use."""
         router = self.router()
         return self.layer.plain(input) if router is None else router.forward(self.layer, input)
 
@@ -94,7 +97,7 @@ def route(layers: Iterable[Layer], router: Router) -> Callable[[], None]:
             if layer.module.__dict__.get("forward") is not forward:
                 continue  # routed anew by another optimizer since
             if before is None:
-                del layer.module.forward
+                del layer.module.__dict__["forward"]
             else:
                 layer.module.forward = before
 
@@ -108,7 +111,7 @@ def release(model: nn.Module) -> None:
         forward = module.__dict__.get("forward")
         if isinstance(forward, RoutedForward):
             taken |= forward.router() is not None
-            del module.forward
+            del module.__dict__["forward"]
     if taken:
         warnings.warn(
             "this model was routed by another FNGD optimizer, which is detached from it now", stacklevel=3
@@ -118,7 +121,8 @@ def release(model: nn.Module) -> None:
 def find_layers(
     model: nn.Module, parameters: Iterable[Tensor], *, affine: bool, skip: Sequence[str] = ()
 ) -> tuple[list[Layer], dict[str, str]]:
-    """Return the layers that rules serve and, for every other parameter's module, the reason it is left plain.
+    """Return the layers that rules serve and, for every other parameter's module, the reason it is left
+    plain.
 
     parameters: those to be optimized; a module whose weight is not among them is left alone.
     affine: whether normalisation layers are served.

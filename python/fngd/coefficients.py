@@ -25,7 +25,8 @@ def coefficients(k: Tensor, damping: float, damping_mode: str, normalize: str) -
 
     Returns:
         s (L, N) in k's dtype, 1 for every sample of a layer whose solve failed (not finite, not positive
-        definite, or mean(v) <= 0), and solved (L,) bool. A layer whose gradient is zero has s = 1 and is solved.
+        definite, or mean(v) <= 0), and solved (L,) bool. A layer whose gradient is zero has s = 1 and is
+        solved.
 
     Source: Ou et al. 2024 (arXiv 2403.03473), Sherman-Morrison-Woodbury in push-through form.
     """
@@ -59,7 +60,8 @@ def coefficients(k: Tensor, damping: float, damping_mode: str, normalize: str) -
 class Table:
     """The weight that each sample keeps in each layer: (layers, size) fp32, 1 until it was solved for.
 
-    For share = "position" the columns are batch positions and for "mean" there is one; these hold means over the
+    For share = "position" the columns are batch positions and for "mean" there is one; these hold means over
+    the
     solving batches. `seen` lies on the CPU, so that choosing the phase of a batch needs no synchronisation.
     """
 

@@ -18,7 +18,8 @@ from .rules import Use
 
 
 class Batch:
-    """The samples of the current forward: how many, which, and whether their coefficients are to be solved for."""
+    """The samples of the current forward: how many, which, and whether their coefficients are to be solved
+    for."""
 
     def __init__(self, size: int | None, ids: Tensor | None, scales: Sequence[Tensor] | None) -> None:
         self.size, self.ids, self.scales = size, ids, scales
@@ -29,9 +30,11 @@ class Batch:
 
 
 class Engine:
-    """Routes layers: a solving batch is captured and solved at the end of its backward, others reuse coefficients.
+    """Routes layers: a solving batch is captured and solved at the end of its backward, others reuse
+    coefficients.
 
-    Without sample ids (share = "none", "position", "mean") every layer takes the rows of its own input as samples;
+    Without sample ids (share = "none", "position", "mean") every layer takes the rows of its own input as
+    samples;
     with ids a layer whose input has another number of rows keeps the plain gradient.
     """
 
@@ -48,18 +51,20 @@ class Engine:
         self.layers = list(layers)
         self.damping, self.damping_mode, self.normalize = damping, damping_mode, normalize
         self.share, self.refresh_every = share, refresh_every
-        self.table = Table(len(self.layers), self.layers[0].module.weight.device)  # type: ignore[arg-type]
+        self.table = Table(len(self.layers), self.layers[0].module.weight.device)
         self.dataset_size: int | None = None  # known when a loader is tracked
         self.epoch = 0
         self.solved_batches = 0
         self.solve_seconds = 0.0
-        self.captured_bytes = 0  # the most that one solving step held: inputs, output gradients and Gram matrices
+        self.captured_bytes = (
+            0  # the most that one solving step held: inputs, output gradients and Gram matrices
+        )
         self.failed_solves = torch.zeros((), dtype=torch.int64)
         self._batch: Batch | None = None if share == "sample" else Batch(None, None, None)
         # Captured uses by autograd graph task, batch and layer; a backward that failed leaves its own behind.
         self._pending: dict[int, dict[Batch, dict[Layer, list[Use]]]] = {}
 
-    # ---- phases ----------------------------------------------------------------------------------------------
+    # ---- phases ----------------------------------------------------------------------------------
 
     def start_epoch(self) -> None:
         """Count an epoch; on the first and then every `refresh_every` epochs coefficients are solved anew."""
@@ -84,7 +89,8 @@ class Engine:
         self._batch = Batch(ids.numel(), ids, scales)
 
     def _unnamed_batch(self) -> Batch:
-        """Return the batch of a forward that shares by position or mean: solving in the epochs that collect."""
+        """Return the batch of a forward that shares by position or mean: solving in the epochs that
+        collect."""
         period = self.refresh_every
         collecting = self.epoch <= 1 if period is None else (self.epoch - 1) % period == 0
         return Batch(None, None, None if collecting else self.table.values.unbind(0))
@@ -98,7 +104,7 @@ class Engine:
         for layer in self.layers:
             layer.open_uses = 0
 
-    # ---- forward ---------------------------------------------------------------------------------------------
+    # ---- forward ---------------------------------------------------------------------------------
 
     def forward(self, layer: Layer, x: Tensor) -> Tensor:
         """Return the layer's output, computed by a node that weights or captures its parameter gradients."""
@@ -107,8 +113,9 @@ class Engine:
         batch = self._batch
         if batch is None:
             raise RuntimeError(
-                "share='sample' needs to know which samples a batch holds: iterate `fngd.track(loader, optimizer)`, "
-                "or call optimizer.set_samples(ids) before the forward, or choose share='none', 'position' or 'mean'"
+                "share='sample' needs to know which samples a batch holds: iterate "
+                "`fngd.track(loader, optimizer)`, or call optimizer.set_samples(ids) before the forward, "
+                "or choose share='none', 'position' or 'mean'"
             )
         samples = x.shape[0]
         if batch.size is not None and samples != batch.size:
@@ -130,10 +137,12 @@ class Engine:
         layer.open_uses += 1
         return layer.rule.forward(layer.module, x, None, partial(self._captured, layer, batch))
 
-    # ---- backward --------------------------------------------------------------------------------------------
+    # ---- backward --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _captured(self, layer: Layer, batch: Batch, a: Tensor, e: Tensor, selective: bool) -> Gradients | None:
+    def _captured(
+        self, layer: Layer, batch: Batch, a: Tensor, e: Tensor, selective: bool
+    ) -> Gradients | None:
         """Receive one use of a layer inside backward; the sink of the layer's node."""
         use, task = (a, e), torch._C._current_graph_task_id()
         last_use = layer.open_uses <= 1 and layer.split_task != task
@@ -156,12 +165,15 @@ class Engine:
         for batch, captured in self._pending.pop(task).items():
             weights = self._solve(batch, captured)
             for layer, uses in captured.items():
-                for parameter, gradient in zip(layer.parameters, _weighted(layer, uses, weights), strict=True):
+                for parameter, gradient in zip(
+                    layer.parameters, _weighted(layer, uses, weights), strict=True
+                ):
                     if parameter is not None and parameter.requires_grad and gradient is not None:
                         _accumulate(parameter, gradient)
 
     def _solve(self, batch: Batch, captured: dict[Layer, list[Use]]) -> dict[Layer, Tensor]:
-        """Return the weights of the samples for every layer that can be weighted, and keep them for later epochs."""
+        """Return the weights of the samples for every layer that can be weighted, and keep them for later
+        epochs."""
         started = time.perf_counter()
         groups: dict[Any, list[tuple[Layer, Tensor]]] = defaultdict(list)
         for layer, uses in captured.items():
@@ -189,7 +201,8 @@ class Engine:
         return weights
 
     def _keep(self, batch: Batch, layers: list[int], k: Tensor, s: Tensor) -> None:
-        """Keep the weights s (len(layers), N) where they are shared; not those of a batch that was not finite."""
+        """Keep the weights s (len(layers), N) where they are shared; not those of a batch that was not
+        finite."""
         if self.share == "none" or not bool(torch.isfinite(k).all()):
             return
         if self.share == "sample":
@@ -198,7 +211,7 @@ class Engine:
         else:
             self.table.average(layers, s if self.share == "position" else s.mean(1, keepdim=True))
 
-    # ---- state and reports -----------------------------------------------------------------------------------
+    # ---- state and reports -----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return the table and the counters, as tensors, strings and numbers."""
@@ -219,7 +232,9 @@ class Engine:
         names = [layer.name for layer in self.layers]
         if state["layers"] != names:
             differing = sorted(set(names) ^ set(state["layers"])) or names
-            raise ValueError(f"state_dict: its layers are not this model's; they differ in {', '.join(differing)}")
+            raise ValueError(
+                f"state_dict: its layers are not this model's; they differ in {', '.join(differing)}"
+            )
         if state["share"] != self.share:
             raise ValueError(f"state_dict: expected share={self.share!r}, got {state['share']!r}")
 
@@ -252,7 +267,11 @@ class Engine:
         for layer in self.layers:
             if layer.weights is not None:
                 low, high = layer.weights.aminmax()
-                spread[layer.name] = {"min": float(low), "mean": float(layer.weights.mean()), "max": float(high)}
+                spread[layer.name] = {
+                    "min": float(low),
+                    "mean": float(layer.weights.mean()),
+                    "max": float(high),
+                }
         return {
             "epoch": self.epoch,
             "solved_batches": self.solved_batches,
@@ -269,23 +288,24 @@ def _weighted(layer: Layer, uses: Sequence[Use], weights: dict[Layer, Tensor]) -
     """Return the layer's weighted gradients, or the plain ones for a layer without weights."""
     if layer in weights:
         return layer.rule.combine(layer.module, uses, weights[layer])
-    total: list[Tensor | None] = [None, None]
-    for use in uses:
-        ones = use[1].new_ones(use[1].shape[0])
-        for i, gradient in enumerate(layer.rule.combine(layer.module, [use], ones)):
-            total[i] = gradient if total[i] is None or gradient is None else total[i] + gradient
-    return total[0], total[1]
+    plain = [layer.rule.combine(layer.module, [use], use[1].new_ones(use[1].shape[0])) for use in uses]
+    weight, bias = ([g for g in column if g is not None] for column in zip(*plain, strict=True))
+    return torch.stack(weight).sum(0), torch.stack(bias).sum(0) if bias else None
 
 
 def _awaited(layer: Layer) -> bool:
-    """Return whether somebody waits for this layer's gradient inside backward: hooks, or a gradient reducer."""
+    """Return whether somebody waits for this layer's gradient inside backward: hooks, or a gradient
+    reducer."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return True
-    return any(p is not None and (p._backward_hooks or p._post_accumulate_grad_hooks) for p in layer.parameters)
+    return any(
+        p is not None and (p._backward_hooks or p._post_accumulate_grad_hooks) for p in layer.parameters
+    )
 
 
 def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Do what autograd does with a leaf's gradient: keep the parameter's dtype and memory layout, add in place."""
+    """Do what autograd does with a leaf's gradient: keep the parameter's dtype and memory layout, add in
+    place."""
     if parameter.grad is not None:
         parameter.grad.add_(gradient)
     elif gradient.dtype == parameter.dtype and gradient.stride() == parameter.stride():

@@ -15,10 +15,13 @@ from .rules import Use
 
 
 def layer_grams(model: nn.Module, closure: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """Return K (N, N) for every layer: K_ij = <C_i, C_j>, C_n sample n's contribution to the layer's gradient.
+    """Return K (N, N) for every layer: K_ij = <C_i, C_j>, C_n sample n's contribution to the layer's
+    gradient.
 
-    For tangent kernels, influence functions, gradient diversity and, on the diagonal, per-sample gradient norms.
-    The sum of all K is the Gram matrix of the whole network. Samples are the rows of each layer's input; weight and
+    For tangent kernels, influence functions, gradient diversity and, on the diagonal, per-sample gradient
+    norms.
+    The sum of all K is the Gram matrix of the whole network. Samples are the rows of each layer's input;
+    weight and
     bias are one block; no `.grad` is touched and no weight gradient is formed.
 
     model: the network, in training mode; modules that no rule serves are named in a warning and left out.
@@ -34,7 +37,9 @@ def layer_grams(model: nn.Module, closure: Callable[[], Tensor]) -> dict[str, Te
     if not layers:
         raise ValueError(f"model: no supported layer in {type(model).__name__}")
     if left_out:
-        warnings.warn(f"layer_grams leaves out {'; '.join(f'{n}: {r}' for n, r in left_out.items())}", stacklevel=2)
+        warnings.warn(
+            f"layer_grams leaves out {'; '.join(f'{n}: {r}' for n, r in left_out.items())}", stacklevel=2
+        )
     collector = _Collector()
     restore = route(layers, collector)
     try:
@@ -78,4 +83,6 @@ class _Collector:
         """Return K by layer name; a use that no gradient reached contributes nothing."""
         for layer in list(self._uses):
             self._close(layer)
-        return {layer.name: self._grams[layer] for layer in sorted(self._grams, key=lambda layer: layer.index)}
+        return {
+            layer.name: self._grams[layer] for layer in sorted(self._grams, key=lambda layer: layer.index)
+        }

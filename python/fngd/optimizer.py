@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from .capture import find_layers, release, route
@@ -21,31 +20,45 @@ class FNGD(Optimizer):
     """Natural-gradient descent at first-order cost: a torch.optim update rule applied to weighted gradients.
 
     For every supported layer `.grad` becomes sum_n s_n C_n, C_n the contribution of sample n to the ordinary
-    gradient. In the first epoch s solves (lam I + N K) s = 1 with K_ij = <C_i, C_j> (the empirical Fisher's natural
-    gradient, Sherman-Morrison-Woodbury); later epochs reuse each sample's s and cost what the ordinary gradient costs.
+    gradient. In the first epoch s solves (lam I + N K) s = 1 with K_ij = <C_i, C_j> (the empirical Fisher's
+    natural
+    gradient, Sherman-Morrison-Woodbury); later epochs reuse each sample's s and cost what the ordinary
+    gradient costs.
 
     model: the network; its modules are routed through FNGD's layer rules until `detach()`.
-    lr, **options: the base optimizer's own (momentum, weight_decay, nesterov, betas, fused, ...), with its defaults.
+    lr, **options: the base optimizer's own (momentum, weight_decay, nesterov, betas, fused, ...), with its
+        defaults.
     params: what to optimize, as for any torch optimizer (an iterable of parameters or of groups); all of the
         model's parameters by default. Layers whose weight is not among them are left alone.
     base: "sgd", "adamw" or a torch.optim class: the update rule.
-    damping: lam in the unit of damping_mode: "trace" tr(K') / N, "mean_eig" tr(K') / N^2, "absolute" 1, with K' the
+    damping: lam in the unit of damping_mode: "trace" tr(K') / N, "mean_eig" tr(K') / N^2, "absolute" 1, with
+        K' the
         Gram matrix of the per-sample gradients N C_n.
-    normalize: "mean" s / mean(s), so that learning rates carry over; "lambda" lam s; "raw"; "graft" keeps the length
+    normalize: "mean" s / mean(s), so that learning rates carry over; "lambda" lam s; "raw"; "graft" keeps
+        the length
         of the plain gradient in each layer.
-    share: what later epochs reuse. "sample": each sample's own s (needs `fngd.track` or `set_samples`); "position":
+    share: what later epochs reuse. "sample": each sample's own s (needs `fngd.track` or `set_samples`);
+        "position":
         the mean s of a batch position; "mean": the mean s of the layer; "none": solve at every step.
     refresh_every: epochs between new solves; None solves in the first epoch only.
-    norms: "plain" leaves the scale and shift of normalisation layers to the plain gradient, "weighted" treats them too.
+    norms: "plain" leaves the scale and shift of normalisation layers to the plain gradient, "weighted"
+        treats them too.
     skip: fnmatch patterns of module names that keep the plain gradient.
     strict: raise for a module with trainable parameters that no rule serves.
 
     Raises:
-        ValueError: an argument out of range; no supported layer in the model; with strict, an unsupported module.
+        ValueError: an argument out of range; no supported layer in the model; with strict, an unsupported
+            module.
         TypeError: an argument of the wrong type, or an option that the base optimizer does not know.
 
     Source: Ou, Zhu, Huang, Liu 2024, arXiv 2403.03473.
     """
+
+    _base: Optimizer
+    _engine: Engine
+    _model: nn.Module
+    _plain: dict[str, str]
+    skipped_steps: int
 
     def __init__(
         self,
@@ -75,7 +88,9 @@ class FNGD(Optimizer):
         _one_of("share", share, SHARES)
         _one_of("norms", norms, ("plain", "weighted"))
         if refresh_every is not None and (not isinstance(refresh_every, int) or refresh_every < 1):
-            raise ValueError(f"refresh_every: expected a number of epochs >= 1 or None, got {refresh_every!r}")
+            raise ValueError(
+                f"refresh_every: expected a number of epochs >= 1 or None, got {refresh_every!r}"
+            )
         if isinstance(skip, str):
             raise TypeError(f"skip: expected a sequence of module-name patterns, got the string {skip!r}")
 
@@ -91,15 +106,21 @@ class FNGD(Optimizer):
         release(model)
         layers, self._plain = find_layers(model, optimized, affine=norms == "weighted", skip=skip)
         if not layers:
-            found = sorted({type(m).__name__ for m in model.modules() if any(True for _ in m.parameters(False))})
-            raise ValueError(f"model: no supported layer among its modules with parameters ({', '.join(found)})")
+            found = sorted(
+                {type(m).__name__ for m in model.modules() if any(True for _ in m.parameters(False))}
+            )
+            raise ValueError(
+                f"model: no supported layer among its modules with parameters ({', '.join(found)})"
+            )
         unsupported = {
             name: reason
             for name, reason in self._plain.items()
             if reason != "skipped" and not reason.startswith("normalisation")
         }
         if strict and unsupported:
-            listed = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in unsupported.items())
+            listed = "; ".join(
+                f"{name or 'the model itself'}: {reason}" for name, reason in unsupported.items()
+            )
             raise ValueError(f"strict: modules without a rule ({listed})")
         self.share = share
         self.skipped_steps = 0
@@ -120,7 +141,7 @@ class FNGD(Optimizer):
         self._base.param_groups = self.param_groups
         self._base.state = self.state
 
-    # ---- routing ---------------------------------------------------------------------------------------------
+    # ---- routing ---------------------------------------------------------------------------------
 
     def attach(self) -> None:
         """Route the model's layers again after `detach`."""
@@ -133,12 +154,13 @@ class FNGD(Optimizer):
             self._restore()
             self._restore = None
 
-    # ---- samples ---------------------------------------------------------------------------------------------
+    # ---- samples ---------------------------------------------------------------------------------
 
     def set_samples(self, ids: Sequence[int] | Tensor) -> None:
         """Name the samples of the next forward, for loops without a loader to track.
 
-        ids: (N,) integers >= 0, row n of the batch; the table grows with them, or ends at the dataset's length when
+        ids: (N,) integers >= 0, row n of the batch; the table grows with them, or ends at the dataset's
+            length when
             a loader is tracked.
         """
         try:
@@ -158,12 +180,13 @@ class FNGD(Optimizer):
         self._engine.set_samples(ids)
 
     def start_epoch(self, dataset_size: int | None = None) -> None:
-        """Begin an epoch; a tracked loader says so itself. Loops without one call it where refresh_every counts."""
+        """Begin an epoch; a tracked loader says so itself. Loops without one call it where refresh_every
+        counts."""
         if dataset_size is not None:
             self._engine.dataset_size = dataset_size
         self._engine.start_epoch()
 
-    # ---- optimizer -------------------------------------------------------------------------------------------
+    # ---- optimizer -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -176,21 +199,30 @@ class FNGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._engine.finish_step()
-        gradients = [
-            p.grad
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None and not p.grad.is_sparse
-        ]
-        if gradients and not bool(torch.isfinite(get_total_norm(gradients, math.inf))):
+        if not self._gradients_are_finite():
             self.skipped_steps += 1
             return loss
         self._base.step()
         return loss
 
+    def _gradients_are_finite(self) -> bool:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        # A sum carries every NaN and infinity, at a fraction of a norm's cost; in fp32 because fp16 would
+        # overflow.
+        sums = [
+            g.sum(dtype=None if g.dtype == torch.float64 else torch.float32)
+            for g in gradients
+            if not g.is_sparse
+        ]
+        return not sums or math.isfinite(sum(s.item() for s in sums))
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the base optimizer's state and, under "fngd", the coefficient table: tensors and numbers only."""
-        return {**super().state_dict(), "fngd": self._engine.state_dict() | {"skipped_steps": self.skipped_steps}}
+        """Return the base optimizer's state and, under "fngd", the coefficient table: tensors and numbers
+        only."""
+        return {
+            **super().state_dict(),
+            "fngd": self._engine.state_dict() | {"skipped_steps": self.skipped_steps},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what state_dict returned; the continued run is the same bit for bit.
@@ -206,10 +238,11 @@ class FNGD(Optimizer):
         self._engine.load_state_dict(state_dict["fngd"])
         self.skipped_steps = state_dict["fngd"]["skipped_steps"]
 
-    # ---- reports ---------------------------------------------------------------------------------------------
+    # ---- reports ---------------------------------------------------------------------------------
 
     def coverage(self) -> dict[str, str]:
-        """Return for every optimized parameter the rule that weights it, or "plain: " and the reason it is not."""
+        """Return for every optimized parameter the rule that weights it, or "plain: " and the reason it is
+        not."""
         optimized = {id(p) for group in self.param_groups for p in group["params"]}
         served = {layer.name: layer for layer in self._engine.layers}
         report = {}
@@ -225,7 +258,8 @@ class FNGD(Optimizer):
         return report
 
     def stats(self) -> dict[str, Any]:
-        """Return counters: solved batches, failed solves, skipped steps, the spread of the coefficients, time, memory."""
+        """Return counters: solved batches, failed solves, skipped steps, the spread of the coefficients,
+        time, memory."""
         return self._engine.stats() | {"skipped_steps": self.skipped_steps}
 
 
@@ -241,5 +275,7 @@ def _base_class(base: str | type[Optimizer]) -> type[Optimizer]:
     if not (isinstance(base, type) and issubclass(base, Optimizer)):
         raise TypeError(f"base: expected 'sgd', 'adamw' or a torch.optim class, got {base!r}")
     if issubclass(base, torch.optim.LBFGS):
-        raise ValueError("base: LBFGS evaluates the loss several times a step, which weighted gradients do not allow")
+        raise ValueError(
+            "base: LBFGS evaluates the loss several times a step, which weighted gradients do not allow"
+        )
     return base

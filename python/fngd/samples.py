@@ -1,4 +1,5 @@
-"""Sample ids for any DataLoader: taken from the batch sampler, so that datasets and collate functions stay as they are."""
+"""Sample ids for any DataLoader: taken from the batch sampler, so that datasets and collate functions stay
+as they are."""
 
 import copy
 from collections import deque
@@ -21,8 +22,10 @@ class TakesSamples(Protocol):
 def track(loader: DataLoader, optimizer: TakesSamples) -> "TrackedLoader":
     """Return the loader, iterated as before, telling the optimizer the sample ids of every batch it yields.
 
-    The ids are the dataset indices that the loader's own batch sampler draws: any map-style dataset, collate_fn,
-    number of workers, shuffling, drop_last or a short last batch. Only share = "sample" needs ids; for the other
+    The ids are the dataset indices that the loader's own batch sampler draws: any map-style dataset,
+    collate_fn,
+    number of workers, shuffling, drop_last or a short last batch. Only share = "sample" needs ids; for the
+    other
     modes any loader will do, an IterableDataset included.
 
     Raises:
@@ -69,7 +72,8 @@ class TrackedLoader:
 
 
 class _RecordingSampler:
-    """A batch sampler that notes the indices of each batch, in the order in which the loader yields batches."""
+    """A batch sampler that notes the indices of each batch, in the order in which the loader yields
+    batches."""
 
     def __init__(self, sampler: Any) -> None:
         self.sampler = sampler
@@ -84,8 +88,8 @@ class _RecordingSampler:
         for indices in self.sampler:
             if not isinstance(indices, Sequence) or isinstance(indices, (str, bytes)):
                 raise ValueError(
-                    "loader: its sampler draws single indices (batch_size=None), which do not name the samples of a "
-                    "batch; give the loader a batch_size, or call optimizer.set_samples(ids) yourself"
+                    "loader: its sampler draws single indices (batch_size=None), which do not name the samples "
+                    "of a batch; give the loader a batch_size, or call optimizer.set_samples(ids) yourself"
                 )
             drawn.append(indices)
             yield indices
@@ -98,11 +102,13 @@ def _recording(loader: DataLoader) -> tuple[DataLoader, _RecordingSampler]:
     """Return a copy of the loader that draws through a recording sampler, and that sampler."""
     if isinstance(loader.dataset, IterableDataset):
         raise ValueError(
-            "loader: an IterableDataset has no sample indices; call optimizer.set_samples(ids) before each forward, "
-            "or choose share='none' (solve at every step), share='position' or share='mean'"
+            "loader: an IterableDataset has no sample indices; call optimizer.set_samples(ids) before each "
+            "forward, or choose share='none' (solve at every step), share='position' or share='mean'"
         )
     if not getattr(loader, "in_order", True):
-        raise ValueError("loader: expected in_order=True, batches out of order cannot be matched with their ids")
+        raise ValueError(
+            "loader: expected in_order=True, batches out of order cannot be matched with their ids"
+        )
     which = "sampler" if loader.batch_sampler is None else "batch_sampler"
     recorder = _RecordingSampler(getattr(loader, which))
     recording = copy.copy(loader)

@@ -1,6 +1,8 @@
-"""Scale and shift of normalisation layers: C_n = (sum_t E_nt x_hat_nt, sum_t E_nt), weight and bias as one block."""
+"""Scale and shift of normalisation layers: C_n = (sum_t E_nt x_hat_nt, sum_t E_nt), weight and bias as one
+block."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +23,13 @@ class AffineRule:
 
     name = "affine"
 
-    def reason_against(self, module: nn.Module) -> str | None:
+    def reason_against(self, module: Any) -> str | None:
         return None if module.weight is not None else "no scale and shift"
 
-    def batched(self, module: nn.Module, x: Tensor) -> bool:
+    def batched(self, module: Any, x: Tensor) -> bool:
         return x.ndim > (len(module.normalized_shape) if _over_last_dimensions(module) else 1)
 
-    def forward(self, module: nn.Module, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
+    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
         x_hat = normalised(module, x)
         shape = broadcast_shape(module, x)
         if not trainable_bias(module):
@@ -40,15 +42,15 @@ class AffineRule:
         weight, bias = rows.view(-1, 2, *shape).unbind(1)
         return torch.addcmul(bias, x_hat, weight).to(x_hat.dtype)
 
-    def gram(self, module: nn.Module, uses: Sequence[Use]) -> Tensor:
+    def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
         return fk.gram_rows(_summed(uses))
 
-    def combine(self, module: nn.Module, uses: Sequence[Use], s: Tensor) -> Gradients:
+    def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
         gradient = fk.combine_rows(_summed(uses), s)
         return (gradient[0], gradient[1]) if trainable_bias(module) else (gradient, None)
 
 
-def normalised(module: nn.Module, x: Tensor) -> Tensor:
+def normalised(module: Any, x: Tensor) -> Tensor:
     """Return the module's output without its scale and shift, in training mode, with its side effects."""
     if isinstance(module, nn.LayerNorm):
         return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
@@ -64,7 +66,7 @@ def normalised(module: nn.Module, x: Tensor) -> Tensor:
     return F.batch_norm(x, module.running_mean, module.running_var, None, None, True, momentum, module.eps)
 
 
-def broadcast_shape(module: nn.Module, x: Tensor) -> tuple[int, ...]:
+def broadcast_shape(module: Any, x: Tensor) -> tuple[int, ...]:
     """Return the shape in which the weight multiplies one sample of x_hat."""
     if _over_last_dimensions(module):
         shape = tuple(module.normalized_shape)
@@ -72,7 +74,7 @@ def broadcast_shape(module: nn.Module, x: Tensor) -> tuple[int, ...]:
     return (module.weight.numel(),) + (1,) * (x.ndim - 2)
 
 
-def _over_last_dimensions(module: nn.Module) -> bool:
+def _over_last_dimensions(module: Any) -> bool:
     return isinstance(module, (nn.LayerNorm, nn.RMSNorm))
 
 

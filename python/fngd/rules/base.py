@@ -1,9 +1,9 @@
 """What a layer rule is: how one type of module computes, and how its contributions C_n are contracted."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fngd_kernels.ops.nodes import Gradients, Sink
 
@@ -19,23 +19,25 @@ class Rule(Protocol):
 
     name: str
 
-    def reason_against(self, module: nn.Module) -> str | None:
+    def reason_against(self, module: Any) -> str | None:
         """Return why this module must keep the plain gradient, or None when the rule serves it."""
 
-    def batched(self, module: nn.Module, x: Tensor) -> bool:
+    def batched(self, module: Any, x: Tensor) -> bool:
         """Return whether dimension 0 of the input counts samples."""
 
-    def forward(self, module: nn.Module, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
-        """Return the module's training-mode output; its parameter gradients are weighted by scale, or go to sink."""
+    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
+        """Return the module's training-mode output; its parameter gradients are weighted by scale, or go to
+        sink."""
 
-    def gram(self, module: nn.Module, uses: Sequence[Use]) -> Tensor:
+    def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
         """Return K (N, N), K_ij = <C_i, C_j>, with C_n summed over the uses."""
 
-    def combine(self, module: nn.Module, uses: Sequence[Use], s: Tensor) -> Gradients:
-        """Return sum_n s_n C_n as (weight gradient, bias gradient); None where the module has no such parameter."""
+    def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
+        """Return sum_n s_n C_n as (weight gradient, bias gradient); None where the module has no such
+        parameter."""
 
 
-def trainable_bias(module: nn.Module) -> bool:
+def trainable_bias(module: Any) -> bool:
     """Return whether the module has a bias that asks for a gradient."""
     bias = getattr(module, "bias", None)
     return bias is not None and bias.requires_grad

@@ -21,41 +21,51 @@ class ConvRule:
 
     name = "conv"
 
-    def reason_against(self, module: nn.Module) -> str | None:
+    def reason_against(self, module: Any) -> str | None:
         if getattr(type(module), "_conv_forward", None) not in _CONV_FORWARDS:
             return f"{type(module).__name__} computes its own convolution"
         return None
 
-    def batched(self, module: nn.Module, x: Tensor) -> bool:
+    def batched(self, module: Any, x: Tensor) -> bool:
         return x.ndim == len(module.kernel_size) + 2
 
-    def forward(self, module: nn.Module, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
+    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
         before, _ = split_padding(module)
         if before is not None:
             x = F.pad(x, before, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
         return nodes.conv(x, module.weight, module.bias, scale, sink, **geometry(module))
 
-    def gram(self, module: nn.Module, uses: Sequence[Use]) -> Tensor:
+    def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
         if len(uses) == 1:
-            return fk.gram_conv(*uses[0], module.weight.shape, bias=trainable_bias(module), **geometry(module))
-        # Used several times: a sample's contributions are summed before the inner product, cross terms included.
+            return fk.gram_conv(
+                *uses[0], module.weight.shape, bias=trainable_bias(module), **geometry(module)
+            )
+        # Used several times: a sample's contributions are summed before the inner product, cross terms
+        # included.
         one = torch.ones(1, device=module.weight.device)
         samples = range(uses[0][1].shape[0])
         rows = [self.combine(module, [(x[n : n + 1], e[n : n + 1]) for x, e in uses], one) for n in samples]
-        return fk.gram_rows(torch.stack([torch.cat([g.flatten() for g in row if g is not None]) for row in rows]))
+        return fk.gram_rows(
+            torch.stack([torch.cat([g.flatten() for g in row if g is not None]) for row in rows])
+        )
 
-    def combine(self, module: nn.Module, uses: Sequence[Use], s: Tensor) -> Gradients:
+    def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
         shape, options = module.weight.shape, geometry(module)
         if trainable_bias(module):
-            weights, biases = zip(*(fk.combine_conv(x, e, s, shape, bias=True, **options) for x, e in uses), strict=True)
+            weights, biases = zip(
+                *(fk.combine_conv(x, e, s, shape, bias=True, **options) for x, e in uses), strict=True
+            )
             return sum(weights), sum(biases)
         return sum(fk.combine_conv(x, e, s, shape, **options) for x, e in uses), None
 
 
 def split_padding(module: Any) -> tuple[list[int] | None, tuple[int, ...]]:
-    """Return F.pad's argument for what is padded before the convolution, or None, and the convolution's padding."""
+    """Return F.pad's argument for what is padded before the convolution, or None, and the convolution's
+    padding."""
     nothing = (0,) * len(module.kernel_size)
-    around = module._reversed_padding_repeated_twice  # in F.pad's order: last dimension first, before and after
+    around = (
+        module._reversed_padding_repeated_twice
+    )  # in F.pad's order: last dimension first, before and after
     if module.padding_mode != "zeros":
         return around, nothing
     if isinstance(module.padding, tuple):
@@ -68,7 +78,7 @@ def split_padding(module: Any) -> tuple[list[int] | None, tuple[int, ...]]:
 
 
 def geometry(module: Any) -> dict[str, Any]:
-    """Return the keyword arguments that describe the convolution to nodes.conv, fk.gram_conv and fk.combine_conv."""
+    """Return the keyword arguments that describe the convolution to nodes.conv, fk.gram_conv and
+    fk.combine_conv."""
     _, padding = split_padding(module)
     return {"stride": module.stride, "padding": padding, "dilation": module.dilation, "groups": module.groups}
-

@@ -1,9 +1,10 @@
 """nn.Embedding: a sample contributes its output gradients to the rows that its ids name."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fngd_kernels as fk
 from fngd_kernels.ops import nodes
@@ -17,7 +18,7 @@ class EmbeddingRule:
 
     name = "embedding"
 
-    def reason_against(self, module: nn.Module) -> str | None:
+    def reason_against(self, module: Any) -> str | None:
         if module.max_norm is not None:
             return "Embedding with max_norm changes its weight in forward"
         if module.sparse:
@@ -26,17 +27,17 @@ class EmbeddingRule:
             return "Embedding with scale_grad_by_freq couples samples"
         return None
 
-    def batched(self, module: nn.Module, x: Tensor) -> bool:
+    def batched(self, module: Any, x: Tensor) -> bool:
         return x.ndim >= 1
 
-    def forward(self, module: nn.Module, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
+    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
         padding_idx = -1 if module.padding_idx is None else module.padding_idx
         return nodes.embedding(x, module.weight, scale, sink, padding_idx=padding_idx)
 
-    def gram(self, module: nn.Module, uses: Sequence[Use]) -> Tensor:
+    def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
         return fk.gram_embedding(*_positions(uses), padding_idx=module.padding_idx)
 
-    def combine(self, module: nn.Module, uses: Sequence[Use], s: Tensor) -> Gradients:
+    def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
         ids, e = _positions(uses)
         weight = fk.combine_embedding(ids, e, s, module.num_embeddings, padding_idx=module.padding_idx)
         return weight, None

@@ -1,9 +1,10 @@
 """nn.Linear: C_n = E_n^T A_n."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fngd_kernels as fk
 from fngd_kernels.ops import nodes
@@ -17,19 +18,19 @@ class LinearRule:
 
     name = "linear"
 
-    def reason_against(self, module: nn.Module) -> str | None:
+    def reason_against(self, module: Any) -> str | None:
         return None
 
-    def batched(self, module: nn.Module, x: Tensor) -> bool:
+    def batched(self, module: Any, x: Tensor) -> bool:
         return x.ndim >= 2
 
-    def forward(self, module: nn.Module, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
+    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
         return nodes.linear(x, module.weight, module.bias, scale, sink)
 
-    def gram(self, module: nn.Module, uses: Sequence[Use]) -> Tensor:
+    def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
         return fk.gram(*_positions(uses), bias=trainable_bias(module))
 
-    def combine(self, module: nn.Module, uses: Sequence[Use], s: Tensor) -> Gradients:
+    def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
         a, e = _positions(uses)
         if trainable_bias(module):
             return fk.combine(a, e, s, bias=True)
