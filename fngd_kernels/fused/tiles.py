@@ -1,0 +1,39 @@
+"""Tile sizes of the fused kernels, by kernel, architecture and dtype."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes under the names of the kernel's constexpr arguments, launch options, and their evidence."""
+
+    blocks: Mapping[str, int]
+    num_warps: int
+    num_stages: int
+    evidence: str
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Return the keyword arguments of a launch."""
+        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+_COMPILED = "compiles without spills on its architecture, triton 3.7.1; not timed"
+
+# {kernel: {(architecture, bytes of an input element): tile}}
+TILES: dict[str, dict[tuple[int, int], Tile]] = {
+    "gram_pairs": {
+        (80, 2): Tile({"ROWS": 64, "BK": 32}, 4, 3, _COMPILED),
+        (80, 4): Tile({"ROWS": 64, "BK": 32}, 4, 2, _COMPILED),
+    },
+}
+
+
+def tile(kernel: str, capability: tuple[int, int], dtype: torch.dtype) -> Tile:
+    """Return the tile of the newest architecture up to `capability`, of the oldest one if there is none."""
+    arch = 10 * capability[0] + capability[1]
+    rows = {row[0]: chosen for row, chosen in TILES[kernel].items() if row[1] == dtype.itemsize}
+    return rows[max((row for row in rows if row <= arch), default=min(rows))]

@@ -1,0 +1,121 @@
+"""Compile, without a GPU, every kernel that a launcher would launch, and report what the code needs.
+
+A case is a launch on meta tensors: signature, constants and alignments are those of the real launch.
+`python compile_cases.py 90 gram_pairs-bfloat16-ieee ...` prints one JSON object per compiled kernel.
+"""
+
+import contextlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
+VARIANTS = {
+    f"{str(dtype).removeprefix('torch.')}-{precision}": (dtype, precision)
+    for dtype, precision in [
+        (BFLOAT16, "ieee"),
+        (FLOAT16, "ieee"),
+        (FLOAT32, "ieee"),
+        (FLOAT32, "tf32"),
+        (FLOAT32, "tf32x3"),
+    ]
+}
+
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def gram_pairs(dtype: torch.dtype, precision: str) -> None:
+    from fngd_kernels.fused.gram_pairs import gram_pairs
+
+    a, e = meta(64, 32, 512, dtype=dtype), meta(64, 32, 2048, dtype=dtype)
+    gram_pairs(a, e, True, precision)
+
+
+# Each author adds the launches of a kernel: what a real layer would ask for.
+CASES: dict[str, Callable[[torch.dtype, str], None]] = {
+    "gram_pairs": gram_pairs,
+}
+
+
+def recorded(launch: Callable[[], None], arch: int) -> list[tuple]:
+    """Return (kernel, arguments) of every kernel that `launch` would start on a GPU of that architecture."""
+    from triton.runtime.jit import JITFunction
+
+    launches = []
+
+    def run(kernel, *, grid, warmup, **arguments):
+        launches.append((kernel, arguments))
+
+    properties = SimpleNamespace(multi_processor_count=132)
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch("torch.cuda.get_device_capability", return_value=divmod(arch, 10)),
+        mock.patch("torch.cuda.get_device_properties", return_value=properties),
+    ):
+        launch()
+    return launches
+
+
+def compiled(kernel, arguments: dict, arch: int) -> dict:
+    """Compile a launch as Triton would specialise it: 1 is a constant, multiples of 16 are known as such."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments.pop(parameter.name)
+        aligned = isinstance(value, Tensor)
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if abs(value) < 1 << 31 else "i64"
+            aligned = value % 16 == 0
+        else:
+            signature[parameter.name] = "fp32"
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    # ptxas reports only when it runs.
+    triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=arguments)
+    return {
+        "kernel": kernel.__name__,
+        "shared": result.metadata.shared,
+        "registers": int(re.search(r"Used (\d+) registers", log.getvalue())[1]),
+        "spilled": int(re.search(r"(\d+) bytes spill stores", log.getvalue())[1]),
+    }
+
+
+def main(arch: int, names: list[str]) -> None:
+    for name in names:
+        case, variant = name.split("-", 1)
+        for kernel, arguments in recorded(partial(CASES[case], *VARIANTS[variant]), arch):
+            print(json.dumps({"case": name, "arch": arch} | compiled(kernel, arguments, arch)), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])
