@@ -186,6 +186,10 @@ def test_two_threads_give_the_same_bits(route):
     assert info.tolist() == [0, 0, 0, 6, 0, 0, 0]
 
 
+def test_no_gradient_is_recorded(route):
+    assert not fk.solve(gram(4, dtype=torch.float32).requires_grad_(), 0.1).requires_grad
+
+
 def test_large_orders_go_to_the_library():
     n = solve_module.NATIVE_MAX_ORDER + 1
     k = torch.diag(torch.linspace(1, 2, n))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import native  # noqa: F401 - registers the CPU kernel
 from .checks import check_same
-from .library import LIBRARY
+from .library import LIBRARY, call, register
 
 NATIVE_MAX_ORDER = 2048
 """Larger matrices go to torch.linalg, which puts every core on one matrix; the native kernel puts one."""
@@ -44,7 +44,7 @@ def solve(
     """
     damping = _check(k, damping, rhs)
     run = _solve_library if k.shape[-1] > NATIVE_MAX_ORDER else torch.ops.fngd.solve.default
-    x, info = run(k, damping, rhs)
+    x, info = call(run, k, damping, rhs)
     return (x, info) if return_info else x
 
 
@@ -66,7 +66,6 @@ def _check(k: Tensor, damping: float | Tensor, rhs: Tensor | None) -> Tensor:
     return damping
 
 
-@torch.library.impl(LIBRARY, "solve", "CompositeExplicitAutograd")
 def _solve_library(k: Tensor, damping: Tensor, rhs: Tensor | None) -> tuple[Tensor, Tensor]:
     """Solve with torch.linalg; native kernels registered for a device take precedence over this."""
     n = k.shape[-1]
@@ -77,8 +76,8 @@ def _solve_library(k: Tensor, damping: Tensor, rhs: Tensor | None) -> tuple[Tens
     lower, info = torch.linalg.cholesky_ex(shifted)
     # LAPACK does not promise to notice infinities: the first row that is not finite fails as well.
     minors = torch.arange(1, n + 1, dtype=torch.int32, device=k.device)
-    finite_up_to = minors.where(~shifted.isfinite().all(-1), n + 1).amin(-1)
-    info = torch.minimum(info.where(info > 0, n + 1), finite_up_to)
+    first_not_finite = minors.where(~shifted.isfinite().all(-1), n + 1).amin(-1)
+    info = torch.minimum(info.where(info > 0, n + 1), first_not_finite)
     solved = info > n
     if rhs is None:
         rhs = torch.ones_like(k[..., 0])
@@ -86,6 +85,8 @@ def _solve_library(k: Tensor, damping: Tensor, rhs: Tensor | None) -> tuple[Tens
     return x.where(solved[..., None], math.nan), info.where(~solved, 0)
 
 
-@torch.library.register_fake("fngd::solve", lib=LIBRARY)
 def _solve_fake(k: Tensor, damping: Tensor, rhs: Tensor | None) -> tuple[Tensor, Tensor]:
     return k.new_empty(k.shape[:-1]), k.new_empty(k.shape[:-2], dtype=torch.int32)
+
+
+register("solve", _solve_library, _solve_fake)
