@@ -15,7 +15,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 def describe(device: torch.device) -> dict[str, str | int | bool | None]:
     """Commit, whether the checkout has uncommitted changes, date, versions, processor, GPU, threads."""
-    changes = _git("status", "--porcelain", "--untracked-files=no")
+    # results are appended to files of the repository, which must not make the next ones look uncommitted
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
     return {
         "commit": _git("rev-parse", "--short=12", "HEAD"),
         "uncommitted_changes": bool(changes) if changes is not None else None,

@@ -11,6 +11,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 def append(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     """Add `rows` at the end of `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         for row in rows:
             file.write(json.dumps(row, allow_nan=False) + "\n")

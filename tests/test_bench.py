@@ -65,7 +65,7 @@ fngd_class = fngd.FNGD
 
 
 def test_rows_are_appended(tmp_path):
-    path = tmp_path / "rows.jsonl"
+    path = tmp_path / "results" / "rows.jsonl"
     record.append(path, [{"a": 1}, {"a": 2.5}])
     record.append(path, [{"a": None, **environment.describe(CPU)}])
     rows = [json.loads(line) for line in path.read_text().splitlines()]
