@@ -101,12 +101,12 @@ def test_means_are_collected_in_the_first_epoch_and_then_shared(share, width):
         seen.append(torch.stack([layer.weights for layer in opt._engine.layers]))
     expected = torch.stack(seen).mean(0).float()
     expected = expected if share == "position" else expected.mean(1, keepdim=True)
-    torch.testing.assert_close(opt._engine.table.values, expected)
+    torch.testing.assert_close(opt._sharing.table.values, expected)
 
     opt.start_epoch()
     train(model, opt, x, y, 1)
     assert opt.stats()["solved_batches"] == 3
-    assert opt._engine.table.values.shape[1] == width
+    assert opt._sharing.table.values.shape[1] == width
     weights = expected.expand(-1, N).double()
     opt.detach()
     shared = [p.grad.clone() for p in model.parameters()]

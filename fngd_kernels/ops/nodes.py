@@ -1,14 +1,10 @@
 """Differentiable maps whose parameter gradients are weighted sums over samples.
 
 Each function computes what its torch counterpart computes. Its backward returns the ordinary input gradient
-and, for
-the parameters, sum_n s_n C_n with C_n the contribution of sample n (row n of the input) and s the weights
-`scale`.
-With a `sink` instead of weights, backward calls `sink(a, e, selective)` when the weight gradient is asked
-for:
-a and e are the sample-first factors of the contributions, `selective` tells that the caller asked for some
-gradients
-only (autograd.grad), and the result is (weight gradient, bias gradient) or None to leave them undefined.
+and, for the parameters, sum_n s_n C_n: C_n is the contribution of sample n (row n of the input) and s are the
+weights `scale`. With a `sink` instead, backward calls sink(a, e, selective) when the weight gradient is asked
+for: a and e are the sample-first factors of the contributions, `selective` tells that the caller asked for
+some gradients only (autograd.grad), and the answer is (weight gradient, bias gradient), or None for neither.
 Source: the weighted form of the natural gradient, Ou et al. 2024 (arXiv 2403.03473).
 """
 
@@ -61,8 +57,7 @@ def conv(
 ) -> Tensor:
     """Return the 1-3 d convolution of x.
 
-    x: (N, C, *space); weight: (O, C / groups, *kernel); bias: (O,) or None; scale: (N,), the weights of the
-        samples.
+    x: (N, C, *space); weight: (O, C / groups, *kernel); bias: (O,) or None; scale: (N,), sample weights.
     """
     geometry = (list(stride), list(padding), list(dilation), groups)
     if not native.AVAILABLE:
@@ -80,8 +75,7 @@ def embedding(
     *,
     padding_idx: int = -1,
 ) -> Tensor:
-    """Return the rows of weight (V, D) that ids (N, ...) name; padding_idx as in torch.embedding (-1:
-    none)."""
+    """Return the rows of weight (V, D) that ids (N, ...) name; padding_idx is -1 where there is none."""
     if not native.AVAILABLE:
         return nodes_python.Embedding.apply(ids, weight, scale, sink, padding_idx)
     if sink is not None:
@@ -90,8 +84,7 @@ def embedding(
 
 
 def rows(parameter: Tensor, samples: int, scale: Tensor | None = None, sink: Sink | None = None) -> Tensor:
-    """Return one copy of the parameter for every sample, (samples, *parameter.shape); sink receives (None,
-    e)."""
+    """Return (samples, *parameter.shape), a copy for every sample; a sink receives (None, e)."""
     if not native.AVAILABLE:
         return nodes_python.Rows.apply(parameter, samples, scale, sink)
     if sink is not None:

@@ -1,8 +1,7 @@
 """The nodes of nodes.py as torch.autograd.Function: what runs where the native extension was not built.
 
-They differ from the native ones in one point: Python cannot tell whether a gradient is really asked for in
-the
-current backward, so a sink is also called by an autograd.grad that asks for input gradients only.
+They differ from the native ones in one point: Python cannot tell whether a gradient is really asked for, so a
+sink is also called by an autograd.grad that asks for input gradients only.
 """
 
 import torch
@@ -55,8 +54,7 @@ class Linear(Function):
 
 
 class Conv(Function):
-    """The convolution of x, or its adjoint; `like` has the shape of the convolution's input, given for the
-    adjoint."""
+    """The convolution of x or, where `like` with the shape of its input is given, the adjoint."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, scale, sink, geometry, like):

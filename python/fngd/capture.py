@@ -12,6 +12,11 @@ from torch import Tensor, nn
 
 from .rules import Rule, rule_for
 
+SKIPPED = "skipped"
+NORMALISATION = 'normalisation (norms="plain")'
+WISHES = (SKIPPED, NORMALISATION)
+"""Reasons for the plain gradient that the user gave."""
+
 
 class Layer:
     """A module served by a rule: one block of parameters, one row of the coefficient table."""
@@ -51,8 +56,7 @@ class Router(Protocol):
 class RoutedForward:
     """The `forward` of a routed module, set on the instance.
 
-    It holds its router weakly: a model outlives its optimizer unharmed. A copied or pickled module is not
-    routed.
+    It holds its router weakly: a model outlives its optimizer unharmed. A copied module is not routed.
     """
 
     def __init__(self, layer: Layer, router: Router) -> None:
@@ -121,8 +125,7 @@ def release(model: nn.Module) -> None:
 def find_layers(
     model: nn.Module, parameters: Iterable[Tensor], *, affine: bool, skip: Sequence[str] = ()
 ) -> tuple[list[Layer], dict[str, str]]:
-    """Return the layers that rules serve and, for every other parameter's module, the reason it is left
-    plain.
+    """Return the layers that rules serve and, for every other module with parameters, the reason against it.
 
     parameters: those to be optimized; a module whose weight is not among them is left alone.
     affine: whether normalisation layers are served.
@@ -145,7 +148,7 @@ def find_layers(
         rule, reason = rule_for(module)
         shared = sorted({owner for p in own for owner in owners[id(p)]} - {name})
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in skip):
-            rule, reason = None, "skipped"
+            rule, reason = None, SKIPPED
         elif shared:
             rule, reason = None, f"shares a parameter with {', '.join(shared)}"
         elif _is_replaced(module):
@@ -157,7 +160,7 @@ def find_layers(
         elif rule is not None and id(module.weight) not in wanted:
             rule, reason = None, "its weight is not optimized here"
         elif rule is not None and rule.name == "affine" and not affine:
-            rule, reason = None, 'normalisation (norms="plain")'
+            rule, reason = None, NORMALISATION
         if rule is None:
             reasons[name] = reason
         else:

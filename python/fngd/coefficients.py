@@ -1,6 +1,4 @@
-"""From Gram matrices to the weight of every sample, and the table in which samples keep their weights."""
-
-from collections.abc import Sequence
+"""From Gram matrices to the weight of every sample: one damped solve per layer."""
 
 import torch
 from torch import Tensor
@@ -9,25 +7,21 @@ from fngd_kernels import solve
 
 DAMPING_MODES = ("trace", "mean_eig", "absolute")
 NORMALIZATIONS = ("mean", "lambda", "raw", "graft")
-SHARES = ("sample", "position", "mean", "none")
 
 
 def coefficients(k: Tensor, damping: float, damping_mode: str, normalize: str) -> tuple[Tensor, Tensor]:
     """Return the weights s of the samples in the natural gradient sum_n s_n C_n, one row per layer.
 
-    With g_n = N C_n and F = (1/N) sum_n g_n g_n^T, (F + lam I)^-1 gbar = sum_n v_n C_n where
-    (lam I + N K) v = 1. s is v up to scale:
-    `mean` v / mean(v); `lambda` lam v; `raw` v; `graft` v scaled to keep the plain gradient's length.
+    With g_n = N C_n and F = (1/N) sum_n g_n g_n^T, (F + lam I)^-1 gbar = sum_n v_n C_n, (lam I + N K) v = 1.
+    s is v up to scale: `mean` v / mean(v); `lambda` lam v; `raw` v; `graft` v of the plain gradient's length.
 
-    k: (L, N, N), K_ij = <C_i, C_j> of each layer.
-    damping: lam over its unit, which is tr(K') / N (`trace`), tr(K') / N^2 (`mean_eig`) or 1 (`absolute`)
-        with K' = N^2 K the Gram matrix of the g_n.
+    k: (L, N, N) float32 or float64, K_ij = <C_i, C_j> of each layer
+    damping: lam in the unit of damping_mode: `trace` tr(K') / N, `mean_eig` tr(K') / N^2, `absolute` 1,
+        with K' = N^2 K the Gram matrix of the g_n
+    normalize: one of NORMALIZATIONS
 
-    Returns:
-        s (L, N) in k's dtype, 1 for every sample of a layer whose solve failed (not finite, not positive
-        definite, or mean(v) <= 0), and solved (L,) bool. A layer whose gradient is zero has s = 1 and is
-        solved.
-
+    Returns: s (L, N) in k's dtype, and solved (L,) bool. s is 1 where the solve failed: K not finite or not
+        positive definite, or mean(v) <= 0. A zero gradient counts as solved, with s = 1.
     Source: Ou et al. 2024 (arXiv 2403.03473), Sherman-Morrison-Woodbury in push-through form.
     """
     samples = k.shape[-1]
@@ -50,61 +44,7 @@ def coefficients(k: Tensor, damping: float, damping_mode: str, normalize: str) -
     elif normalize == "raw":
         s = x / (samples * trace[:, None])
     else:
-        plain = k.sum((-2, -1))
-        natural = torch.einsum("li,lij,lj->l", x, k, x)
+        plain, natural = k.sum((-2, -1)), torch.einsum("li,lij,lj->l", x, k, x)
         s = x * (plain / natural).sqrt()[:, None]
-        solved &= torch.isfinite(s).all(-1)
+    solved &= torch.isfinite(s).all(-1)
     return torch.where((solved & ~zero)[:, None], s, 1), solved | zero
-
-
-class Table:
-    """The weight that each sample keeps in each layer: (layers, size) fp32, 1 until it was solved for.
-
-    For share = "position" the columns are batch positions and for "mean" there is one; these hold means over
-    the
-    solving batches. `seen` lies on the CPU, so that choosing the phase of a batch needs no synchronisation.
-    """
-
-    def __init__(self, layers: int, device: torch.device) -> None:
-        self.values = torch.ones(layers, 0, device=device)
-        self.averaged = torch.zeros(layers, 0, device=device)  # how many batches each mean holds
-        self.seen = torch.zeros(0, dtype=torch.bool)
-
-    def __len__(self) -> int:
-        return self.values.shape[1]
-
-    def grow(self, size: int) -> None:
-        """Make room for columns 0 to size - 1, unseen."""
-        missing = size - len(self)
-        if missing > 0:
-            self.values = torch.nn.functional.pad(self.values, (0, missing), value=1.0)
-            self.seen = torch.nn.functional.pad(self.seen, (0, missing), value=False)
-
-    def forget(self) -> None:
-        """Mark every column unseen; its weights stay until the next solve replaces them."""
-        self.seen.zero_()
-        self.averaged.zero_()
-
-    def knows(self, ids: Tensor) -> bool:
-        """Return whether every id (N,), on the CPU, was solved for."""
-        return bool(self.seen[ids].all())
-
-    def gather(self, ids: Tensor) -> tuple[Tensor, ...]:
-        """Return the weights (N,) of the samples, one tensor per layer."""
-        return self.values.index_select(1, ids.to(self.values.device, non_blocking=True)).unbind(0)
-
-    def record(self, ids: Tensor, layers: Sequence[int], s: Tensor) -> None:
-        """Keep s (len(layers), N) as the weights of the samples ids (N,) in these layers."""
-        rows = torch.tensor(layers, device=self.values.device)
-        self.values[rows[:, None], ids.to(self.values.device)] = s.to(self.values)
-        self.seen[ids] = True
-
-    def average(self, layers: Sequence[int], s: Tensor) -> None:
-        """Take s (len(layers), N) into the means of columns 0 to N - 1 in these layers."""
-        columns = s.shape[1]
-        self.grow(columns)
-        self.averaged = torch.nn.functional.pad(self.averaged, (0, len(self) - self.averaged.shape[1]))
-        rows = torch.tensor(layers, device=self.values.device)
-        self.averaged[rows, :columns] += 1
-        means = self.values[rows, :columns]
-        self.values[rows, :columns] = means + (s.to(means) - means) / self.averaged[rows, :columns]

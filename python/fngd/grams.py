@@ -15,31 +15,25 @@ from .rules import Use
 
 
 def layer_grams(model: nn.Module, closure: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """Return K (N, N) for every layer: K_ij = <C_i, C_j>, C_n sample n's contribution to the layer's
-    gradient.
+    """Return K (N, N) of every layer: K_ij = <C_i, C_j>, C_n the contribution of sample n to its gradient.
 
-    For tangent kernels, influence functions, gradient diversity and, on the diagonal, per-sample gradient
-    norms.
-    The sum of all K is the Gram matrix of the whole network. Samples are the rows of each layer's input;
-    weight and
-    bias are one block; no `.grad` is touched and no weight gradient is formed.
+    For tangent kernels, influence functions, gradient diversity and, on the diagonal, per-sample norms; the
+    sum over layers is the Gram matrix of the whole network. Samples are the rows of each layer's input,
+    weight and bias are one block. No `.grad` is touched and no weight gradient is formed.
 
-    model: the network, in training mode; modules that no rule serves are named in a warning and left out.
-    closure: () -> scalar loss; runs the forward. With a batch mean, C_n carries the factor 1/N.
+    model: the network, in training mode; modules that no rule serves are named in a warning and left out
+    closure: () -> scalar loss, runs the forward; with a batch mean C_n carries the factor 1/N
 
-    Returns:
-        {module name: K}, fp32 (fp64 for a fp64 layer), for the layers that took part in the loss.
-
-    Raises:
-        ValueError: the model has no supported layer, or the closure does not return a scalar with a gradient.
+    Returns: {module name: K}, float32 (float64 for a float64 layer), for the layers that the loss depends on
+    Raises: ValueError for a model without layers to serve, or a closure without a differentiable loss.
+    Source: the Gram form of the empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).
     """
     layers, left_out = find_layers(model, model.parameters(), affine=True)
     if not layers:
         raise ValueError(f"model: no supported layer in {type(model).__name__}")
     if left_out:
-        warnings.warn(
-            f"layer_grams leaves out {'; '.join(f'{n}: {r}' for n, r in left_out.items())}", stacklevel=2
-        )
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        warnings.warn(f"layer_grams leaves out {reasons}", stacklevel=2)
     collector = _Collector()
     restore = route(layers, collector)
     try:
@@ -83,6 +77,5 @@ class _Collector:
         """Return K by layer name; a use that no gradient reached contributes nothing."""
         for layer in list(self._uses):
             self._close(layer)
-        return {
-            layer.name: self._grams[layer] for layer in sorted(self._grams, key=lambda layer: layer.index)
-        }
+        in_order = sorted(self._grams, key=lambda layer: layer.index)
+        return {layer.name: self._grams[layer] for layer in in_order}

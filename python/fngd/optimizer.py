@@ -9,53 +9,46 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .capture import find_layers, release, route
-from .coefficients import DAMPING_MODES, NORMALIZATIONS, SHARES
+from .capture import WISHES, find_layers, release, route
+from .coefficients import DAMPING_MODES, NORMALIZATIONS
 from .engine import Engine
+from .sharing import SHARES, Sharing
 
 _BASES: dict[str, type[Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 
 
 class FNGD(Optimizer):
-    """Natural-gradient descent at first-order cost: a torch.optim update rule applied to weighted gradients.
+    """Natural-gradient descent at first-order cost: a torch.optim rule applied to weighted gradients.
 
     For every supported layer `.grad` becomes sum_n s_n C_n, C_n the contribution of sample n to the ordinary
-    gradient. In the first epoch s solves (lam I + N K) s = 1 with K_ij = <C_i, C_j> (the empirical Fisher's
-    natural
-    gradient, Sherman-Morrison-Woodbury); later epochs reuse each sample's s and cost what the ordinary
-    gradient costs.
+    gradient. In the first epoch s solves (lam I + N K) s = 1 with K_ij = <C_i, C_j>, which is the natural
+    gradient under the empirical Fisher; later epochs reuse each sample's s at the ordinary gradient's cost.
 
-    model: the network; its modules are routed through FNGD's layer rules until `detach()`.
-    lr, **options: the base optimizer's own (momentum, weight_decay, nesterov, betas, fused, ...), with its
-        defaults.
-    params: what to optimize, as for any torch optimizer (an iterable of parameters or of groups); all of the
-        model's parameters by default. Layers whose weight is not among them are left alone.
-    base: "sgd", "adamw" or a torch.optim class: the update rule.
-    damping: lam in the unit of damping_mode: "trace" tr(K') / N, "mean_eig" tr(K') / N^2, "absolute" 1, with
-        K' the
-        Gram matrix of the per-sample gradients N C_n.
-    normalize: "mean" s / mean(s), so that learning rates carry over; "lambda" lam s; "raw"; "graft" keeps
-        the length
-        of the plain gradient in each layer.
-    share: what later epochs reuse. "sample": each sample's own s (needs `fngd.track` or `set_samples`);
-        "position":
-        the mean s of a batch position; "mean": the mean s of the layer; "none": solve at every step.
-    refresh_every: epochs between new solves; None solves in the first epoch only.
-    norms: "plain" leaves the scale and shift of normalisation layers to the plain gradient, "weighted"
-        treats them too.
-    skip: fnmatch patterns of module names that keep the plain gradient.
-    strict: raise for a module with trainable parameters that no rule serves.
+    model: the network; its modules are routed through FNGD's layer rules until `detach()`
+    lr, **options: the base optimizer's own (momentum, weight_decay, betas, fused, ...), with its defaults
+    params: what to optimize, as for any torch optimizer: an iterable of parameters or of groups, by default
+        all of the model's; a layer whose weight is not among them is left alone
+    base: "sgd", "adamw" or a torch.optim class: the update rule
+    damping: lam in the unit of damping_mode
+    damping_mode: "trace" tr(K') / N, "mean_eig" tr(K') / N^2, or "absolute" 1, with K' the Gram matrix of the
+        per-sample gradients N C_n
+    normalize: "mean" s / mean(s), so that learning rates carry over; "lambda" lam s; "raw" s; "graft" keeps
+        the length of the plain gradient in each layer
+    share: what later epochs reuse: "sample" each sample's own s (needs `fngd.track` or `set_samples`),
+        "position" the mean s of a batch position, "mean" of the layer, "none" nothing: solve at every step
+    refresh_every: epochs between new solves; None solves in the first epoch only
+    norms: scale and shift of normalisation layers take the "plain" or the "weighted" gradient
+    skip: fnmatch patterns of the names of modules that keep the plain gradient
+    strict: raise for a module with trainable parameters that no rule serves
 
-    Raises:
-        ValueError: an argument out of range; no supported layer in the model; with strict, an unsupported
-            module.
-        TypeError: an argument of the wrong type, or an option that the base optimizer does not know.
-
+    Raises: ValueError for an argument out of range, a model without supported layers, and with strict for an
+        unsupported module; TypeError for a wrong type or an option that the base optimizer does not know.
     Source: Ou, Zhu, Huang, Liu 2024, arXiv 2403.03473.
     """
 
     _base: Optimizer
     _engine: Engine
+    _sharing: Sharing
     _model: nn.Module
     _plain: dict[str, str]
     skipped_steps: int
@@ -88,9 +81,7 @@ class FNGD(Optimizer):
         _one_of("share", share, SHARES)
         _one_of("norms", norms, ("plain", "weighted"))
         if refresh_every is not None and (not isinstance(refresh_every, int) or refresh_every < 1):
-            raise ValueError(
-                f"refresh_every: expected a number of epochs >= 1 or None, got {refresh_every!r}"
-            )
+            raise ValueError(f"refresh_every: expected epochs >= 1 or None, got {refresh_every!r}")
         if isinstance(skip, str):
             raise TypeError(f"skip: expected a sequence of module-name patterns, got the string {skip!r}")
 
@@ -103,37 +94,22 @@ class FNGD(Optimizer):
         self._link()
 
         optimized = [p for group in self.param_groups for p in group["params"]]
-        release(model)
         layers, self._plain = find_layers(model, optimized, affine=norms == "weighted", skip=skip)
         if not layers:
-            found = sorted(
-                {type(m).__name__ for m in model.modules() if any(True for _ in m.parameters(False))}
-            )
-            raise ValueError(
-                f"model: no supported layer among its modules with parameters ({', '.join(found)})"
-            )
-        unsupported = {
-            name: reason
-            for name, reason in self._plain.items()
-            if reason != "skipped" and not reason.startswith("normalisation")
-        }
+            kinds = sorted({type(m).__name__ for m in model.modules() if m._parameters})
+            raise ValueError(f"model: no supported layer among its modules ({', '.join(kinds)})")
+        unsupported = {name: reason for name, reason in self._plain.items() if reason not in WISHES}
         if strict and unsupported:
-            listed = "; ".join(
-                f"{name or 'the model itself'}: {reason}" for name, reason in unsupported.items()
-            )
+            listed = "; ".join(f"{name or 'the model itself'}: {why}" for name, why in unsupported.items())
             raise ValueError(f"strict: modules without a rule ({listed})")
         self.share = share
         self.skipped_steps = 0
         self._model = model
-        self._engine = Engine(
-            layers,
-            damping=float(damping),
-            damping_mode=damping_mode,
-            normalize=normalize,
-            share=share,
-            refresh_every=refresh_every,
-        )
+        device = layers[0].module.weight.device
+        self._sharing = Sharing(share, refresh_every, len(layers), device)
+        self._engine = Engine(layers, self._sharing, float(damping), damping_mode, normalize)
         self._restore: Callable[[], None] | None = None
+        release(model)
         self.attach()
 
     def _link(self) -> None:
@@ -141,7 +117,7 @@ class FNGD(Optimizer):
         self._base.param_groups = self.param_groups
         self._base.state = self.state
 
-    # ---- routing ---------------------------------------------------------------------------------
+    # ---- routing ----
 
     def attach(self) -> None:
         """Route the model's layers again after `detach`."""
@@ -154,14 +130,15 @@ class FNGD(Optimizer):
             self._restore()
             self._restore = None
 
-    # ---- samples ---------------------------------------------------------------------------------
+    # ---- samples ----
 
     def set_samples(self, ids: Sequence[int] | Tensor) -> None:
         """Name the samples of the next forward, for loops without a loader to track.
 
-        ids: (N,) integers >= 0, row n of the batch; the table grows with them, or ends at the dataset's
-            length when
-            a loader is tracked.
+        ids: (N,) integers >= 0, the sample of each row of the batch; the table grows with them, or ends at
+            the dataset's length when a loader is tracked
+
+        Raises: TypeError for ids that are no integers of shape (N,), ValueError for ids out of range.
         """
         try:
             ids = torch.as_tensor(ids)
@@ -173,20 +150,17 @@ class FNGD(Optimizer):
                 "a dataset with other keys needs its own map to 0, 1, 2, ..."
             )
         ids = ids.to("cpu", torch.int64)
-        size = self._engine.dataset_size
+        size = self._sharing.dataset_size
         if ids.numel() and (ids.min() < 0 or (size is not None and ids.max() >= size)):
             bound = "" if size is None else f" and below the dataset's length {size}"
             raise ValueError(f"ids: expected ids >= 0{bound}, got {int(ids.min())} to {int(ids.max())}")
-        self._engine.set_samples(ids)
+        self._sharing.set_samples(ids)
 
     def start_epoch(self, dataset_size: int | None = None) -> None:
-        """Begin an epoch; a tracked loader says so itself. Loops without one call it where refresh_every
-        counts."""
-        if dataset_size is not None:
-            self._engine.dataset_size = dataset_size
-        self._engine.start_epoch()
+        """Begin an epoch. A tracked loader says so itself; other loops do where epochs count in sharing."""
+        self._sharing.start_epoch(dataset_size)
 
-    # ---- optimizer -------------------------------------------------------------------------------
+    # ---- optimizer ----
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -207,28 +181,22 @@ class FNGD(Optimizer):
 
     def _gradients_are_finite(self) -> bool:
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        # A sum carries every NaN and infinity, at a fraction of a norm's cost; in fp32 because fp16 would
-        # overflow.
-        sums = [
-            g.sum(dtype=None if g.dtype == torch.float64 else torch.float32)
-            for g in gradients
-            if not g.is_sparse
-        ]
-        return not sums or math.isfinite(sum(s.item() for s in sums))
+        if not gradients:
+            return True
+        # A sum carries every NaN and infinity at a fraction of a norm's cost; one of fp16 could overflow.
+        values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+        sums = [v.sum(dtype=torch.promote_types(v.dtype, torch.float32)) for v in values]
+        return bool(torch.stack([s.to(sums[0].device) for s in sums]).isfinite().all())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base optimizer's state and, under "fngd", the coefficient table: tensors and numbers
-        only."""
-        return {
-            **super().state_dict(),
-            "fngd": self._engine.state_dict() | {"skipped_steps": self.skipped_steps},
-        }
+        """Return the base optimizer's state and, under "fngd", coefficients and counters."""
+        own = self._engine.state_dict() | {"skipped_steps": self.skipped_steps}
+        return {**super().state_dict(), "fngd": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what state_dict returned; the continued run is the same bit for bit.
 
-        Raises:
-            ValueError: the state is not FNGD's, or of another model or another way of sharing.
+        Raises: ValueError for a state of another optimizer, model or way of sharing; nothing is changed then.
         """
         if "fngd" not in state_dict:
             raise ValueError("state_dict: expected the state of an FNGD optimizer, the key 'fngd' is missing")
@@ -238,11 +206,10 @@ class FNGD(Optimizer):
         self._engine.load_state_dict(state_dict["fngd"])
         self.skipped_steps = state_dict["fngd"]["skipped_steps"]
 
-    # ---- reports ---------------------------------------------------------------------------------
+    # ---- reports ----
 
     def coverage(self) -> dict[str, str]:
-        """Return for every optimized parameter the rule that weights it, or "plain: " and the reason it is
-        not."""
+        """Return for every optimized parameter the rule that weights it, or "plain: " and the reason."""
         optimized = {id(p) for group in self.param_groups for p in group["params"]}
         served = {layer.name: layer for layer in self._engine.layers}
         report = {}
@@ -258,8 +225,7 @@ class FNGD(Optimizer):
         return report
 
     def stats(self) -> dict[str, Any]:
-        """Return counters: solved batches, failed solves, skipped steps, the spread of the coefficients,
-        time, memory."""
+        """Return counters of batches, solves and steps, the coefficients' spread, seconds and bytes."""
         return self._engine.stats() | {"skipped_steps": self.skipped_steps}
 
 
@@ -275,7 +241,5 @@ def _base_class(base: str | type[Optimizer]) -> type[Optimizer]:
     if not (isinstance(base, type) and issubclass(base, Optimizer)):
         raise TypeError(f"base: expected 'sgd', 'adamw' or a torch.optim class, got {base!r}")
     if issubclass(base, torch.optim.LBFGS):
-        raise ValueError(
-            "base: LBFGS evaluates the loss several times a step, which weighted gradients do not allow"
-        )
+        raise ValueError("base: LBFGS evaluates the loss several times a step, weighted gradients only once")
     return base

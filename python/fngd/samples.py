@@ -88,8 +88,8 @@ class _RecordingSampler:
         for indices in self.sampler:
             if not isinstance(indices, Sequence) or isinstance(indices, (str, bytes)):
                 raise ValueError(
-                    "loader: its sampler draws single indices (batch_size=None), which do not name the samples "
-                    "of a batch; give the loader a batch_size, or call optimizer.set_samples(ids) yourself"
+                    "loader: its sampler draws single indices (batch_size=None), which do not name the "
+                    "samples of a batch; give the loader a batch_size, or call optimizer.set_samples(ids)"
                 )
             drawn.append(indices)
             yield indices

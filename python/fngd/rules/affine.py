@@ -1,5 +1,4 @@
-"""Scale and shift of normalisation layers: C_n = (sum_t E_nt x_hat_nt, sum_t E_nt), weight and bias as one
-block."""
+"""Scale and shift of normalisation layers, one block: C_n = (sum_t E_nt x_hat_nt, sum_t E_nt)."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -26,15 +26,13 @@ class Rule(Protocol):
         """Return whether dimension 0 of the input counts samples."""
 
     def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
-        """Return the module's training-mode output; its parameter gradients are weighted by scale, or go to
-        sink."""
+        """Return the module's training-mode output, its parameter gradients weighted or given to sink."""
 
     def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
         """Return K (N, N), K_ij = <C_i, C_j>, with C_n summed over the uses."""
 
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
-        """Return sum_n s_n C_n as (weight gradient, bias gradient); None where the module has no such
-        parameter."""
+        """Return sum_n s_n C_n: (weight gradient, bias gradient), None for a bias without gradient."""
 
 
 def trainable_bias(module: Any) -> bool:

@@ -40,8 +40,7 @@ class ConvRule:
             return fk.gram_conv(
                 *uses[0], module.weight.shape, bias=trainable_bias(module), **geometry(module)
             )
-        # Used several times: a sample's contributions are summed before the inner product, cross terms
-        # included.
+        # A sample's contributions are summed over the uses before the inner product, cross terms included.
         one = torch.ones(1, device=module.weight.device)
         samples = range(uses[0][1].shape[0])
         rows = [self.combine(module, [(x[n : n + 1], e[n : n + 1]) for x, e in uses], one) for n in samples]
@@ -60,12 +59,10 @@ class ConvRule:
 
 
 def split_padding(module: Any) -> tuple[list[int] | None, tuple[int, ...]]:
-    """Return F.pad's argument for what is padded before the convolution, or None, and the convolution's
-    padding."""
+    """Return F.pad's argument for what is padded beforehand, or None, and the convolution's own padding."""
     nothing = (0,) * len(module.kernel_size)
-    around = (
-        module._reversed_padding_repeated_twice
-    )  # in F.pad's order: last dimension first, before and after
+    # In F.pad's order: last dimension first, before and after.
+    around = module._reversed_padding_repeated_twice
     if module.padding_mode != "zeros":
         return around, nothing
     if isinstance(module.padding, tuple):
@@ -78,7 +75,6 @@ def split_padding(module: Any) -> tuple[list[int] | None, tuple[int, ...]]:
 
 
 def geometry(module: Any) -> dict[str, Any]:
-    """Return the keyword arguments that describe the convolution to nodes.conv, fk.gram_conv and
-    fk.combine_conv."""
+    """Return how nodes.conv, fk.gram_conv and fk.combine_conv are told of the convolution."""
     _, padding = split_padding(module)
     return {"stride": module.stride, "padding": padding, "dilation": module.dilation, "groups": module.groups}
