@@ -29,6 +29,24 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
         (80, 2): Tile({"ROWS": 64, "BK": 32}, 4, 3, _COMPILED),
         (80, 4): Tile({"ROWS": 64, "BK": 32}, 4, 2, _COMPILED),
     },
+    "combine": {
+        (80, 2): Tile({"BO": 128, "BI": 128, "BK": 64}, 8, 3, _COMPILED),
+        (80, 4): Tile({"BO": 128, "BI": 128, "BK": 32}, 8, 3, _COMPILED),
+    },
+    "combine_sum": {
+        (80, 2): Tile({"BD": 1024}, 4, 1, _COMPILED),
+        (80, 4): Tile({"BD": 1024}, 4, 1, _COMPILED),
+    },
+    "contributions": {
+        (80, 2): Tile({"BO": 128, "BI": 64, "BT": 32}, 4, 3, _COMPILED),
+        (80, 4): Tile({"BO": 64, "BI": 64, "BT": 16}, 4, 3, _COMPILED),
+    },
+    "contributions_conv": {
+        (80, 2): Tile({"BO": 64, "BI": 64, "BT": 32}, 4, 3, _COMPILED),
+        (80, 4): Tile({"BO": 64, "BI": 64, "BT": 16}, 4, 3, _COMPILED),
+    },
+    "add_gram": {(80, 4): Tile({"BN": 128, "BK": 32}, 8, 3, _COMPILED)},
+    "sum_partials": {(80, 4): Tile({"BN": 16, "BP": 16}, 4, 1, _COMPILED)},
 }
 
 

@@ -50,8 +50,26 @@ def gram_pairs(dtype: torch.dtype, precision: str) -> None:
     gram_pairs(a, e, True, precision)
 
 
+def gram_explicit(dtype: torch.dtype, precision: str) -> None:
+    from fngd_kernels.fused.gram_explicit import gram_explicit
+
+    precision = precision if dtype == FLOAT32 else "tf32"
+    for samples in (256, 32):
+        a, e = meta(samples, 128, 512, dtype=dtype), meta(samples, 128, 2048, dtype=dtype)
+        gram_explicit(a, e, False, precision)
+
+
+def combine(dtype: torch.dtype, precision: str) -> None:
+    from fngd_kernels.fused.combine import combine
+
+    a, e = meta(64, 128, 512, dtype=dtype), meta(64, 128, 2048, dtype=dtype)
+    combine(a, e, meta(64, dtype=FLOAT32), True, precision)
+
+
 # Each author adds the launches of a kernel: what a real layer would ask for.
 CASES: dict[str, Callable[[torch.dtype, str], None]] = {
+    "combine": combine,
+    "gram_explicit": gram_explicit,
     "gram_pairs": gram_pairs,
 }
 
