@@ -66,10 +66,23 @@ def combine(dtype: torch.dtype, precision: str) -> None:
     combine(a, e, meta(64, dtype=FLOAT32), True, precision)
 
 
+def gram_conv_explicit(dtype: torch.dtype, precision: str) -> None:
+    from fngd_kernels.fused.gram_conv_explicit import gram_conv_explicit
+
+    precision = precision if dtype == FLOAT32 else "tf32"
+    geometry = (1, 1), (1, 1), (1, 1), 1
+    for channels in (64, 3):
+        x, e = meta(32, channels, 32, 32, dtype=dtype), meta(32, 128, 32, 32, dtype=dtype)
+        gram_conv_explicit(x, e, (128, channels, 3, 3), *geometry, False, precision)
+    x, e = (t.to(memory_format=torch.channels_last) for t in (meta(32, 64, 32, 32, dtype=dtype), e))
+    gram_conv_explicit(x, e, (128, 64, 3, 3), *geometry, False, precision)
+
+
 # Each author adds the launches of a kernel: what a real layer would ask for.
 CASES: dict[str, Callable[[torch.dtype, str], None]] = {
     "combine": combine,
     "gram_explicit": gram_explicit,
+    "gram_conv_explicit": gram_conv_explicit,
     "gram_pairs": gram_pairs,
 }
 

@@ -1,0 +1,220 @@
+"""Gram matrix of a convolution from its per-sample contributions; patches are read from x, never formed."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from math import prod
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..cost_model import WORKSPACE
+from .common import capability, dot
+from .contributions import (
+    Weight,
+    block_size,
+    default_precision,
+    extent,
+    gram_by_chunks,
+    store_contributions,
+)
+from .tiles import tile
+
+TAP_CHANNELS = 32
+"""Channels per group from which a tile holds channels of one kernel offset only, with one mask for all."""
+
+
+@triton.jit(do_not_specialize=["first_tile"])
+def _contributions_conv_kernel(
+    X,
+    E,
+    C,
+    channels,
+    outputs,
+    first_tile,
+    tiles_o,
+    tiles_i,
+    extent_o,
+    extent_i,
+    size_d,
+    size_h,
+    size_w,
+    kernel_d,
+    kernel_h,
+    kernel_w,
+    out_d,
+    out_h,
+    out_w,
+    stride_xn,
+    stride_xc,
+    stride_xd,
+    stride_xh,
+    stride_xw,
+    stride_en,
+    stride_eo,
+    stride_ed,
+    stride_eh,
+    stride_ew,
+    stride_et,
+    stride_cn,
+    step_d,
+    step_h,
+    step_w,
+    padding_d,
+    padding_h,
+    padding_w,
+    dilation_d,
+    dilation_h,
+    dilation_w,
+    ONE_TAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BO: tl.constexpr,
+    BI: tl.constexpr,
+    BT: tl.constexpr,
+):
+    pid_w, pid_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    at = first_tile + pid_w
+    pid_i, pid_o, pid_g = at % tiles_i, at // tiles_i % tiles_o, at // (tiles_i * tiles_o)
+    offs_o = pid_o * extent_o + tl.arange(0, BO)
+    # Columns of the weight are ordered (kernel offset, channel); K does not depend on their order.
+    taps = kernel_d * kernel_h * kernel_w
+    if ONE_TAP:
+        tiles_c = tiles_i // taps
+        tap = tl.zeros([1], dtype=tl.int32) + pid_i // tiles_c  # [1]
+        offs_c = pid_i % tiles_c * extent_i + tl.arange(0, BI)
+    else:
+        offs_i = pid_i * extent_i + tl.arange(0, BI)
+        tap, offs_c = offs_i // channels, offs_i % channels  # [BI]
+    mask_o, mask_i = offs_o < outputs, (offs_c < channels) & (tap < taps)
+    # Pixel of output position 0 under each kernel offset.
+    corner_d = tap // (kernel_h * kernel_w) * dilation_d - padding_d
+    corner_h = tap // kernel_w % kernel_h * dilation_h - padding_h
+    corner_w = tap % kernel_w * dilation_w - padding_w
+    offs_xc, offs_eo = (pid_g * channels + offs_c).to(tl.int64), (pid_g * outputs + offs_o).to(tl.int64)
+    channel_x = X + pid_n * stride_xn + offs_xc * stride_xc  # [BI]
+    channel_e = E + pid_n * stride_en + offs_eo * stride_eo  # [BO]
+
+    c = tl.zeros([BO, BI], dtype=tl.float32)
+    positions = out_d * out_h * out_w
+    for start in range(0, positions, BT):
+        offs_t = start + tl.arange(0, BT)
+        mask_t = offs_t < positions
+        at_d, at_h, at_w = offs_t // (out_h * out_w), offs_t // out_w % out_h, offs_t % out_w
+        if stride_et is None:
+            offs_e = (
+                at_d.to(tl.int64) * stride_ed + at_h.to(tl.int64) * stride_eh + at_w.to(tl.int64) * stride_ew
+            )
+        else:
+            offs_e = offs_t.to(tl.int64) * stride_et
+        d = (at_d * step_d)[:, None] + corner_d[None, :]  # [BT, 1 or BI]
+        h = (at_h * step_h)[:, None] + corner_h[None, :]
+        w = (at_w * step_w)[:, None] + corner_w[None, :]
+        inside = (d >= 0) & (d < size_d) & (h >= 0) & (h < size_h) & (w >= 0) & (w < size_w)
+        pixel = d.to(tl.int64) * stride_xd + h.to(tl.int64) * stride_xh + w.to(tl.int64) * stride_xw
+        mask_e, mask_x = mask_t[:, None] & mask_o[None, :], mask_t[:, None] & inside & mask_i[None, :]
+        e = tl.load(channel_e[None, :] + offs_e[:, None], mask=mask_e, other=0)  # [BT, BO]
+        x = tl.load(channel_x[None, :] + pixel, mask=mask_x, other=0)  # [BT, BI]
+        c = dot(tl.trans(e), x, c, PRECISION)  # [BO, BI]
+    store_contributions(C, c, pid_w, pid_n, extent_o, extent_i, stride_cn, PRECISION, BO, BI)
+
+
+def _position_stride(e: Tensor) -> int | None:
+    """Return the stride of the positions of e (N,O,D,H,W) as one axis, None if they are no regular axis."""
+    axes = [axis for axis in zip(e.shape[2:], e.stride()[2:], strict=True) if axis[0] > 1]
+    if any(outer[1] != inner[0] * inner[1] for outer, inner in pairwise(axes)):
+        return None
+    return axes[-1][1] if axes else 1
+
+
+def _axes(name: str, values: Sequence[int]) -> dict[str, int]:
+    return {f"{name}{axis}": value for axis, value in zip("dhw", values, strict=True)}
+
+
+def _form(
+    x: Tensor,
+    e: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    precision: str,
+) -> Weight:
+    channels, outputs = x.shape[1] // groups, e.shape[1] // groups
+    taps = prod(kernel)
+    one_tap = channels >= TAP_CHANNELS
+    inputs = channels if one_tap else taps * channels
+    chosen = tile("contributions_conv", capability(x.device), x.dtype)
+    sizes = {"BO": outputs, "BI": inputs, "BT": prod(e.shape[2:])}
+    blocks = {name: block_size(size, chosen.blocks[name]) for name, size in sizes.items()}
+    extent_o, extent_i = extent(outputs, blocks["BO"]), extent(inputs, blocks["BI"])
+    tiles_o = triton.cdiv(outputs, extent_o)
+    tiles_i = triton.cdiv(inputs, extent_i) * (taps if one_tap else 1)
+    stride_et = _position_stride(e)
+
+    def form(scratch: Tensor, first: int, count: int) -> None:
+        _contributions_conv_kernel[(count, len(x))](
+            X=x,
+            E=e,
+            C=scratch,
+            channels=channels,
+            outputs=outputs,
+            first_tile=first,
+            tiles_o=tiles_o,
+            tiles_i=tiles_i,
+            extent_o=extent_o,
+            extent_i=extent_i,
+            **_axes("size_", x.shape[2:]),
+            **_axes("kernel_", kernel),
+            **_axes("out_", e.shape[2:]),
+            stride_xn=x.stride(0),
+            stride_xc=x.stride(1),
+            **_axes("stride_x", x.stride()[2:]),
+            stride_en=e.stride(0),
+            stride_eo=e.stride(1),
+            **_axes("stride_e", e.stride()[2:]),
+            stride_et=stride_et,
+            stride_cn=scratch.stride(0),
+            **_axes("step_", stride),
+            **_axes("padding_", padding),
+            **_axes("dilation_", dilation),
+            ONE_TAP=one_tap,
+            PRECISION=precision,
+            num_warps=chosen.num_warps,
+            num_stages=chosen.num_stages,
+            **blocks,
+        )
+
+    return Weight(groups * tiles_o * tiles_i, extent_o * extent_i, form)
+
+
+def gram_conv_explicit(
+    x: Tensor,
+    e: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: bool,
+    precision: str | None = None,
+    workspace: int = WORKSPACE,
+) -> Tensor:
+    """Return K = sum over tiles of the weight of C C^T, for x (N,C,*space) and e (N,O,*space_out).
+
+    N P O (C/groups) prod(kernel) MACs form C, P output positions, and N^2/2 for each weight contract it.
+    precision: of both products of float32 inputs; of the second one of bfloat16 and float16 inputs; by
+    default "ieee" for float32 and "tf32" for the others.
+    """
+    precision = precision or default_precision(x.dtype)
+    # One and two dimensions are three, the first ones of size 1.
+    missing = 5 - x.ndim
+    x, e = x[(slice(None),) * 2 + (None,) * missing], e[(slice(None),) * 2 + (None,) * missing]
+    ones, zeros = (1,) * missing, (0,) * missing
+    kernel = (*ones, *weight_shape[2:])
+    geometry = (*ones, *stride), (*zeros, *padding), (*ones, *dilation)
+    weights = [_form(x, e, kernel, *geometry, groups, precision)]
+    if bias:
+        pixel = x.new_ones(()).expand(len(x), 1, *e.shape[2:])
+        weights.append(_form(pixel, e, (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 1, 1), 1, precision))
+    return gram_by_chunks(weights, x, precision, workspace)
