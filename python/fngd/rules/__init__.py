@@ -4,6 +4,7 @@ from torch import nn
 
 from .affine import AffineRule
 from .base import Rule, Use
+from .batch_norm import BatchNormRule
 from .conv import ConvRule
 from .embedding import EmbeddingRule
 from .linear import LinearRule
@@ -19,9 +20,9 @@ _RULES: dict[type[nn.Module], Rule] = {
     nn.LayerNorm: AffineRule(),
     nn.RMSNorm: AffineRule(),
     nn.GroupNorm: AffineRule(),
-    nn.BatchNorm1d: AffineRule(),
-    nn.BatchNorm2d: AffineRule(),
-    nn.BatchNorm3d: AffineRule(),
+    nn.BatchNorm1d: BatchNormRule(),
+    nn.BatchNorm2d: BatchNormRule(),
+    nn.BatchNorm3d: BatchNormRule(),
 }
 
 

@@ -15,10 +15,7 @@ from .base import Use, trainable_bias
 
 
 class AffineRule:
-    """Layer, RMS, group and batch normalisation; x_hat is the module's output without its scale and shift.
-
-    Batch normalisation couples samples; a sample's contribution is what its own rows give, as in K-FAC.
-    """
+    """Layer, RMS and group normalisation; x_hat is the module's output without its scale and shift."""
 
     name = "affine"
 
@@ -26,20 +23,13 @@ class AffineRule:
         return None if module.weight is not None else "no scale and shift"
 
     def batched(self, module: Any, x: Tensor) -> bool:
-        return x.ndim > (len(module.normalized_shape) if _over_last_dimensions(module) else 1)
+        return x.ndim > (1 if isinstance(module, nn.GroupNorm) else len(module.normalized_shape))
 
     def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
-        x_hat = normalised(module, x)
-        shape = broadcast_shape(module, x)
-        if not trainable_bias(module):
-            weight = nodes.rows(module.weight, x.shape[0], scale, sink)
-            y = x_hat * weight.view(-1, *shape)
-            bias = getattr(module, "bias", None)
-            return (y if bias is None else y + bias.view(shape)).to(x_hat.dtype)
-        parameters = torch.stack([module.weight, module.bias])
-        rows = nodes.rows(parameters, x.shape[0], scale, sink and _stacked_gradients(sink))
-        weight, bias = rows.view(-1, 2, *shape).unbind(1)
-        return torch.addcmul(bias, x_hat, weight).to(x_hat.dtype)
+        x_hat, shape = _normalised(module, x)
+        weight, bias = sample_parameters(module, x.shape[0], scale, sink)
+        y = x_hat * weight.view(-1, *shape)
+        return (y if bias is None else y + bias.view(-1, *shape)).to(x_hat.dtype)
 
     def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
         return fk.gram_rows(_summed(uses))
@@ -49,42 +39,39 @@ class AffineRule:
         return (gradient[0], gradient[1]) if trainable_bias(module) else (gradient, None)
 
 
-def normalised(module: Any, x: Tensor) -> Tensor:
-    """Return the module's output without its scale and shift, in training mode, with its side effects."""
-    if isinstance(module, nn.LayerNorm):
-        return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
-    if isinstance(module, nn.RMSNorm):
-        return F.rms_norm(x, module.normalized_shape, None, module.eps)
-    if isinstance(module, nn.GroupNorm):
-        return F.group_norm(x, module.num_groups, None, None, module.eps)
-    momentum = module.momentum or 0.0
-    if module.track_running_stats:
-        module.num_batches_tracked.add_(1)
-        if module.momentum is None:  # torch's cumulative average
-            momentum = 1.0 / float(module.num_batches_tracked)
-    return F.batch_norm(x, module.running_mean, module.running_var, None, None, True, momentum, module.eps)
+def sample_parameters(
+    module: Any, samples: int, scale: Tensor | None, sink: Sink | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return (weight, bias) with a copy per sample each, (samples, *shape); one copy of a frozen bias."""
+    if not trainable_bias(module):
+        bias = getattr(module, "bias", None)
+        return nodes.rows(module.weight, samples, scale, sink), None if bias is None else bias.unsqueeze(0)
+    parameters = torch.stack([module.weight, module.bias])
+    weight, bias = nodes.rows(parameters, samples, scale, sink and _stacked(sink)).unbind(1)
+    return weight, bias
 
 
-def broadcast_shape(module: Any, x: Tensor) -> tuple[int, ...]:
-    """Return the shape in which the weight multiplies one sample of x_hat."""
-    if _over_last_dimensions(module):
-        shape = tuple(module.normalized_shape)
-        return (1,) * (x.ndim - 1 - len(shape)) + shape
-    return (module.weight.numel(),) + (1,) * (x.ndim - 2)
-
-
-def _over_last_dimensions(module: Any) -> bool:
-    return isinstance(module, (nn.LayerNorm, nn.RMSNorm))
-
-
-def _stacked_gradients(sink: Sink) -> Sink:
-    """Return a sink for the stacked parameter (2, *shape) from one that answers with two gradients."""
+def _stacked(sink: Sink) -> Sink:
+    """Return a sink for the stacked parameters (2, *shape) from one that answers with two gradients."""
 
     def stacked(a: Tensor, e: Tensor, selective: bool) -> Gradients | None:
         gradients = sink(a, e, selective)
-        return gradients if gradients is None else (torch.stack(gradients), None)  # type: ignore[arg-type]
+        return None if gradients is None else (torch.stack(gradients), None)  # type: ignore[arg-type]
 
     return stacked
+
+
+def _normalised(module: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Return x_hat, and the shape in which the weight multiplies one sample of it."""
+    if isinstance(module, nn.GroupNorm):
+        x_hat = F.group_norm(x, module.num_groups, None, None, module.eps)
+        return x_hat, (module.num_channels,) + (1,) * (x.ndim - 2)
+    shape = tuple(module.normalized_shape)
+    if isinstance(module, nn.RMSNorm):
+        x_hat = F.rms_norm(x, shape, None, module.eps)
+    else:
+        x_hat = F.layer_norm(x, shape, None, None, module.eps)
+    return x_hat, (1,) * (x.ndim - 1 - len(shape)) + shape
 
 
 def _summed(uses: Sequence[Use]) -> Tensor:
