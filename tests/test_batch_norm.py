@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-from torch import nn
-
 from fngd.rules import rule_for
+from torch import nn
 
 CASES = {
     "1d-flat": (lambda: nn.BatchNorm1d(3), (5, 3)),
