@@ -54,11 +54,11 @@ def gram_conv_pairs(
                     for taps in product(*(axis.taps for axis in grid)):
                         outputs, shifted = [tap.outputs for tap in taps], [tap.pixels for tap in taps]
                         at, read = (*outputs, _ALL, *outputs), (*shifted, _ALL, *shifted)
-                        pairs[at] += pixel_pairs[read]
+                        pairs[at].add_(pixel_pairs[read])
                 if bias:
                     pairs += 1
                 pairs = pairs.view(len(e_i), len(e_j)).mul_(rows_product(e_i, e_j))
-                k[i, j] += pairs.view(-1, n_i, len(e_j) // n_j, n_j).sum((0, 2))
+                k[i, j].add_(pairs.view(-1, n_i, len(e_j) // n_j, n_j).sum((0, 2)))
     return mirror(k)
 
 

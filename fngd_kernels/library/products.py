@@ -26,7 +26,7 @@ def add_gram(k: Tensor, rows: Tensor) -> None:
     n = rows.shape[0]
     block = row_block(n)
     for i in range(0, n, block):
-        k[i : i + block, i:] += rows_product(rows[i : i + block], rows[i:])
+        k[i : i + block, i:].add_(rows_product(rows[i : i + block], rows[i:]))
 
 
 def mirror(k: Tensor) -> Tensor:
