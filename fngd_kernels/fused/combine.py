@@ -13,7 +13,7 @@ from .rounding import rounded
 from .tiles import tile
 
 PART_STEPS = 16
-"""Price of a partial tile in steps of the product: 8 for its traffic, 8 for the launch that sums; not timed."""
+"""Price of a partial tile, in steps of the product: 8 for traffic, 8 for the launch that sums; not timed."""
 
 
 @triton.jit
@@ -158,7 +158,7 @@ def combine(a: Tensor, e: Tensor, s: Tensor, bias: bool, precision: str = "ieee"
         **chosen.launch,
     )
     if parts > 1:
-        summing = tile("combine_sum", capability(a.device), a.dtype)
+        summing = tile("combine_sum", capability(a.device), torch.float32)
         _sum_parts_kernel[(triton.cdiv(weights + biases, summing.blocks["BD"]),)](
             PARTS=partial_w,
             W=w,

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
 
 import torch
 
@@ -26,16 +28,27 @@ _COMPILED = "compiles without spills on its architecture, triton 3.7.1; not time
 # {kernel: {(architecture, bytes of an input element): tile}}
 TILES: dict[str, dict[tuple[int, int], Tile]] = {
     "gram_pairs": {
-        (80, 2): Tile({"ROWS": 64, "BK": 32}, 4, 3, _COMPILED),
-        (80, 4): Tile({"ROWS": 64, "BK": 32}, 4, 2, _COMPILED),
+        (80, 2): Tile({"ROWS": 64, "BK": 64}, 4, 4, _COMPILED),
+        (80, 4): Tile({"ROWS": 64, "BK": 16}, 8, 4, _COMPILED),
+        (90, 2): Tile({"ROWS": 128, "BK": 64}, 8, 4, _COMPILED),
+        (100, 2): Tile({"ROWS": 128, "BK": 32}, 8, 4, _COMPILED),
+    },
+    "gram_embedding": {
+        (80, 2): Tile({"ROWS": 64, "BK": 64}, 4, 4, _COMPILED),
+        (80, 4): Tile({"ROWS": 64, "BK": 16}, 8, 4, _COMPILED),
+    },
+    "gram_hadamard": {
+        (80, 2): Tile({"ROWS": 32, "BK": 128}, 4, 4, _COMPILED),
+        (80, 4): Tile({"ROWS": 32, "BK": 64}, 4, 4, _COMPILED),
     },
     "combine": {
         (80, 2): Tile({"BO": 128, "BI": 128, "BK": 64}, 8, 3, _COMPILED),
         (80, 4): Tile({"BO": 128, "BI": 128, "BK": 32}, 8, 3, _COMPILED),
     },
-    "combine_sum": {
-        (80, 2): Tile({"BD": 1024}, 4, 1, _COMPILED),
-        (80, 4): Tile({"BD": 1024}, 4, 1, _COMPILED),
+    "combine_sum": {(80, 4): Tile({"BD": 1024}, 4, 1, _COMPILED)},
+    "combine_embedding": {
+        (80, 2): Tile({"BR": 16, "BD": 128}, 4, 1, _COMPILED),
+        (80, 4): Tile({"BR": 16, "BD": 128}, 4, 1, _COMPILED),
     },
     "contributions": {
         (80, 2): Tile({"BO": 128, "BI": 64, "BT": 32}, 4, 3, _COMPILED),
@@ -55,3 +68,49 @@ def tile(kernel: str, capability: tuple[int, int], dtype: torch.dtype) -> Tile:
     arch = 10 * capability[0] + capability[1]
     rows = {row[0]: chosen for row, chosen in TILES[kernel].items() if row[1] == dtype.itemsize}
     return rows[max((row for row in rows if row <= arch), default=min(rows))]
+
+
+@dataclass(frozen=True)
+class PairGrid:
+    """How all pairs of positions of all pairs of samples are shared out among programs.
+
+    samples, positions: of the rows of a tile
+    blocks: pairs of blocks of samples
+    pairs: pairs of chunks of positions that one program takes
+    parts: programs for one pair of blocks, each with a partial sum
+    """
+
+    samples: int
+    positions: int
+    blocks: int
+    pairs: int
+    parts: int
+
+
+@lru_cache(maxsize=1024)
+def pair_grid(n: int, positions: int, rows: int, programs: int) -> PairGrid:
+    """Choose tiles of `rows` rows that waste the fewest, and parts that make about `programs` programs."""
+
+    def blocks(chunk: int) -> int:
+        return _pairs(ceil(n * chunk / rows))
+
+    # Of equal ones the longest: more pairs of blocks, which need no partial sums.
+    chunks = (1 << bit for bit in range(rows.bit_length() - 1, 0, -1))
+    chunk = min(chunks, key=lambda chunk: blocks(chunk) * ceil(positions / chunk) ** 2)
+    return _shared_out(rows // chunk, chunk, blocks(chunk), ceil(positions / chunk) ** 2, programs)
+
+
+def diagonal_grid(n: int, positions: int, rows: int, programs: int) -> PairGrid:
+    """As `pair_grid` for the pairs of each sample with itself, half of them by symmetry."""
+    # 16 is the least that a matrix product takes.
+    chunk = min(rows, max(16, 1 << (positions - 1).bit_length()))
+    return _shared_out(1, chunk, n, _pairs(ceil(positions / chunk)), programs)
+
+
+def _pairs(count: int) -> int:
+    return count * (count + 1) // 2
+
+
+def _shared_out(samples: int, positions: int, blocks: int, chunk_pairs: int, programs: int) -> PairGrid:
+    pairs = ceil(chunk_pairs / min(chunk_pairs, ceil(programs / blocks)))
+    return PairGrid(samples, positions, blocks, pairs, ceil(chunk_pairs / pairs))

@@ -71,16 +71,24 @@ def gram_conv_explicit(dtype: torch.dtype, precision: str) -> None:
 
     precision = precision if dtype == FLOAT32 else "tf32"
     geometry = (1, 1), (1, 1), (1, 1), 1
-    for channels in (64, 3):
-        x, e = meta(32, channels, 32, 32, dtype=dtype), meta(32, 128, 32, 32, dtype=dtype)
+    for channels in (128, 64, 3):
+        x, e = meta(32, channels, 28, 28, dtype=dtype), meta(32, 128, 28, 28, dtype=dtype)
         gram_conv_explicit(x, e, (128, channels, 3, 3), *geometry, False, precision)
-    x, e = (t.to(memory_format=torch.channels_last) for t in (meta(32, 64, 32, 32, dtype=dtype), e))
-    gram_conv_explicit(x, e, (128, 64, 3, 3), *geometry, False, precision)
+        x, e = (t.to(memory_format=torch.channels_last) for t in (x, e))
+        gram_conv_explicit(x, e, (128, channels, 3, 3), *geometry, False, precision)
+
+
+def combine_embedding(dtype: torch.dtype, precision: str) -> None:
+    from fngd_kernels.fused.combine_embedding import combine_embedding
+
+    ids, e = meta(64, 128, dtype=torch.int64), meta(64, 128, 768, dtype=dtype)
+    combine_embedding(ids, e, meta(64, dtype=FLOAT32), 50257, 0)
 
 
 # Each author adds the launches of a kernel: what a real layer would ask for.
 CASES: dict[str, Callable[[torch.dtype, str], None]] = {
     "combine": combine,
+    "combine_embedding": combine_embedding,
     "gram_explicit": gram_explicit,
     "gram_conv_explicit": gram_conv_explicit,
     "gram_pairs": gram_pairs,
@@ -106,8 +114,25 @@ def recorded(launch: Callable[[], None], arch: int) -> list[tuple]:
     return launches
 
 
+def specialised(value: object, path: tuple[int, ...], constants: dict, attributes: dict) -> object:
+    """Return the type of an argument as Triton would see it: 1 is a constant, multiples of 16 are known."""
+    if isinstance(value, tuple):
+        parts = enumerate(value)
+        return tuple(specialised(part, (*path, place), constants, attributes) for place, part in parts)
+    if value is None or (isinstance(value, int) and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        attributes[path] = [["tt.divisibility", 16]]
+    if isinstance(value, Tensor):
+        return "*" + TYPES[value.dtype]
+    if isinstance(value, int):
+        return "i32" if abs(value) < 1 << 31 else "i64"
+    return "fp32"
+
+
 def compiled(kernel, arguments: dict, arch: int) -> dict:
-    """Compile a launch as Triton would specialise it: 1 is a constant, multiples of 16 are known as such."""
+    """Compile a launch, and return what the code needs of a multiprocessor."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -115,18 +140,10 @@ def compiled(kernel, arguments: dict, arch: int) -> dict:
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = arguments.pop(parameter.name)
-        aligned = isinstance(value, Tensor)
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        if parameter.is_constexpr:
             signature[parameter.name], constants[(index,)] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[parameter.name] = "*" + TYPES[value.dtype]
-        elif isinstance(value, int):
-            signature[parameter.name] = "i32" if abs(value) < 1 << 31 else "i64"
-            aligned = value % 16 == 0
         else:
-            signature[parameter.name] = "fp32"
-        if aligned:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            signature[parameter.name] = specialised(value, (index,), constants, attributes)
     source = ASTSource(kernel, signature, constants, attributes)
     # ptxas reports only when it runs.
     triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
