@@ -10,6 +10,16 @@ INTERPRET = triton.knobs.runtime.interpret
 _INTERPRET = tl.constexpr(INTERPRET)
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of a device, (0, 0) of the interpreter's CPU."""
+    return (0, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Return how many programs a device runs at a time at least, 4 of the interpreter's CPU."""
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 @triton.jit
 def dot(x, y, acc, PRECISION: tl.constexpr):
     """Return acc + x y in float32; PRECISION "ieee", "tf32" or "tf32x3" counts for float32 tiles only."""
@@ -20,11 +30,62 @@ def dot(x, y, acc, PRECISION: tl.constexpr):
     return tl.dot(x, y, acc, input_precision=PRECISION)
 
 
-def capability(device: torch.device) -> tuple[int, int]:
-    """Return the compute capability of a device, (0, 0) of the interpreter's CPU."""
-    return (0, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
+@triton.jit
+def rows_product(
+    X,
+    offs_i,  # [ROWS_I]
+    offs_j,  # [ROWS_J]
+    mask_i,  # [ROWS_I]
+    mask_j,  # [ROWS_J]
+    size,
+    stride_x,
+    PRECISION: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Return the products of rows at X + offs_i with rows at X + offs_j, of `size` elements each."""
+    acc = tl.zeros([offs_i.shape[0], offs_j.shape[0]], dtype=tl.float32)  # [ROWS_I, ROWS_J]
+    for k in range(0, size, BK):
+        offs_k = k + tl.arange(0, BK)  # [BK]
+        mask_k = offs_k < size
+        columns = offs_k.to(tl.int64) * stride_x
+        x_i = tl.load(
+            X + offs_i[:, None] + columns[None, :], mask=mask_i[:, None] & mask_k[None, :], other=0.0
+        )  # [ROWS_I, BK]
+        x_j = tl.load(
+            X + offs_j[None, :] + columns[:, None], mask=mask_j[None, :] & mask_k[:, None], other=0.0
+        )  # [BK, ROWS_J]
+        acc = dot(x_i, x_j, acc, PRECISION)
+    return acc
 
 
-def multiprocessors(device: torch.device) -> int:
-    """Return how many programs a device runs at a time at least, 4 of the interpreter's CPU."""
-    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+@triton.jit
+def lower_block(pid, num_blocks):
+    """Return block row and column of place `pid` in the lower triangle of num_blocks (num_blocks + 1) / 2."""
+    # The triangle folded into a rectangle: each of its rows is a long block row and the short one that fits.
+    odd = num_blocks % 2
+    width = num_blocks + 1 - odd
+    fold = pid // width
+    column = pid % width
+    long = column < num_blocks - fold
+    return (
+        tl.where(long, num_blocks - 1 - fold, fold - odd),
+        tl.where(long, column, column - (num_blocks - fold)),
+    )
+
+
+@triton.jit
+def sample_sums(x, SAMPLES: tl.constexpr, POSITIONS: tl.constexpr):
+    """Return the sums [SAMPLES, SAMPLES] of x [SAMPLES * POSITIONS, SAMPLES * POSITIONS] over positions."""
+    x = tl.reshape(x, [SAMPLES, POSITIONS, SAMPLES, POSITIONS])
+    return tl.sum(tl.sum(x, axis=3), axis=1)
+
+
+@triton.jit
+def store_symmetric(K, k, offs_i, offs_j, n, stride_ki, stride_kj):
+    """Store what is lower of the block k at rows offs_i and columns offs_j of K (n,n), and its mirror."""
+    # The triangles of a block on the diagonal may be summed in different orders: only one is taken.
+    mask = (offs_j[None, :] <= offs_i[:, None]) & (offs_i[:, None] < n)
+    offs_i = offs_i.to(tl.int64)[:, None]
+    offs_j = offs_j.to(tl.int64)[None, :]
+    tl.store(K + offs_i * stride_ki + offs_j * stride_kj, k, mask=mask)
+    tl.store(K + offs_j * stride_ki + offs_i * stride_kj, k, mask=mask)

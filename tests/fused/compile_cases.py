@@ -44,10 +44,31 @@ def meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def gram_pairs(dtype: torch.dtype, precision: str) -> None:
-    from fngd_kernels.fused.gram_pairs import gram_pairs
+    from fngd_kernels.fused.gram_pairs import gram_pairs, gram_pairs_diag
 
-    a, e = meta(64, 32, 512, dtype=dtype), meta(64, 32, 2048, dtype=dtype)
-    gram_pairs(a, e, True, precision)
+    # Tiles of 2 positions, of some and of many; sizes that are multiples of 16 and that are not.
+    for samples, positions, inputs in ((512, 2, 512), (63, 33, 513), (32, 128, 768)):
+        a, e = meta(samples, positions, inputs, dtype=dtype), meta(samples, positions, 2048, dtype=dtype)
+        gram_pairs(a, e, True, precision)
+    gram_pairs_diag(a, e, True, precision)
+
+
+def gram_embedding(dtype: torch.dtype, precision: str) -> None:
+    from fngd_kernels.fused.gram_embedding import gram_embedding, gram_embedding_diag
+
+    for samples, positions, size in ((512, 2, 512), (63, 33, 513), (32, 128, 768)):
+        ids, e = meta(samples, positions, dtype=torch.int64), meta(samples, positions, size, dtype=dtype)
+        gram_embedding(ids, e, 0, precision)
+    gram_embedding_diag(ids, e, None, precision)
+
+
+def gram_hadamard(dtype: torch.dtype, precision: str) -> None:
+    from fngd_kernels.fused.gram_hadamard import gram_hadamard
+
+    layers = [(512, 512), (784, 500), (2048, 10)] * 5
+    a, e = ([meta(128, 1, pair[place], dtype=dtype) for pair in layers] for place in (0, 1))
+    gram_hadamard(a, e, [True] * len(layers), precision)
+    gram_hadamard(a[:1], e[:1], [False], precision)
 
 
 def gram_explicit(dtype: torch.dtype, precision: str) -> None:
@@ -91,6 +112,8 @@ CASES: dict[str, Callable[[torch.dtype, str], None]] = {
     "combine_embedding": combine_embedding,
     "gram_explicit": gram_explicit,
     "gram_conv_explicit": gram_conv_explicit,
+    "gram_embedding": gram_embedding,
+    "gram_hadamard": gram_hadamard,
     "gram_pairs": gram_pairs,
 }
 
