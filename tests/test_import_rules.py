@@ -1,6 +1,7 @@
 """Who may import whom."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -47,3 +48,13 @@ def test_cuda_sources_and_solver_headers_include_no_torch():
     for path in sources:
         included = [line for line in path.read_text().splitlines() if line.startswith("#include")]
         assert not [line for line in included if any(word in line for word in ("torch", "ATen", "c10"))], path
+
+
+def test_every_package_is_installed():
+    listed = re.search(
+        r"^packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert listed is not None
+    folders = {path.parent.relative_to(ROOT) for path in [*KERNELS, *OPTIMIZER]}
+    names = {".".join(folder.parts).removeprefix("python.") for folder in folders}
+    assert set(re.findall(r'"(.+?)"', listed[1])) == names

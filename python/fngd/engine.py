@@ -14,7 +14,7 @@ from fngd_kernels.ops.nodes import Gradients
 
 from .capture import Layer
 from .coefficients import coefficients
-from .rules import Use
+from .rules import Use, added
 from .sharing import Batch, Sharing
 
 
@@ -189,9 +189,7 @@ def _weighted(layer: Layer, uses: Sequence[Use], weights: dict[Layer, Tensor]) -
     """Return the layer's weighted gradients, or the plain ones for a layer without weights."""
     if layer in weights:
         return layer.rule.combine(layer.module, uses, weights[layer])
-    plain = [layer.rule.combine(layer.module, [use], use[1].new_ones(use[1].shape[0])) for use in uses]
-    weight, bias = ([g for g in column if g is not None] for column in zip(*plain, strict=True))
-    return torch.stack(weight).sum(0), torch.stack(bias).sum(0) if bias else None
+    return added([layer.rule.combine(layer.module, [use], use[1].new_ones(use[1].shape[0])) for use in uses])
 
 
 def _awaited(layer: Layer) -> bool:

@@ -3,13 +3,13 @@
 from torch import nn
 
 from .affine import AffineRule
-from .base import Rule, Use
+from .base import Rule, Use, added
 from .batch_norm import BatchNormRule
 from .conv import ConvRule
 from .embedding import EmbeddingRule
 from .linear import LinearRule
 
-__all__ = ["Rule", "Use", "rule_for"]
+__all__ = ["Rule", "Use", "added", "rule_for"]
 
 _RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: LinearRule(),

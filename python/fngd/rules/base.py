@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from fngd_kernels.ops.nodes import Gradients, Sink
@@ -33,6 +34,19 @@ class Rule(Protocol):
 
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
         """Return sum_n s_n C_n: (weight gradient, bias gradient), None for a bias without gradient."""
+
+
+def added(parts: Sequence[Gradients]) -> Gradients:
+    """Return the sum of several uses' (weight gradient, bias gradient)."""
+    if len(parts) == 1:
+        return parts[0]
+    weight, bias = ([g for g in column if g is not None] for column in zip(*parts, strict=True))
+    return torch.stack(weight).sum(0), torch.stack(bias).sum(0) if bias else None
+
+
+def pair(result: Tensor | tuple[Tensor, Tensor]) -> Gradients:
+    """Return what a weighted sum with or without bias gave as (weight gradient, bias gradient)."""
+    return result if isinstance(result, tuple) else (result, None)
 
 
 def trainable_bias(module: Any) -> bool:

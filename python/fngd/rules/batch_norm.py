@@ -20,6 +20,7 @@ class BatchNormRule(AffineRule):
 
     def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
         weight, bias = sample_parameters(module, x.shape[0], scale, sink)
+        assert bias is not None  # batch normalisation has both or neither
         momentum = module.momentum or 0.0
         if module.track_running_stats:
             module.num_batches_tracked.add_(1)

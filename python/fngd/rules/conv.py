@@ -11,7 +11,7 @@ import fngd_kernels as fk
 from fngd_kernels.ops import nodes
 from fngd_kernels.ops.nodes import Gradients, Sink
 
-from .base import Use, trainable_bias
+from .base import Use, added, pair, trainable_bias
 
 _CONV_FORWARDS = {kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
@@ -49,13 +49,8 @@ class ConvRule:
         )
 
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
-        shape, options = module.weight.shape, geometry(module)
-        if trainable_bias(module):
-            weights, biases = zip(
-                *(fk.combine_conv(x, e, s, shape, bias=True, **options) for x, e in uses), strict=True
-            )
-            return sum(weights), sum(biases)
-        return sum(fk.combine_conv(x, e, s, shape, **options) for x, e in uses), None
+        options = {"bias": trainable_bias(module), **geometry(module)}
+        return added([pair(fk.combine_conv(x, e, s, module.weight.shape, **options)) for x, e in uses])
 
 
 def split_padding(module: Any) -> tuple[list[int] | None, tuple[int, ...]]:

@@ -10,7 +10,7 @@ import fngd_kernels as fk
 from fngd_kernels.ops import nodes
 from fngd_kernels.ops.nodes import Gradients, Sink
 
-from .base import Use, trainable_bias
+from .base import Use, pair, trainable_bias
 
 
 class LinearRule:
@@ -32,9 +32,7 @@ class LinearRule:
 
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
         a, e = _positions(uses)
-        if trainable_bias(module):
-            return fk.combine(a, e, s, bias=True)
-        return fk.combine(a, e, s), None
+        return pair(fk.combine(a, e, s, bias=trainable_bias(module)))
 
 
 def _positions(uses: Sequence[Use]) -> Use:
