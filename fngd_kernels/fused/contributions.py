@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .common import capability, dot, multiprocessors
 from .reduce import sum_partials
-from .tiles import tile
+from .tiles import Tile, tile
 
 MIN_STEPS = 4
 """Fewest steps of a program of the product C C^T; fewer do not pay for one more partial sum."""
@@ -41,6 +41,25 @@ def extent(size: int, block: int) -> int:
 def block_size(size: int, limit: int) -> int:
     """Return the smallest block that a product takes and that holds `size`, `limit` at most."""
     return min(limit, max(16, triton.next_power_of_2(size)))
+
+
+def launch_options(
+    chosen: Tile, samples: int, outputs: int, inputs: int, positions: int, workspace: int
+) -> dict[str, int]:
+    """Return blocks and launch options for C of a layer: the tile, clipped to the layer and to the workspace.
+
+    One tile of all samples fits into what the partial sums leave of the workspace.
+    """
+    bo, bi = block_size(outputs, chosen.blocks["BO"]), block_size(inputs, chosen.blocks["BI"])
+    while 4 * samples * bo * bi > workspace - workspace // 4 and max(bo, bi) > 16:
+        bo, bi = (bo // 2, bi) if bo >= bi else (bo, bi // 2)
+    return {
+        "BO": bo,
+        "BI": bi,
+        "BT": block_size(positions, chosen.blocks["BT"]),
+        "num_warps": min(chosen.num_warps, max(4, bo * bi // 2048)),
+        "num_stages": chosen.num_stages,
+    }
 
 
 def default_precision(dtype: torch.dtype) -> str:

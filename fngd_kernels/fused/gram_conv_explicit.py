@@ -12,10 +12,10 @@ from ..cost_model import WORKSPACE
 from .common import capability, dot
 from .contributions import (
     Weight,
-    block_size,
     default_precision,
     extent,
     gram_by_chunks,
+    launch_options,
     store_contributions,
 )
 from .tiles import tile
@@ -139,15 +139,15 @@ def _form(
     dilation: Sequence[int],
     groups: int,
     precision: str,
+    workspace: int,
 ) -> Weight:
     channels, outputs = x.shape[1] // groups, e.shape[1] // groups
     taps = prod(kernel)
     one_tap = channels >= TAP_CHANNELS
     inputs = channels if one_tap else taps * channels
     chosen = tile("contributions_conv", capability(x.device), x.dtype)
-    sizes = {"BO": outputs, "BI": inputs, "BT": prod(e.shape[2:])}
-    blocks = {name: block_size(size, chosen.blocks[name]) for name, size in sizes.items()}
-    extent_o, extent_i = extent(outputs, blocks["BO"]), extent(inputs, blocks["BI"])
+    options = launch_options(chosen, len(x), outputs, inputs, prod(e.shape[2:]), workspace)
+    extent_o, extent_i = extent(outputs, options["BO"]), extent(inputs, options["BI"])
     tiles_o = triton.cdiv(outputs, extent_o)
     tiles_i = triton.cdiv(inputs, extent_i) * (taps if one_tap else 1)
     stride_et = _position_stride(e)
@@ -180,9 +180,7 @@ def _form(
             **_axes("dilation_", dilation),
             ONE_TAP=one_tap,
             PRECISION=precision,
-            num_warps=chosen.num_warps,
-            num_stages=chosen.num_stages,
-            **blocks,
+            **options,
         )
 
     return Weight(groups * tiles_o * tiles_i, extent_o * extent_i, form)
@@ -213,8 +211,8 @@ def gram_conv_explicit(
     ones, zeros = (1,) * missing, (0,) * missing
     kernel = (*ones, *weight_shape[2:])
     geometry = (*ones, *stride), (*zeros, *padding), (*ones, *dilation)
-    weights = [_form(x, e, kernel, *geometry, groups, precision)]
+    weights = [_form(x, e, kernel, *geometry, groups, precision, workspace)]
     if bias:
         pixel = x.new_ones(()).expand(len(x), 1, *e.shape[2:])
-        weights.append(_form(pixel, e, (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 1, 1), 1, precision))
+        weights.append(_form(pixel, e, (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 1, 1), 1, precision, workspace))
     return gram_by_chunks(weights, x, precision, workspace)

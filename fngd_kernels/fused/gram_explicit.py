@@ -8,10 +8,10 @@ from ..cost_model import WORKSPACE
 from .common import capability, dot
 from .contributions import (
     Weight,
-    block_size,
     default_precision,
     extent,
     gram_by_chunks,
+    launch_options,
     store_contributions,
 )
 from .tiles import tile
@@ -60,12 +60,11 @@ def _contributions_kernel(
     store_contributions(C, c, pid_w, pid_n, extent_o, extent_i, stride_cn, PRECISION, BO, BI)
 
 
-def _form(a: Tensor, e: Tensor, precision: str) -> Weight:
+def _form(a: Tensor, e: Tensor, precision: str, workspace: int) -> Weight:
     (n, positions, inputs), outputs = a.shape, e.shape[2]
     chosen = tile("contributions", capability(a.device), a.dtype)
-    sizes = {"BO": outputs, "BI": inputs, "BT": positions}
-    blocks = {name: block_size(size, chosen.blocks[name]) for name, size in sizes.items()}
-    extent_o, extent_i = extent(outputs, blocks["BO"]), extent(inputs, blocks["BI"])
+    options = launch_options(chosen, n, outputs, inputs, positions, workspace)
+    extent_o, extent_i = extent(outputs, options["BO"]), extent(inputs, options["BI"])
     tiles_i = triton.cdiv(inputs, extent_i)
 
     def form(scratch: Tensor, first: int, count: int) -> None:
@@ -88,9 +87,7 @@ def _form(a: Tensor, e: Tensor, precision: str) -> Weight:
             stride_eo=e.stride(2),
             stride_cn=scratch.stride(0),
             PRECISION=precision,
-            num_warps=chosen.num_warps,
-            num_stages=chosen.num_stages,
-            **blocks,
+            **options,
         )
 
     return Weight(triton.cdiv(outputs, extent_o) * tiles_i, extent_o * extent_i, form)
@@ -105,7 +102,7 @@ def gram_explicit(
     one of bfloat16 and float16 inputs; by default "ieee" for float32 and "tf32" for the others.
     """
     precision = precision or default_precision(a.dtype)
-    weights = [_form(a, e, precision)]
+    weights = [_form(a, e, precision, workspace)]
     if bias:
-        weights.append(_form(a.new_ones(()).expand(*a.shape[:2], 1), e, precision))
+        weights.append(_form(a.new_ones(()).expand(*a.shape[:2], 1), e, precision, workspace))
     return gram_by_chunks(weights, a, precision, workspace)

@@ -50,15 +50,24 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
         (80, 2): Tile({"BR": 16, "BD": 128}, 4, 1, _COMPILED),
         (80, 4): Tile({"BR": 16, "BD": 128}, 4, 1, _COMPILED),
     },
+    "scale_bias": {
+        (80, 2): Tile({"BOP": 4096}, 4, 3, _COMPILED),
+        (80, 4): Tile({"BOP": 2048}, 4, 3, _COMPILED),
+    },
+    "scale_bias_sum": {(80, 4): Tile({"BM": 128, "BO": 32}, 4, 1, _COMPILED)},
     "contributions": {
-        (80, 2): Tile({"BO": 128, "BI": 64, "BT": 32}, 4, 3, _COMPILED),
-        (80, 4): Tile({"BO": 64, "BI": 64, "BT": 16}, 4, 3, _COMPILED),
+        (80, 2): Tile({"BO": 128, "BI": 128, "BT": 32}, 8, 4, _COMPILED),
+        (80, 4): Tile({"BO": 128, "BI": 128, "BT": 16}, 8, 3, _COMPILED),
+        (90, 2): Tile({"BO": 128, "BI": 128, "BT": 64}, 8, 3, _COMPILED),
     },
     "contributions_conv": {
-        (80, 2): Tile({"BO": 64, "BI": 64, "BT": 32}, 4, 3, _COMPILED),
+        (80, 2): Tile({"BO": 128, "BI": 128, "BT": 32}, 8, 4, _COMPILED),
         (80, 4): Tile({"BO": 64, "BI": 64, "BT": 16}, 4, 3, _COMPILED),
     },
-    "add_gram": {(80, 4): Tile({"BN": 128, "BK": 32}, 8, 3, _COMPILED)},
+    "add_gram": {
+        (80, 4): Tile({"BN": 128, "BK": 16}, 8, 4, _COMPILED),
+        (90, 4): Tile({"BN": 128, "BK": 32}, 8, 3, _COMPILED),
+    },
     "sum_partials": {(80, 4): Tile({"BN": 16, "BP": 16}, 4, 1, _COMPILED)},
 }
 

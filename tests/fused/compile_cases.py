@@ -75,8 +75,8 @@ def gram_explicit(dtype: torch.dtype, precision: str) -> None:
     from fngd_kernels.fused.gram_explicit import gram_explicit
 
     precision = precision if dtype == FLOAT32 else "tf32"
-    for samples in (256, 32):
-        a, e = meta(samples, 128, 512, dtype=dtype), meta(samples, 128, 2048, dtype=dtype)
+    for samples, size in ((256, 512), (64, 64), (16, 32)):
+        a, e = meta(samples, 128, size, dtype=dtype), meta(samples, 128, 2 * size, dtype=dtype)
         gram_explicit(a, e, False, precision)
 
 
@@ -106,6 +106,15 @@ def combine_embedding(dtype: torch.dtype, precision: str) -> None:
     combine_embedding(ids, e, meta(64, dtype=FLOAT32), 50257, 0)
 
 
+def scale_bias(dtype: torch.dtype, precision: str) -> None:
+    from fngd_kernels.fused.scale_bias import scale_bias
+
+    e = meta(64, 128, 28, 28, dtype=dtype)
+    # Contiguous, channels last, and a slice of rows and columns.
+    for layout in (e, e.to(memory_format=torch.channels_last), e[:, :, 1:-1, 1:-1]):
+        scale_bias(layout, meta(64, dtype=FLOAT32), True)
+
+
 # Each author adds the launches of a kernel: what a real layer would ask for.
 CASES: dict[str, Callable[[torch.dtype, str], None]] = {
     "combine": combine,
@@ -115,6 +124,7 @@ CASES: dict[str, Callable[[torch.dtype, str], None]] = {
     "gram_embedding": gram_embedding,
     "gram_hadamard": gram_hadamard,
     "gram_pairs": gram_pairs,
+    "scale_bias": scale_bias,
 }
 
 
