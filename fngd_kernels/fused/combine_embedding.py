@@ -58,7 +58,7 @@ def _sum_chunks_kernel(
     row_w = W + ids.to(tl.int64) * dim
     mask_w = (head & ~begun & ~continued)[:, None] & mask_d[None, :]
     tl.store(row_w[:, None] + offs_d[None, :], rounded(sums, W.dtype.element_ty), mask=mask_w)
-    # A run that reaches over the chunk's ends leaves its sum in the chunk's first row, or second if begun here.
+    # A run over the chunk's end leaves its sum in the chunk's first row, in its second one if begun here.
     row_p = ENDS + (2 * pid_c + tl.where(begun, 0, 1)) * dim
     mask_p = (head & (begun | continued))[:, None] & mask_d[None, :]
     tl.store(row_p[:, None] + offs_d[None, :], sums, mask=mask_p)

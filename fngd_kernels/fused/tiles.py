@@ -51,7 +51,7 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
         (80, 4): Tile({"BR": 16, "BD": 128}, 4, 1, _COMPILED),
     },
     "scale_bias": {
-        (80, 2): Tile({"BOP": 4096}, 4, 3, _COMPILED),
+        (80, 2): Tile({"BOP": 2048}, 4, 3, _COMPILED),
         (80, 4): Tile({"BOP": 2048}, 4, 3, _COMPILED),
     },
     "scale_bias_sum": {(80, 4): Tile({"BM": 128, "BO": 32}, 4, 1, _COMPILED)},
