@@ -160,7 +160,7 @@ def gram_by_chunks(weights: list[Weight], inputs: Tensor, precision: str, worksp
     chosen = tile("add_gram", capability(inputs.device), torch.float32)
     bn = block_size(n, chosen.blocks["BN"])
     # Fewer rows are read in longer runs: about the same bytes are on their way in each step.
-    bk = chosen.blocks["BK"] * min(4, chosen.blocks["BN"] // bn)
+    bk = chosen.blocks["BK"] * min(2, chosen.blocks["BN"] // bn)
     grid = triton.cdiv(n, bn)
     widest = max(weight.tiles * weight.area for weight in weights)
     parts = min(
