@@ -9,7 +9,7 @@ NAMES = ("mlp", "cnn", "resnet18")
 
 
 def build(name: str, image_shape: tuple[int, int, int], classes: int, *, width: int) -> nn.Module:
-    """Network called `name` for images (C,H,W); `width` is the channels (mlp: units / 8) of its first stage.
+    """Network called `name` for images (C,H,W); `width`: channels of its first stage (mlp: units / 32).
 
     Raises: ValueError for an unknown name or a width below 1.
     """
@@ -17,7 +17,7 @@ def build(name: str, image_shape: tuple[int, int, int], classes: int, *, width: 
         raise ValueError(f"width: expected 1 or more, got {width}")
     channels, height, image_width = image_shape
     if name == "mlp":
-        return mlp(channels * height * image_width, classes, units=8 * width)
+        return mlp(channels * height * image_width, classes, units=32 * width)
     if name == "cnn":
         return cnn(image_shape, classes, width=width)
     if name == "resnet18":

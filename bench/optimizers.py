@@ -58,8 +58,8 @@ def _fngd_exact(model: nn.Module, lr: float, settings: FNGDSettings) -> Optimize
 
 
 # equally many rates each, in equal ratios, so that no method is tuned more finely than another
-SGD_LRS = (0.01, 0.03, 0.1, 0.3)
-ADAMW_LRS = (0.001, 0.003, 0.01, 0.03)
+SGD_LRS = (0.01, 0.03, 0.1, 0.3, 1.0)
+ADAMW_LRS = (0.0003, 0.001, 0.003, 0.01, 0.03)
 
 METHODS = {
     "sgd": Method("SGD", SGD_LRS, "never", _sgd),

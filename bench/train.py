@@ -35,10 +35,10 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--train-size", type=_positive, help="train on this many images (default: all)")
     parser.add_argument(
-        "--model", choices=models.NAMES, default="cnn", help="network; cnn has no normalisation"
+        "--model", choices=models.NAMES, default="mlp", help="network; mlp and cnn have no normalisation"
     )
     parser.add_argument(
-        "--width", type=_positive, default=16, help="channels of the first stage (mlp: units / 8)"
+        "--width", type=_positive, default=16, help="channels of the first stage (mlp: units / 32)"
     )
     parser.add_argument(
         "--optimizer",
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         help="method to train, repeatable (default: all four)",
     )
-    parser.add_argument("--epochs", type=_positive, default=20, help="passes over the training split")
+    parser.add_argument("--epochs", type=_positive, default=15, help="passes over the training split")
     parser.add_argument("--batch-size", type=_positive, default=64, help="images per step")
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument(
@@ -70,6 +70,11 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--target", type=float, help="validation accuracy to reach (default: the data set's)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--threads",
+        type=_positive,
+        help="CPU threads (default: 1 for digits, whose steps are too short to divide, else torch's choice)",
+    )
     parser.add_argument("--output", type=Path, help="folder of the results (default: runs/DATA-MODEL-TIME)")
     parser.add_argument(
         "--resume", action="store_true", help="go on in --output, or in the newest default folder"
@@ -92,6 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _compare(options: argparse.Namespace) -> None:
+    if options.threads is not None or options.data == "digits":
+        torch.set_num_threads(options.threads or 1)
     study = _study(options)
     folder = _folder(options)
     workload = workloads.load(

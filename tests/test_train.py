@@ -20,7 +20,7 @@ from bench.train import main
 from bench.training import Run, RunConfig, train
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SMALL = ["--model", "mlp", "--width", "2", "--train-size", "200", "--epochs", "3", "--batch-size", "32"]
+SMALL = ["--model", "mlp", "--width", "1", "--train-size", "200", "--epochs", "3", "--batch-size", "32"]
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,9 @@ def config(method="sgd", **changes):
         "data": "digits",
         "train_size": 200,
         "model": "mlp",
-        "width": 2,
+        "width": 1,
         "method": method,
-        "lr": METHODS[method].lrs[1],
+        "lr": METHODS[method].lrs[2],
         "seed": 0,
         "epochs": 3,
         "batch_size": 32,
@@ -98,7 +98,7 @@ class StopAfter:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns(method, digits):
-    run = train(config(method, width=8, epochs=8), digits, read_test=True)
+    run = train(config(method, width=2, epochs=8), digits, read_test=True)
     assert len(run.epochs) == 8
     assert run.epochs[-1]["train_loss"] < 0.5 * run.epochs[0]["train_loss"]
     assert run.epochs[-1]["validation_accuracy"] > 0.7

@@ -1,0 +1,1 @@
+"""The kernels over layer shapes of real networks, against the best plain torch: `python -m bench.kernels`."""
