@@ -63,11 +63,10 @@ def _gram_embedding_kernel(
         mask_j = (offs_n_j < n) & (offs_t_j < positions)
         ids_i = tl.load(IDS + offs_n_i * stride_in + offs_t_i * stride_it, mask=mask_i, other=0)
         ids_j = tl.load(IDS + offs_n_j * stride_in + offs_t_j * stride_it, mask=mask_j, other=0)
-        if HAS_PADDING:
-            mask_i &= ids_i != padding_idx
-            mask_j &= ids_j != padding_idx
         # [SAMPLES * POSITIONS, SAMPLES * POSITIONS]
         same = (ids_i[:, None] == ids_j[None, :]) & mask_i[:, None] & mask_j[None, :]
+        if HAS_PADDING:
+            same &= ids_i[:, None] != padding_idx
         if tl.max(tl.max(same.to(tl.int32), axis=1), axis=0) > 0:
             e = rows_product(
                 E,
