@@ -76,3 +76,27 @@ def test_gram_and_combine_give_the_same_numbers():
     """)
     a, e = torch.arange(12.0).view(3, 4), torch.arange(6.0).view(3, 2)
     assert json.loads(printed) == [fk.gram(a, e).tolist(), fk.combine(a, e, torch.ones(3)).tolist()]
+
+
+def test_training_gives_the_same_weights():
+    program = """
+        import torch, fngd
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3), torch.nn.Flatten(), torch.nn.Linear(12, 3)
+        ).double()
+        x, y = torch.randn(8, 2, 4, 4, dtype=torch.float64), torch.randint(0, 3, (8,))
+        opt = fngd.FNGD(model, lr=0.1, momentum=0.9, norms="weighted")
+        for _ in range(4):
+            opt.set_samples(range(8))
+            opt.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            opt.step()
+        assert opt.stats()["solved_batches"] == 1
+        print(json.dumps([p.tolist() for p in model.parameters()]))
+    """
+    printed = run_without_extension('warnings.simplefilter("ignore")\n' + textwrap.dedent(program))
+    plain = "import json\n" + textwrap.dedent(program)
+    native = subprocess.run([sys.executable, "-c", plain], capture_output=True, text=True, check=True)
+    for actual, expected in zip(json.loads(printed), json.loads(native.stdout), strict=True):
+        torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=1e-5, atol=1e-6)
