@@ -13,8 +13,8 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def describe(device: torch.device) -> dict[str, str | int | bool | None]:
-    """Commit, whether the checkout has uncommitted changes, date, versions, processor, GPU, threads."""
+def describe(device: torch.device) -> dict[str, str | float | bool | None]:
+    """Commit, whether the checkout has uncommitted changes, date, versions, processor, load, GPU, threads."""
     # results are appended to files of the repository, which must not make the next ones look uncommitted
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
     return {
@@ -26,6 +26,7 @@ def describe(device: torch.device) -> dict[str, str | int | bool | None]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
 

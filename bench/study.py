@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import fngd
 import torch
 import torch.nn.functional as F
 
@@ -144,7 +145,13 @@ def _contenders(
         )
         optimizer = METHODS[method].build(model, STEP_LR, FNGDSettings(share=share, damping=study.damping))
         ids = rows if method == "fngd" and share == "sample" else None
-        return training_step(model, optimizer, F.cross_entropy, x, y, ids=ids)
+        step = training_step(model, optimizer, F.cross_entropy, x, y, ids=ids)
+        if isinstance(optimizer, fngd.FNGD) and share != "none":
+            # the first epoch solves and fills the table, the second reads it
+            optimizer.start_epoch()
+            step()
+            optimizer.start_epoch()
+        return step
 
     for method in methods:
         if METHODS[method].solves != "always":

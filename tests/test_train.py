@@ -106,16 +106,19 @@ def test_every_method_learns(method, digits):
     assert all(epoch["seconds"] > 0 for epoch in run.epochs)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(method, digits, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "share"), [*((method, "sample") for method in METHODS), ("fngd", "position"), ("fngd", "mean")]
+)
+def test_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(method, share, digits, tmp_path):
     # 7 steps an epoch: the interruption falls into the middle of the third epoch
+    settings = config(method, epochs=4, share=share)
     whole, resumed = tmp_path / "whole.pt", tmp_path / "resumed.pt"
-    expected = train(config(method, epochs=4), digits, read_test=True, checkpoint_path=whole)
+    expected = train(settings, digits, read_test=True, checkpoint_path=whole)
     with pytest.raises(KeyboardInterrupt):
-        train(config(method, epochs=4), digits, checkpoint_path=resumed, on_step=StopAfter(17))
+        train(settings, digits, checkpoint_path=resumed, on_step=StopAfter(17))
     assert len(checkpoint.load(resumed)["epochs"]) == 2
     torch.rand(5)
-    run = train(config(method, epochs=4), digits, read_test=True, checkpoint_path=resumed)
+    run = train(settings, digits, read_test=True, checkpoint_path=resumed)
     assert without_time(run) == without_time(expected)
     assert run.test_accuracy == expected.test_accuracy
     assert_identical(checkpoint.load(resumed), checkpoint.load(whole))
@@ -285,6 +288,35 @@ def test_command_line_from_tuning_to_picture(tmp_path, capsys, monkeypatch):
     assert json.loads((tmp_path / "results.json").read_text())["final"] == stored["final"]
     assert cli(tmp_path, *grid, "--resume", "--damping", "0.5") == 2
     assert "holds a run with other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("share", ["sample", "position", "mean"])
+def test_timed_steps_are_of_the_phase_they_are_named_after(share, digits, monkeypatch):
+    optimizers = []
+    make_step = study.training_step
+
+    def watched(model, optimizer, *rest, **options):
+        optimizers.append(optimizer)
+        return make_step(model, optimizer, *rest, **options)
+
+    monkeypatch.setattr(study, "training_step", watched)
+    asked = study.Study(
+        **{
+            key: value
+            for key, value in vars(config()).items()
+            if key not in ("method", "lr", "seed", "share")
+        },
+        methods=("fngd",),
+        lrs=None,
+        seeds=(0,),
+        share=share,
+    )
+    timings = study.time_steps(asked, digits)
+    assert list(timings) == ["sgd", "fngd", "fngd solving"]
+    _, later, solving = optimizers
+    assert later.stats()["solved_batches"] == 1
+    # 1 trial round and 5 of warm-up, then the 2 timed
+    assert solving.stats()["solved_batches"] == 8
 
 
 def test_interrupted_command_tells_how_to_go_on(tmp_path, capsys, monkeypatch):
