@@ -53,7 +53,7 @@ def gram_hadamard(layers: Sequence[tuple[Tensor, Tensor]], bias: bool) -> Tensor
 
 def gram_conv(x: Tensor, e: Tensor, layer: Conv, bias: bool) -> Tensor:
     """Per-sample gradients by unfolded patches in chunks of samples, then their products."""
-    n, columns = x.shape[0], layer.inputs * layer.kernel**2
+    n, columns = x.shape[0], layer.weights // layer.outputs
     c = x.new_empty((n, layer.outputs, columns))
     samples = max(1, CHUNK_BYTES // (columns * layer.space**2 * x.itemsize))
     for i in range(0, n, samples):
@@ -100,7 +100,7 @@ def scale_bias(e: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 
 def unweighted_conv(x: Tensor, e: Tensor, layer: Conv) -> tuple[Tensor, Tensor]:
     """The ordinary gradient of a convolution's weight and bias."""
-    weight = x.new_zeros(()).expand(layer.outputs, layer.inputs, layer.kernel, layer.kernel)
+    weight = x.new_zeros(()).expand(layer.weight_shape)
     geometry = ([layer.stride] * 2, [layer.padding] * 2, [1, 1], False, [0, 0], 1)
     _, w, b = torch.ops.aten.convolution_backward(
         e, x, weight, [layer.outputs], *geometry, [False, True, True]

@@ -40,6 +40,16 @@ class Conv:
         return 0 if self.stride == self.kernel else self.kernel // 2
 
     @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """Outputs, inputs, height and width of the kernel."""
+        return self.outputs, self.inputs, self.kernel, self.kernel
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.outputs * self.inputs * self.kernel**2
+
+    @property
     def space(self) -> int:
         """Output height and width."""
         return (self.image + 2 * self.padding - self.kernel) // self.stride + 1
@@ -84,7 +94,7 @@ def _basic(inputs: int, outputs: int, stride: int, image: int) -> tuple[Layer, .
 
 
 def _bottleneck(inputs: int, width: int, stride: int, image: int, blocks: int) -> tuple[Layer, ...]:
-    """Return a stage of ResNet-50: blocks of 1x1, 3x3 (strided in the first) and 1x1 to four times the width."""
+    """Return a stage of ResNet-50: blocks of 1x1, 3x3 (strided in the first), 1x1 to 4 times the width."""
     out = image // stride
     return (
         Conv(inputs, width, 1, 1, image),
@@ -159,7 +169,9 @@ NETWORKS = (
     ),
     # Many layers of one position each: a list of them is one launch.
     Network(
-        "MLP", (256, 128), (Linear(1, 784, 1024), Linear(1, 1024, 1024), Linear(1, 1024, 512), Linear(1, 512, 10))
+        "MLP",
+        (256, 128),
+        (Linear(1, 784, 1024), Linear(1, 1024, 1024), Linear(1, 1024, 512), Linear(1, 512, 10)),
     ),
 )
 
@@ -167,11 +179,11 @@ TINY = Network(
     "tiny",
     (3,),
     (
-        Linear(5, 4, 6, 2),
-        Linear(1, 4, 3),
+        Linear(5, 33, 17, 2),
+        Linear(1, 17, 3),
         Linear(1, 3, 2),
-        Conv(2, 3, 3, 2, 5),
-        Embedding(4, 7, 3),
+        Conv(5, 3, 3, 2, 7),
+        Embedding(9, 7, 19),
     ),
 )
 """Every kind of layer at sizes that run anywhere."""

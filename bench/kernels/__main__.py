@@ -1,0 +1,93 @@
+"""Time the kernels over real layer shapes: `python -m bench.kernels --quick --shapes gram`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import math
+import random
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench import environment, record
+from bench.kernels import summary
+from bench.kernels.cases import cases
+from bench.kernels.run import Row, check, run
+from bench.kernels.shapes import NETWORKS, TINY
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Gate, time and record every case; return how many failed."""
+    options = _parser().parse_args(arguments)
+    device = torch.device(options.device)
+    if device.type == "cpu":
+        print("on the CPU: fngd takes its library path, there is no roofline")
+    dtypes = options.dtypes or (["bfloat16"] if options.quick else ["bfloat16", "float32"])
+    networks = [TINY] if options.tiny else NETWORKS
+    rounds = options.rounds or (7 if options.quick else 21)
+    where = environment.describe(device) | {"triton": _version("triton"), "cuda": torch.version.cuda}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    chosen = [
+        case
+        for case in cases(networks, [DTYPES[name] for name in dtypes], device, quick=options.quick)
+        if re.search(options.shapes, case.name)
+    ]
+    # What fits into --seconds is then a fair sample.
+    random.Random(0).shuffle(chosen)
+    done: list[Row] = []
+    failed = taken = 0
+    start = time.monotonic()
+    for case in chosen:
+        if time.monotonic() - start > options.seconds:
+            break
+        taken += 1
+        torch.manual_seed(0)
+        try:
+            if options.gate:
+                print(case.name, check(case, case.inputs()), sep=" | ", flush=True)
+                continue
+            rows = run(case, rounds=rounds, device=device)
+        except (AssertionError, RuntimeError) as error:
+            # A wrong or failing kernel gets no figure; the other cases still do.
+            failed += 1
+            print(f"FAILED {case.name}: {error}", flush=True)
+            continue
+        rows = [{**row, **where} for row in rows]
+        record.append(options.output, rows)
+        done += rows
+        print(case.name, *(f"{row['contender']} {row['median_s'] * 1e6:.1f} us" for row in rows), sep=" | ")
+    print(f"\n{taken} of {len(chosen)} cases, {failed} failed")
+    if done:
+        print("ratio: fastest kernel over fastest plain way, geometric mean", summary.table(done), sep="\n")
+    return failed
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bench.kernels", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="each shape once, bf16: for the geometric means")
+    parser.add_argument("--tiny", action="store_true", help="a few tiny layers of every kind")
+    parser.add_argument("--gate", action="store_true", help="check against float64, time nothing")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after that time")
+    parser.add_argument("--shapes", default="", metavar="REGEX", help="op/network/layer/N=batch/dtype")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--output", type=Path, default=record.RESULTS / "kernels.jsonl")
+    return parser
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    raise SystemExit(main() > 0)

@@ -1,0 +1,87 @@
+"""Cases of convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+import fngd_kernels as fk
+from bench.kernels import plain
+from bench.kernels.case import Case, Contender, Inputs, Setting
+from bench.kernels.roofline import Work
+from bench.kernels.shapes import Conv
+
+
+def conv_cases(setting: Setting, layer: Conv) -> Iterator[Case]:
+    """Yield the Gram matrix, the scaled output gradient and the weighted gradient."""
+    n = setting.batch
+
+    def inputs() -> tuple[Tensor, ...]:
+        x = setting.random(n, layer.inputs, layer.image, layer.image)
+        return x, setting.random(n, layer.outputs, layer.space, layer.space)
+
+    elements_x = n * layer.inputs * layer.image**2
+    elements_e = n * layer.outputs * layer.space**2
+    moved = (elements_x + elements_e) * setting.dtype.itemsize
+    yield _gram(setting, layer, inputs, moved)
+    yield _scale_bias(setting, layer, inputs, 2 * elements_e * setting.dtype.itemsize)
+    yield _combine(setting, layer, inputs, moved)
+
+
+def _gram(setting: Setting, layer: Conv, inputs: Inputs, moved: int) -> Case:
+    n = setting.batch
+    formed = (n * layer.space**2 * layer.weights, setting.arithmetic)
+    contracted = (n * n // 2 * layer.weights, setting.contraction)
+    work = Work((formed, contracted), moved + 4 * n * n)
+
+    def unfolded(x: Tensor, e: Tensor) -> Tensor:
+        return plain.gram_conv(x, e, layer, False)
+
+    def gram(x: Tensor, e: Tensor) -> Tensor:
+        return fk.gram_conv(x, e, layer.weight_shape, stride=layer.stride, padding=layer.padding)
+
+    contenders = {"fngd": Contender(gram, work), "plain unfold": Contender(unfolded, work, "plain")}
+    if setting.fused:
+        from fngd_kernels.fused.gram_conv_explicit import gram_conv_explicit
+
+        stride, padding = [layer.stride] * 2, [layer.padding] * 2
+        contenders["fused explicit"] = Contender(
+            lambda x, e: gram_conv_explicit(x, e, layer.weight_shape, stride, padding, [1, 1], 1, False), work
+        )
+    return setting.case("gram_conv", layer, inputs, unfolded, contenders)
+
+
+def _scale_bias(setting: Setting, layer: Conv, inputs: Inputs, moved: int) -> Case:
+    work = Work((), moved)
+    contenders = {"plain": Contender(plain.scale_bias, work, "plain")}
+    if setting.fused:
+        from fngd_kernels.fused.scale_bias import scale_bias
+
+        contenders["fused"] = Contender(lambda e, s: scale_bias(e, s, True), work)
+    return setting.case(
+        "scale_bias", layer, lambda: (inputs()[1], setting.coefficients()), plain.scale_bias, contenders
+    )
+
+
+def _combine(setting: Setting, layer: Conv, inputs: Inputs, moved: int) -> Case:
+    macs = setting.batch * layer.space**2 * layer.weights
+    work = Work(((macs, setting.arithmetic),), moved + layer.weights * setting.dtype.itemsize)
+
+    def scaled(x: Tensor, e: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        return plain.unweighted_conv(x, plain.scale_bias(e, s)[0], layer)
+
+    def combine(x: Tensor, e: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        weight, bias = fk.combine_conv(
+            x, e, s, layer.weight_shape, stride=layer.stride, padding=layer.padding, bias=True
+        )
+        return weight, bias
+
+    contenders = {
+        "fngd": Contender(combine, work),
+        "plain scaled": Contender(scaled, work, "plain"),
+        "plain unweighted": Contender(lambda x, e, s: plain.unweighted_conv(x, e, layer), work, "unweighted"),
+    }
+    return setting.case(
+        "combine_conv", layer, lambda: (*inputs(), setting.coefficients()), scaled, contenders
+    )

@@ -1,0 +1,107 @@
+"""A case measured: gate in float64, then times, then rows for the results file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.kernels.case import Case
+from bench.kernels.roofline import roofline
+from bench.kernels.timing import buffers_for, measure, workspace
+
+# On top of twice the error of the best plain way, of the largest entry.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+
+Row = dict[str, Any]
+
+
+def run(case: Case, *, rounds: int, device: torch.device) -> list[Row]:
+    """Return one row for each contender.
+
+    Raises: AssertionError when a kernel's error exceeds twice the best plain one's and a tolerance.
+    """
+    first = case.inputs()
+    errors = check(case, first)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    held = {name: workspace(contender.run, first, device) for name, contender in case.contenders.items()}
+    sets = [first, *(case.inputs() for _ in range(buffers_for(first, device) - 1))]
+    timings, how = measure(
+        {name: contender.run for name, contender in case.contenders.items()},
+        sets,
+        rounds=rounds,
+        device=device,
+    )
+    baseline = _baseline(case, {name: timing.median for name, timing in timings.items()})
+    rows: list[Row] = []
+    for name, contender in case.contenders.items():
+        timing = timings[name]
+        limit = roofline(contender.work, gpu)
+        rows.append(
+            {
+                "op": case.op,
+                "network": case.network,
+                "layer": case.layer,
+                "batch": case.batch,
+                "dtype": str(case.dtype).removeprefix("torch."),
+                "contender": name,
+                "role": contender.role,
+                "path": "library on the CPU" if gpu is None else "dispatched" if name == "fngd" else "direct",
+                "baseline": baseline,
+                "ratio": timing.median / timings[baseline].median,
+                "median_s": timing.median,
+                "p20_s": timing.p20,
+                "p80_s": timing.p80,
+                "rounds": len(timing.samples),
+                "buffers": len(sets),
+                "timed": how,
+                "error": errors.get(name),
+                "macs": contender.work.macs,
+                "bytes_moved": contender.work.bytes_moved,
+                "roofline_s": limit[0] if limit else None,
+                "bound": limit[1] if limit else None,
+                "percent_of_roofline": 100 * limit[0] / timing.median if limit else None,
+                "workspace_bytes": held[name],
+            }
+        )
+    return rows
+
+
+def check(case: Case, inputs: tuple[Tensor, ...]) -> dict[str, float]:
+    """Return the error of every contender that computes the case's result, against float64.
+
+    Raises: AssertionError when a kernel's error exceeds twice the best plain one's and a tolerance.
+    """
+    wide = tuple(t.double() if t.is_floating_point() else t for t in inputs)
+    truth = _parts(case.truth(*wide))
+    errors = {
+        name: _error(_parts(contender.run(*inputs)), truth)
+        for name, contender in case.contenders.items()
+        if contender.role != "unweighted"
+    }
+    plain = min(error for name, error in errors.items() if case.contenders[name].role == "plain")
+    allowed = 2 * plain + TOLERANCE[case.dtype]
+    for name, error in errors.items():
+        # Written so that NaN fails.
+        if case.contenders[name].role == "fngd" and not error <= allowed:
+            raise AssertionError(f"{case.name}: error of {name} {error:.1e}, over {allowed:.1e}")
+    return errors
+
+
+def _baseline(case: Case, medians: dict[str, float]) -> str:
+    """Return the fastest plain way, the unweighted one where there is one."""
+    roles = {name: contender.role for name, contender in case.contenders.items()}
+    role = "unweighted" if "unweighted" in roles.values() else "plain"
+    return min((name for name in medians if roles[name] == role), key=medians.__getitem__)
+
+
+def _parts(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def _error(actual: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
+    """Return the largest deviation over the largest entry, of the worst part."""
+    return max(
+        float((x.double() - y).abs().max() / y.abs().max()) for x, y in zip(actual, truth, strict=True)
+    )
