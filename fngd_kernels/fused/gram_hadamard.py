@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import capability, lower_block, rows_product, store_symmetric
-from .tiles import tile
+from .common import capability, lower_block, multiprocessors, rows_product, store_symmetric
+from .tiles import Tile, tile
 
 LAYERS = 16
 """Most layers of one launch: their pointers, sizes and strides are arguments, which a graph can record."""
@@ -75,6 +75,15 @@ def _gram_hadamard_kernel(
     store_symmetric(K + pid_layer.to(tl.int64) * stride_kl, k, offs_i, offs_j, n, stride_ki, 1)
 
 
+def _tile(n: int, layers: int, like: Tensor) -> Tile:
+    """Return large tiles where they keep the device busy, else small ones."""
+    arch = capability(like.device)
+    large = tile("gram_hadamard", arch, like.dtype)
+    blocks = triton.cdiv(n, large.blocks["ROWS"])
+    busy = layers * blocks * (blocks + 1) // 2 >= multiprocessors(like.device)
+    return large if busy else tile("gram_hadamard_few", arch, like.dtype)
+
+
 def gram_hadamard(
     a: Sequence[Tensor], e: Sequence[Tensor], bias: Sequence[bool], precision: str = "ieee"
 ) -> Tensor:
@@ -85,7 +94,7 @@ def gram_hadamard(
     precision: "ieee", "tf32" or "tf32x3", of products of float32
     """
     n = a[0].shape[0]
-    chosen = tile("gram_hadamard", capability(a[0].device), a[0].dtype)
+    chosen = _tile(n, len(a), a[0])
     blocks = triton.cdiv(n, chosen.blocks["ROWS"])
     k = a[0].new_empty((len(a), n, n), dtype=torch.float32)
     for first in range(0, len(a), LAYERS):

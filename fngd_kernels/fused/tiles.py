@@ -37,10 +37,16 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
     # Small: fewer pairs of tiles then share an id.
     "gram_embedding": {
         (80, 2): Tile({"ROWS": 32, "BK": 64}, 4, 3, _COMPILED),
-        (80, 4): Tile({"ROWS": 32, "BK": 16}, 4, 3, _COMPILED),
+        (80, 4): Tile({"ROWS": 32, "BK": 16}, 2, 3, _COMPILED),
+        (90, 4): Tile({"ROWS": 64, "BK": 32}, 8, 3, _COMPILED),
     },
-    # Small: the pairs of blocks of one layer are few.
     "gram_hadamard": {
+        (80, 2): Tile({"ROWS": 128, "BK": 32}, 8, 4, _COMPILED),
+        (80, 4): Tile({"ROWS": 64, "BK": 16}, 8, 2, _COMPILED),
+        (90, 2): Tile({"ROWS": 128, "BK": 64}, 8, 4, _COMPILED),
+        (90, 4): Tile({"ROWS": 64, "BK": 32}, 8, 3, _COMPILED),
+    },
+    "gram_hadamard_few": {
         (80, 2): Tile({"ROWS": 32, "BK": 128}, 4, 4, _COMPILED),
         (80, 4): Tile({"ROWS": 32, "BK": 32}, 4, 4, _COMPILED),
     },

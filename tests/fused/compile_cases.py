@@ -66,9 +66,10 @@ def gram_hadamard(dtype: torch.dtype, precision: str) -> None:
     from fngd_kernels.fused.gram_hadamard import gram_hadamard
 
     layers = [(512, 512), (784, 500), (2048, 10)] * 5
-    a, e = ([meta(128, 1, pair[place], dtype=dtype) for pair in layers] for place in (0, 1))
-    gram_hadamard(a, e, [True] * len(layers), precision)
-    gram_hadamard(a[:1], e[:1], [False], precision)
+    for samples in (128, 2048):
+        a, e = ([meta(samples, 1, pair[place], dtype=dtype) for pair in layers] for place in (0, 1))
+        gram_hadamard(a, e, [True] * len(layers), precision)
+        gram_hadamard(a[:1], e[:1], [False], precision)
 
 
 def gram_explicit(dtype: torch.dtype, precision: str) -> None:
