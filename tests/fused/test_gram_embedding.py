@@ -25,11 +25,13 @@ def assert_as_good_as_the_library(ids, e, vocabulary, padding_idx):
     assert torch.equal(k, gram_embedding(ids, e, padding_idx))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("padding_idx", [None, 0, 4])
+@pytest.mark.parametrize(
+    ("dtype", "padding_idx"),
+    [(torch.float32, None), (torch.float32, 4), (torch.bfloat16, 0), (torch.float16, 0)],
+)
 @pytest.mark.parametrize(
     ("n", "positions", "size", "vocabulary"),
-    [(1, 1, 1, 5), (17, 1, 33, 5), (20, 3, 17, 7), (3, 33, 5, 9), (2, 130, 3, 5), (5, 4, 6, 1000)],
+    [(1, 1, 1, 5), (17, 1, 33, 5), (20, 3, 17, 7), (3, 33, 5, 9), (1, 130, 3, 5), (5, 4, 6, 1000)],
 )
 def test_embedding_and_its_diagonal(n, positions, size, vocabulary, padding_idx, dtype, device):
     ids = torch.randint(vocabulary, (n, positions), device=device)
