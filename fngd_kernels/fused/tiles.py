@@ -52,7 +52,8 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
     },
     "combine": {
         (80, 2): Tile({"BO": 128, "BI": 128, "BK": 64}, 8, 3, _COMPILED),
-        (80, 4): Tile({"BO": 128, "BI": 128, "BK": 32}, 8, 3, _COMPILED),
+        (80, 4): Tile({"BO": 128, "BI": 128, "BK": 16}, 8, 4, _COMPILED),
+        (100, 4): Tile({"BO": 128, "BI": 128, "BK": 32}, 8, 3, _COMPILED),
     },
     "combine_sum": {(80, 4): Tile({"BD": 1024}, 4, 1, _COMPILED)},
     "combine_embedding": {

@@ -41,7 +41,7 @@ def test_weighted_gradient(shape, bias, dtype, device):
 @pytest.mark.parametrize("parts", [2, 5])
 def test_rows_split_over_programs(parts, dtype, device, monkeypatch):
     monkeypatch.setattr(fused, "parts_of", lambda *_: parts)
-    # The last part of five is empty: three steps of 64 rows, or six of 32.
+    # The last part of five is empty, as a part is a multiple of 16 rows or more.
     assert_as_good_as_the_library(*linear_case(3, 62, 5, 3, dtype, device), True)
 
 
