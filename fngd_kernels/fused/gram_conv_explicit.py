@@ -31,6 +31,7 @@ def _contributions_conv_kernel(
     C,
     channels,
     outputs,
+    positions,
     first_tile,
     tiles_o,
     tiles_i,
@@ -42,7 +43,6 @@ def _contributions_conv_kernel(
     kernel_d,
     kernel_h,
     kernel_w,
-    out_d,
     out_h,
     out_w,
     stride_xn,
@@ -95,7 +95,6 @@ def _contributions_conv_kernel(
     channel_e = E + pid_n * stride_en + offs_eo * stride_eo  # [BO]
 
     c = tl.zeros([BO, BI], dtype=tl.float32)
-    positions = out_d * out_h * out_w
     for start in range(0, positions, BT):
         offs_t = start + tl.arange(0, BT)
         mask_t = offs_t < positions
@@ -142,11 +141,11 @@ def _form(
     workspace: int,
 ) -> Weight:
     channels, outputs = x.shape[1] // groups, e.shape[1] // groups
-    taps = prod(kernel)
+    taps, positions = prod(kernel), prod(e.shape[2:])
     one_tap = channels >= TAP_CHANNELS
     inputs = channels if one_tap else taps * channels
     chosen = tile("contributions_conv", capability(x.device), x.dtype)
-    options = launch_options(chosen, len(x), outputs, inputs, prod(e.shape[2:]), workspace)
+    options = launch_options(chosen, len(x), outputs, inputs, positions, workspace)
     extent_o, extent_i = extent(outputs, options["BO"]), extent(inputs, options["BI"])
     tiles_o = triton.cdiv(outputs, extent_o)
     tiles_i = triton.cdiv(inputs, extent_i) * (taps if one_tap else 1)
@@ -159,6 +158,7 @@ def _form(
             C=scratch,
             channels=channels,
             outputs=outputs,
+            positions=positions,
             first_tile=first,
             tiles_o=tiles_o,
             tiles_i=tiles_i,
@@ -166,7 +166,8 @@ def _form(
             extent_i=extent_i,
             **_axes("size_", x.shape[2:]),
             **_axes("kernel_", kernel),
-            **_axes("out_", e.shape[2:]),
+            out_h=e.shape[3],
+            out_w=e.shape[4],
             stride_xn=x.stride(0),
             stride_xc=x.stride(1),
             **_axes("stride_x", x.stride()[2:]),

@@ -76,7 +76,8 @@ def gram_explicit(dtype: torch.dtype, precision: str) -> None:
     from fngd_kernels.fused.gram_explicit import gram_explicit
 
     precision = precision if dtype == FLOAT32 else "tf32"
-    for samples, size in ((256, 512), (64, 64), (16, 32)):
+    # Each in one chunk.
+    for samples, size in ((256, 128), (64, 64), (16, 32)):
         a, e = meta(samples, 128, size, dtype=dtype), meta(samples, 128, 2 * size, dtype=dtype)
         gram_explicit(a, e, False, precision)
 
@@ -94,7 +95,7 @@ def gram_conv_explicit(dtype: torch.dtype, precision: str) -> None:
     precision = precision if dtype == FLOAT32 else "tf32"
     geometry = (1, 1), (1, 1), (1, 1), 1
     for channels in (128, 64, 3):
-        x, e = meta(32, channels, 28, 28, dtype=dtype), meta(32, 128, 28, 28, dtype=dtype)
+        x, e = meta(16, channels, 28, 28, dtype=dtype), meta(16, 128, 28, 28, dtype=dtype)
         gram_conv_explicit(x, e, (128, channels, 3, 3), *geometry, False, precision)
         x, e = (t.to(memory_format=torch.channels_last) for t in (x, e))
         gram_conv_explicit(x, e, (128, channels, 3, 3), *geometry, False, precision)
