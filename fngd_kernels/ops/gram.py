@@ -22,7 +22,7 @@ from ..library.gram_hadamard import gram_hadamard
 from ..library.gram_pairs import gram_pairs
 from ..library.gram_rows import gram_rows as library_gram_rows
 from ..library.products import accumulation_dtype
-from . import checks
+from . import checks, gram_diag  # noqa: F401 - registers the operators of diag=True
 from .library import LIBRARY, call, register
 
 LIBRARY.define("gram(Tensor a, Tensor e, bool bias, int workspace) -> Tensor")
@@ -34,7 +34,9 @@ LIBRARY.define("gram_embedding(Tensor ids, Tensor e, int? padding_idx, int works
 LIBRARY.define("gram_rows(Tensor g, int workspace) -> Tensor")
 
 
-def gram(a: Tensor, e: Tensor, *, bias: bool = False, workspace: int = WORKSPACE) -> Tensor:
+def gram(
+    a: Tensor, e: Tensor, *, bias: bool = False, diag: bool = False, workspace: int = WORKSPACE
+) -> Tensor:
     """Return the Gram matrix of a linear layer's contributions.
 
     K_ij = <E_i^T A_i, E_j^T A_j> + bias <sum_t E_it, sum_t E_jt>
@@ -42,15 +44,17 @@ def gram(a: Tensor, e: Tensor, *, bias: bool = False, workspace: int = WORKSPACE
     a: (N,I) or (N,T,I) float, layer input
     e: (N,O) or (N,T,O) float, gradient at the layer output, of a's dtype
     bias: whether the bias belongs to the block (a column of ones on A)
+    diag: whether to return the diagonal alone, the squared norms ||C_n||^2
     workspace: upper bound of scratch memory in bytes
 
-    Returns: (N,N) float32 or float64, K
+    Returns: (N,N) float32 or float64, K; with diag (N,)
     Raises: ValueError, TypeError when shapes, devices or dtypes do not fit.
     Source: the Gram form of the empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).
     """
     checks.check_linear(a, e)
     checks.check_workspace(workspace)
-    return call(torch.ops.fngd.gram.default, a, e, bias, workspace)
+    op = torch.ops.fngd.gram_diag if diag else torch.ops.fngd.gram
+    return call(op.default, a, e, bias, workspace)
 
 
 def gram_conv(
@@ -63,6 +67,7 @@ def gram_conv(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     bias: bool = False,
+    diag: bool = False,
     workspace: int = WORKSPACE,
 ) -> Tensor:
     """Return the Gram matrix of a 1-3 d convolution's contributions, without a patch tensor.
@@ -74,9 +79,10 @@ def gram_conv(
     weight_shape: (O,C/groups,*kernel)
     stride, padding, dilation, groups: as in torch.conv2d, padding with zeros
     bias: whether the bias belongs to the block
+    diag: whether to return the diagonal alone, the squared norms ||C_n||^2
     workspace: upper bound of scratch memory in bytes
 
-    Returns: (N,N) float32 or float64, K
+    Returns: (N,N) float32 or float64, K; with diag (N,)
     Raises: ValueError, TypeError when shapes, devices or dtypes do not fit.
     Source: the Gram form of the empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).
     """
@@ -84,12 +90,17 @@ def gram_conv(
     stride, padding, dilation = expand(stride, dims), expand(padding, dims), expand(dilation, dims)
     checks.check_conv(x, e, weight_shape, stride, padding, dilation, groups)
     checks.check_workspace(workspace)
-    op = torch.ops.fngd.gram_conv.default
-    return call(op, x, e, weight_shape, stride, padding, dilation, groups, bias, workspace)
+    op = torch.ops.fngd.gram_conv_diag if diag else torch.ops.fngd.gram_conv
+    return call(op.default, x, e, weight_shape, stride, padding, dilation, groups, bias, workspace)
 
 
 def gram_embedding(
-    ids: Tensor, e: Tensor, *, padding_idx: int | None = None, workspace: int = WORKSPACE
+    ids: Tensor,
+    e: Tensor,
+    *,
+    padding_idx: int | None = None,
+    diag: bool = False,
+    workspace: int = WORKSPACE,
 ) -> Tensor:
     """Return the Gram matrix of an embedding's contributions.
 
@@ -98,32 +109,36 @@ def gram_embedding(
     ids: (N,) or (N,T) int64 or int32, not negative
     e: (N,D) or (N,T,D) float, gradient at the layer output
     padding_idx: id that contributes nothing
+    diag: whether to return the diagonal alone, the squared norms ||C_n||^2
     workspace: upper bound of scratch memory in bytes
 
-    Returns: (N,N) float32 or float64, K
+    Returns: (N,N) float32 or float64, K; with diag (N,)
     Raises: ValueError, TypeError when shapes, devices or dtypes do not fit.
     Source: the Gram form of the empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).
     """
     checks.check_embedding(ids, e)
     checks.check_workspace(workspace)
-    return call(torch.ops.fngd.gram_embedding.default, ids, e, padding_idx, workspace)
+    op = torch.ops.fngd.gram_embedding_diag if diag else torch.ops.fngd.gram_embedding
+    return call(op.default, ids, e, padding_idx, workspace)
 
 
-def gram_rows(g: Tensor, *, workspace: int = WORKSPACE) -> Tensor:
+def gram_rows(g: Tensor, *, diag: bool = False, workspace: int = WORKSPACE) -> Tensor:
     """Return the Gram matrix of contributions that are already formed.
 
     K_ij = <g_i, g_j>
 
     g: (N,...) float, contribution of each sample
+    diag: whether to return the diagonal alone, the squared norms ||C_n||^2
     workspace: upper bound of scratch memory in bytes
 
-    Returns: (N,N) float32 or float64, K
+    Returns: (N,N) float32 or float64, K; with diag (N,)
     Raises: ValueError, TypeError when g is no batch or not floating.
     Source: the Gram form of the empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).
     """
     checks.check_rows(g)
     checks.check_workspace(workspace)
-    return call(torch.ops.fngd.gram_rows.default, g, workspace)
+    op = torch.ops.fngd.gram_rows_diag if diag else torch.ops.fngd.gram_rows
+    return call(op.default, g, workspace)
 
 
 def _gram(a: Tensor, e: Tensor, bias: bool, workspace: int) -> Tensor:

@@ -1,0 +1,94 @@
+"""Squared norms ||C_n||^2 of the contributions, the diagonals of the Gram matrices, by samples."""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .products import accumulation_dtype
+
+
+def linear_norms(a: Tensor, e: Tensor, bias: bool, workspace: int) -> Tensor:
+    """Return ||C_n||^2 for a (N,T,I) and e (N,T,O): from pairs of positions or, if less, from C_n."""
+    t, inputs, outputs = a.shape[1], a.shape[2], e.shape[2]
+    dtype = accumulation_dtype(a.dtype)
+    pairs = t * (inputs + outputs) < inputs * outputs
+    elements = (2 * t * t if pairs else inputs * outputs) + t * (inputs + outputs)
+    norms = []
+    for a_n, e_n in zip(*(x.split(_samples(elements, dtype, workspace)) for x in (a, e)), strict=True):
+        a_n, e_n = a_n.to(dtype), e_n.to(dtype)
+        if pairs:
+            norms.append(((a_n @ a_n.mT).add_(int(bias)) * (e_n @ e_n.mT)).sum((1, 2)))
+        else:
+            norms.append(_squares(e_n.mT @ a_n) + (_squares(e_n.sum(1)) if bias else 0))
+    return torch.cat(norms)
+
+
+def conv_norms(
+    x: Tensor,
+    e: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: bool,
+    workspace: int,
+) -> Tensor:
+    """Return ||C_n||^2 for x (N,C,*space) and e (N,O,*space_out), from C_n."""
+    dtype = accumulation_dtype(x.dtype)
+    weights = x.new_zeros((), dtype=dtype)
+    # Twice: the library keeps copies in a layout of its own.
+    elements = 2 * (prod(weight_shape) + prod(x.shape[1:]) + prod(e.shape[1:]))
+    norms = []
+    for x_n, e_n in zip(*(t.split(_samples(elements, dtype, workspace)) for t in (x, e)), strict=True):
+        samples = len(x_n)
+        # With the samples as groups the weight gradient of the batch holds every C_n.
+        _, c, _ = torch.ops.aten.convolution_backward(
+            e_n.to(dtype).reshape(1, -1, *e.shape[2:]),
+            x_n.to(dtype).reshape(1, -1, *x.shape[2:]),
+            weights.expand(samples * weight_shape[0], *weight_shape[1:]),
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0] * len(stride),
+            samples * groups,
+            [False, True, False],
+        )
+        norms.append(_squares(c.reshape(samples, -1)))
+    total = torch.cat(norms)
+    return total + _squares(e.flatten(2).sum(2, dtype=dtype)) if bias else total
+
+
+def embedding_norms(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int) -> Tensor:
+    """Return ||C_n||^2 for ids (N,T) and e (N,T,D): e is summed over equal ids of a sample, then squared."""
+    dtype = accumulation_dtype(e.dtype)
+    t, dim = e.shape[1:]
+    norms = []
+    for ids_n, e_n in zip(
+        *(x.split(_samples(t * (t + 2 * dim), dtype, workspace)) for x in (ids, e)), strict=True
+    ):
+        equal = ids_n.unsqueeze(2) == ids_n.unsqueeze(1)
+        if padding_idx is not None:
+            equal &= (ids_n != padding_idx).unsqueeze(1)
+        e_n = e_n.to(dtype)
+        # sum_t <e_t, sum_{u: id_u = id_t} e_u>
+        norms.append((e_n * (equal.to(dtype) @ e_n)).sum((1, 2)))
+    return torch.cat(norms)
+
+
+def rows_norms(g: Tensor) -> Tensor:
+    """Return ||g_n||^2 for g (N,D)."""
+    return torch.linalg.vector_norm(g, dim=1, dtype=accumulation_dtype(g.dtype)).square()
+
+
+def _squares(c: Tensor) -> Tensor:
+    return c.flatten(1).square().sum(1)
+
+
+def _samples(elements: int, dtype: torch.dtype, workspace: int) -> int:
+    """Return how many samples are taken at a time, each with so many elements of scratch."""
+    return max(1, workspace // max(1, elements * dtype.itemsize))

@@ -1,0 +1,67 @@
+"""Diagonals of the Gram matrices: the operators behind `diag=True`."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..library import squared_norms as library
+from ..library.products import accumulation_dtype
+from .library import LIBRARY, register
+
+LIBRARY.define("gram_diag(Tensor a, Tensor e, bool bias, int workspace) -> Tensor")
+LIBRARY.define(
+    "gram_conv_diag(Tensor x, Tensor e, int[] weight_shape, int[] stride, int[] padding, int[] dilation, "
+    "int groups, bool bias, int workspace) -> Tensor"
+)
+LIBRARY.define("gram_embedding_diag(Tensor ids, Tensor e, int? padding_idx, int workspace) -> Tensor")
+LIBRARY.define("gram_rows_diag(Tensor g, int workspace) -> Tensor")
+
+
+def _gram_diag(a: Tensor, e: Tensor, bias: bool, workspace: int) -> Tensor:
+    if not e.numel():
+        return _empty(e).zero_()
+    if a.ndim == 2:
+        a, e = a.unsqueeze(1), e.unsqueeze(1)
+    return library.linear_norms(a, e, bias, workspace)
+
+
+def _gram_conv_diag(
+    x: Tensor,
+    e: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: bool,
+    workspace: int,
+) -> Tensor:
+    if not x.shape[0]:
+        return _empty(x)
+    return library.conv_norms(x, e, weight_shape, stride, padding, dilation, groups, bias, workspace)
+
+
+def _gram_embedding_diag(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int) -> Tensor:
+    if not e.numel():
+        return _empty(e).zero_()
+    if ids.ndim == 1:
+        ids, e = ids.unsqueeze(1), e.unsqueeze(1)
+    return library.embedding_norms(ids, e, padding_idx, workspace)
+
+
+def _gram_rows_diag(g: Tensor, workspace: int) -> Tensor:
+    return library.rows_norms(g.reshape(len(g), -1)) if g.numel() else _empty(g).zero_()
+
+
+def _empty(a: Tensor, *_: object) -> Tensor:
+    return a.new_empty(a.shape[0], dtype=accumulation_dtype(a.dtype))
+
+
+def _fake_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int) -> Tensor:
+    return _empty(e)
+
+
+register("gram_diag", _gram_diag, _empty)
+register("gram_conv_diag", _gram_conv_diag, _empty)
+register("gram_embedding_diag", _gram_embedding_diag, _fake_embedding)
+register("gram_rows_diag", _gram_rows_diag, _empty)
