@@ -55,6 +55,10 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
         (80, 4): Tile({"BO": 128, "BI": 128, "BK": 16}, 8, 4, _COMPILED),
         (100, 4): Tile({"BO": 128, "BI": 128, "BK": 32}, 8, 3, _COMPILED),
     },
+    "combine_unaligned": {
+        (80, 2): Tile({"BO": 128, "BI": 128, "BK": 32}, 8, 3, _COMPILED),
+        (80, 4): Tile({"BO": 128, "BI": 64, "BK": 16}, 8, 3, _COMPILED),
+    },
     "combine_sum": {(80, 4): Tile({"BD": 1024}, 4, 1, _COMPILED)},
     "combine_embedding": {
         (80, 2): Tile({"BR": 16, "BD": 128}, 4, 1, _COMPILED),

@@ -1,7 +1,8 @@
 """Compile, without a GPU, every kernel that a launcher would launch, and report what the code needs.
 
 A case is a launch on meta tensors: signature, constants and alignments are those of the real launch.
-`python compile_cases.py 90 gram_pairs-bfloat16-ieee ...` prints one JSON object per compiled kernel.
+`python compile_cases.py 90 gram_pairs-bfloat16-ieee ...` prints one JSON object for each different compilation,
+with `--first` before the case one for each kernel.
 """
 
 import contextlib
@@ -15,7 +16,11 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 VARIANTS = {
@@ -85,8 +90,11 @@ def gram_explicit(dtype: torch.dtype, precision: str) -> None:
 def combine(dtype: torch.dtype, precision: str) -> None:
     from fngd_kernels.fused.combine import combine
 
-    a, e = meta(64, 128, 512, dtype=dtype), meta(64, 128, 2048, dtype=dtype)
-    combine(a, e, meta(64, dtype=FLOAT32), True, precision)
+    s = meta(64, dtype=FLOAT32)
+    combine(meta(64, 128, 512, dtype=dtype), meta(64, 128, 2048, dtype=dtype), s, True, precision)
+    # Rows that start anywhere, and one position each.
+    combine(meta(64, 33, 513, dtype=dtype), meta(64, 33, 1001, dtype=dtype), s, True, precision)
+    combine(meta(64, 1, 784, dtype=dtype), meta(64, 1, 10, dtype=dtype), s, True, precision)
 
 
 def gram_conv_explicit(dtype: torch.dtype, precision: str) -> None:
@@ -94,18 +102,23 @@ def gram_conv_explicit(dtype: torch.dtype, precision: str) -> None:
 
     precision = precision if dtype == FLOAT32 else "tf32"
     geometry = (1, 1), (1, 1), (1, 1), 1
-    for channels in (128, 64, 3):
+    for channels, layout in (
+        (128, torch.contiguous_format),
+        (128, torch.channels_last),
+        (64, torch.contiguous_format),
+        (3, torch.contiguous_format),
+    ):
         x, e = meta(16, channels, 28, 28, dtype=dtype), meta(16, 128, 28, 28, dtype=dtype)
-        gram_conv_explicit(x, e, (128, channels, 3, 3), *geometry, False, precision)
-        x, e = (t.to(memory_format=torch.channels_last) for t in (x, e))
+        x, e = (t.to(memory_format=layout) for t in (x, e))
         gram_conv_explicit(x, e, (128, channels, 3, 3), *geometry, False, precision)
 
 
 def combine_embedding(dtype: torch.dtype, precision: str) -> None:
     from fngd_kernels.fused.combine_embedding import combine_embedding
 
-    ids, e = meta(64, 128, dtype=torch.int64), meta(64, 128, 768, dtype=dtype)
-    combine_embedding(ids, e, meta(64, dtype=FLOAT32), 50257, 0)
+    ids, s = meta(64, 128, dtype=torch.int64), meta(64, dtype=FLOAT32)
+    combine_embedding(ids, meta(64, 128, 768, dtype=dtype), s, 50257, 0)
+    combine_embedding(ids, meta(64, 128, 77, dtype=dtype), s, 1001, None)
 
 
 def scale_bias(dtype: torch.dtype, precision: str) -> None:
@@ -132,8 +145,6 @@ CASES: dict[str, Callable[[torch.dtype, str], None]] = {
 
 def recorded(launch: Callable[[], None], arch: int) -> list[tuple]:
     """Return (kernel, arguments) of every kernel that `launch` would start on a GPU of that architecture."""
-    from triton.runtime.jit import JITFunction
-
     launches = []
 
     def run(kernel, *, grid, warmup, **arguments):
@@ -166,27 +177,27 @@ def specialised(value: object, path: tuple[int, ...], constants: dict, attribute
     return "fp32"
 
 
-def compiled(kernel, arguments: dict, arch: int) -> dict:
-    """Compile a launch, and return what the code needs of a multiprocessor."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature, constants, attributes = {}, {}, {}
+def source_of(kernel: JITFunction, arguments: dict) -> tuple[ASTSource, dict]:
+    """Return what Triton would compile for a launch, and the options."""
+    signature, constants, attributes, options = {}, {}, {}, dict(arguments)
     for index, parameter in enumerate(kernel.params):
-        value = arguments.pop(parameter.name)
+        value = options.pop(parameter.name)
         if parameter.is_constexpr:
             signature[parameter.name], constants[(index,)] = "constexpr", value
         else:
             signature[parameter.name] = specialised(value, (index,), constants, attributes)
-    source = ASTSource(kernel, signature, constants, attributes)
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def compiled(source: ASTSource, options: dict, arch: int) -> dict:
+    """Compile, and return what the code needs of a multiprocessor."""
     # ptxas reports only when it runs.
     triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
-        result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=arguments)
+        result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return {
-        "kernel": kernel.__name__,
+        "kernel": source.name,
         "shared": result.metadata.shared,
         "registers": int(re.search(r"Used (\d+) registers", log.getvalue())[1]),
         "spilled": int(re.search(r"(\d+) bytes spill stores", log.getvalue())[1]),
@@ -194,10 +205,17 @@ def compiled(kernel, arguments: dict, arch: int) -> dict:
 
 
 def main(arch: int, names: list[str]) -> None:
-    for name in names:
+    once = names[0] == "--first"
+    seen = set()
+    for name in names[once:]:
         case, variant = name.split("-", 1)
         for kernel, arguments in recorded(partial(CASES[case], *VARIANTS[variant]), arch):
-            print(json.dumps({"case": name, "arch": arch} | compiled(kernel, arguments, arch)), flush=True)
+            source, options = source_of(kernel, arguments)
+            key = source.name if once else (source.hash(), str(options))
+            if key not in seen:
+                seen.add(key)
+                result = compiled(source, options, arch)
+                print(json.dumps({"case": name, "arch": arch} | result), flush=True)
 
 
 if __name__ == "__main__":
