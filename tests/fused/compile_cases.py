@@ -1,8 +1,8 @@
 """Compile, without a GPU, every kernel that a launcher would launch, and report what the code needs.
 
 A case is a launch on meta tensors: signature, constants and alignments are those of the real launch.
-`python compile_cases.py 90 gram_pairs-bfloat16-ieee ...` prints one JSON object for each different compilation,
-with `--first` before the case one for each kernel.
+`python compile_cases.py 90 gram_pairs-bfloat16-ieee ...` prints one JSON object for each compilation, with
+`--first` before the cases one for each kernel.
 """
 
 import contextlib
