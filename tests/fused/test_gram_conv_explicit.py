@@ -32,6 +32,7 @@ CONV = {
     "2d many channels": ((3, 40, 5, 1), (17, 40, 3, 1), {"padding": (1, 0)}),
     "2d many channels in groups": ((2, 140, 3, 4), (6, 70, 1, 2), {"groups": 2, "stride": 2}),
     "3d": ((3, 4, 4, 5, 3), (6, 2, 3, 2, 1), {"stride": (1, 2, 1), "padding": (1, 1, 0), "groups": 2}),
+    "3d columns that fill no tile": ((2, 23, 5, 2, 2), (3, 23, 3, 1, 1), {}),
     "3d many channels": ((2, 33, 2, 3, 3), (3, 33, 2, 1, 2), {"padding": (1, 0, 1)}),
 }
 
