@@ -68,8 +68,8 @@ def _combine(setting: Setting, layer: Conv, inputs: Inputs, moved: int) -> Case:
     macs = setting.batch * layer.space**2 * layer.weights
     work = Work(((macs, setting.arithmetic),), moved + layer.weights * setting.dtype.itemsize)
 
-    def scaled(x: Tensor, e: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        return plain.unweighted_conv(x, plain.scale_bias(e, s)[0], layer)
+    def scaled(x: Tensor, e: Tensor, s: Tensor) -> tuple[Tensor, Tensor | None]:
+        return plain.unweighted_conv(x, plain.scale_bias(e, s)[0], layer, True)
 
     def combine(x: Tensor, e: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         weight, bias = fk.combine_conv(
@@ -80,8 +80,18 @@ def _combine(setting: Setting, layer: Conv, inputs: Inputs, moved: int) -> Case:
     contenders = {
         "fngd": Contender(combine, work),
         "plain scaled": Contender(scaled, work, "plain"),
-        "plain unweighted": Contender(lambda x, e, s: plain.unweighted_conv(x, e, layer), work, "unweighted"),
+        "plain unweighted": Contender(
+            lambda x, e, s: plain.unweighted_conv(x, e, layer, True), work, "unweighted"
+        ),
     }
+    if setting.fused:
+        from fngd_kernels.fused.scale_bias import scale_bias
+
+        def fused(x: Tensor, e: Tensor, s: Tensor) -> tuple[Tensor, Tensor | None]:
+            scaled, bias = scale_bias(e, s, True)
+            return plain.unweighted_conv(x, scaled, layer, False)[0], bias
+
+        contenders["fused scaling"] = Contender(fused, work)
     return setting.case(
         "combine_conv", layer, lambda: (*inputs(), setting.coefficients()), scaled, contenders
     )

@@ -98,12 +98,12 @@ def scale_bias(e: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     return scaled, scaled.sum((0, 2, 3))
 
 
-def unweighted_conv(x: Tensor, e: Tensor, layer: Conv) -> tuple[Tensor, Tensor]:
-    """The ordinary gradient of a convolution's weight and bias."""
+def unweighted_conv(x: Tensor, e: Tensor, layer: Conv, bias: bool) -> tuple[Tensor, Tensor | None]:
+    """The ordinary gradient of a convolution's weight and, if asked for, bias."""
     weight = x.new_zeros(()).expand(layer.weight_shape)
     geometry = ([layer.stride] * 2, [layer.padding] * 2, [1, 1], False, [0, 0], 1)
     _, w, b = torch.ops.aten.convolution_backward(
-        e, x, weight, [layer.outputs], *geometry, [False, True, True]
+        e, x, weight, [layer.outputs], *geometry, [False, True, bias]
     )
     return w, b
 

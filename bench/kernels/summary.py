@@ -8,11 +8,15 @@ from typing import Any
 Key = tuple[str, ...]
 
 
+def last_rows(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the kernels' rows; of repeated measurements the last."""
+    return list({(*case_of(row), row["contender"]): row for row in rows if row["role"] == "fngd"}.values())
+
+
 def best_rows(rows: Iterable[Mapping[str, Any]]) -> dict[Key, Mapping[str, Any]]:
-    """Return the fastest kernel's row of every case; of repeated measurements the last counts."""
-    last = {(*case_of(row), row["contender"]): row for row in rows if row["role"] == "fngd"}
+    """Return the fastest kernel's row of every case."""
     best: dict[Key, Mapping[str, Any]] = {}
-    for row in last.values():
+    for row in last_rows(rows):
         case = case_of(row)
         if case not in best or row["median_s"] < best[case]["median_s"]:
             best[case] = row
@@ -35,15 +39,24 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return a line for each operator and dtype: shapes, mean and worst ratio, mean share of the roofline."""
+    """Return a line for each operator and dtype: shapes, ratios, share of the roofline.
+
+    ratio: of the fastest kernel, geometric mean and worst; public: of the public operator, whatever it chose
+    """
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in best_rows(rows).values():
+    for row in last_rows(rows):
         groups.setdefault((row["op"], row["dtype"]), []).append(row)
-    lines = [f"{'op':<20}{'dtype':<10}{'shapes':>7}{'ratio':>8}{'worst':>8}{'% of roofline':>15}"]
-    for (op, dtype), best in groups.items():
+    lines = [f"{'op':<20}{'dtype':<10}{'shapes':>7}{'ratio':>8}{'worst':>8}{'public':>8}{'% roofline':>15}"]
+    for (op, dtype), last in groups.items():
+        best = best_rows(last).values()
         ratios = [row["ratio"] for row in best]
-        shares = [row["percent_of_roofline"] for row in best if row["percent_of_roofline"]]
-        share = f"{geometric_mean(shares):.0f}" if shares else "-"
-        mean = geometric_mean(ratios)
-        lines.append(f"{op:<20}{dtype:<10}{len(best):>7}{mean:>8.2f}{max(ratios):>8.2f}{share:>15}")
+        public = _mean(row["ratio"] for row in last if row["contender"] == "fngd")
+        share = _mean(row["percent_of_roofline"] for row in best if row["percent_of_roofline"])
+        mean, worst = _mean(ratios), f"{max(ratios):.2f}"
+        lines.append(f"{op:<20}{dtype:<10}{len(best):>7}{mean:>8}{worst:>8}{public:>8}{share:>15}")
     return "\n".join(lines)
+
+
+def _mean(values: Iterable[float]) -> str:
+    listed = list(values)
+    return f"{geometric_mean(listed):.2f}" if listed else "-"
