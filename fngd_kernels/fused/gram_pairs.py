@@ -100,7 +100,7 @@ def gram_pairs(a: Tensor, e: Tensor, bias: bool, precision: str = "ieee") -> Ten
     """Return K_ij = sum_{t,u} (<a_it, a_ju> + bias) <e_it, e_ju> for a (N,T,I) and e (N,T,O).
 
     N^2 T^2 (I + O) / 2 MACs and the padding of tiles. Where pairs of blocks are few, programs share the pairs
-    of positions of one, and their partial sums take at most about 32 KiB for each multiprocessor.
+    of positions of one, and their partial sums take at most 64 KiB for each multiprocessor beside K's size.
 
     precision: "ieee", "tf32" or "tf32x3", of products of float32
     """

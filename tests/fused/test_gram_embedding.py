@@ -4,6 +4,7 @@ import torch
 from poison import poisoned
 
 from fngd_kernels.cost_model import WORKSPACE
+from fngd_kernels.fused import gram_embedding as fused
 from fngd_kernels.fused.gram_embedding import gram_embedding, gram_embedding_diag
 from fngd_kernels.library.gram_embedding import gram_embedding as library_gram_embedding
 
@@ -37,6 +38,14 @@ def test_embedding_and_its_diagonal(n, positions, size, vocabulary, padding_idx,
     ids = torch.randint(vocabulary, (n, positions), device=device)
     e = torch.randn(n, positions, size).to(device, dtype)
     assert_as_good_as_the_library(ids, e, vocabulary, padding_idx)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_tile(arch, device, monkeypatch):
+    monkeypatch.setattr(fused, "capability", lambda _: divmod(arch, 10))
+    ids = torch.randint(7, (19, 9), device=device)
+    for dtype in TOLERANCE:
+        assert_as_good_as_the_library(ids, torch.randn(19, 9, 33).to(device, dtype), 7, 3)
 
 
 def test_any_strides_and_32_bit_ids(device):

@@ -37,6 +37,15 @@ def test_layers_of_one_launch(n, dtype, device):
     assert_as_good_as_the_library(*layers(n, dtype, device))
 
 
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("multiprocessors", [1, 1000])
+def test_every_tile(multiprocessors, arch, device, monkeypatch):
+    monkeypatch.setattr(fused, "capability", lambda _: divmod(arch, 10))
+    monkeypatch.setattr(fused, "multiprocessors", lambda _: multiprocessors)
+    for dtype in TOLERANCE:
+        assert_as_good_as_the_library(*layers(33, dtype, device))
+
+
 def test_one_layer(device):
     a, e, bias = layers(9, torch.float32, device)
     for place in range(len(LAYERS)):

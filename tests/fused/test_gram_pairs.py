@@ -6,6 +6,7 @@ import triton.language as tl
 from poison import poisoned
 
 import fngd_kernels as fk
+from fngd_kernels.fused import gram_pairs as fused
 from fngd_kernels.fused.common import lower_block
 from fngd_kernels.fused.gram_pairs import gram_pairs, gram_pairs_diag
 from fngd_kernels.fused.tiles import diagonal_grid, pair_grid
@@ -44,6 +45,13 @@ def assert_as_good_as_the_library(a, e, bias, precision="ieee", tolerance=None):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pairs_and_their_diagonal(shape, bias, dtype, device):
     assert_as_good_as_the_library(*linear_case(*shape, dtype, device), bias)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_tile(arch, device, monkeypatch):
+    monkeypatch.setattr(fused, "capability", lambda _: divmod(arch, 10))
+    for dtype in TOLERANCE:
+        assert_as_good_as_the_library(*linear_case(19, 9, 70, 33, dtype, device), True)
 
 
 # Of these the interpreter emulates none.
@@ -106,7 +114,9 @@ def test_grids_cover_every_pair(n, positions, rows):
         assert grid.parts == 1 or grid.blocks * grid.parts <= 264 + grid.blocks
 
 
-@pytest.mark.parametrize("n", [1, 100, 128])
+@pytest.mark.parametrize("n", [1, 64, 100, 1408, 4096])
 def test_partial_sums_stay_small(n):
+    multiprocessors = 132
     for positions in (1, 2, 33, 128, 1000):
-        assert pair_grid(n, positions, 128, 264).parts * n * n * 4 <= 264 * 64 << 10
+        parts = pair_grid(n, positions, 128, 2 * multiprocessors).parts
+        assert 4 * parts * n * n <= (multiprocessors * 64 << 10) + 4 * n * n
