@@ -32,6 +32,11 @@ class Weight(NamedTuple):
     area: int
     form: Callable[[Tensor, int, int], None]
 
+    def tiles_at_once(self, columns: int) -> int:
+        """Return the tiles of even chunks of `columns` columns at most, or of one tile."""
+        chunks = triton.cdiv(self.tiles, max(1, columns // self.area))
+        return triton.cdiv(self.tiles, chunks)
+
 
 def extent(size: int, block: int) -> int:
     """Return the common extent, `block` at most, of the fewest tiles that cover `size`."""
@@ -163,22 +168,23 @@ def gram_by_chunks(weights: list[Weight], inputs: Tensor, precision: str, worksp
     bk = chosen.blocks["BK"] * min(2, chosen.blocks["BN"] // bn)
     grid = triton.cdiv(n, bn)
     widest = max(weight.tiles * weight.area for weight in weights)
+    # Programs of few rows have few bytes on their way: several for each multiprocessor.
+    programs = multiprocessors(inputs.device) * max(1, 64 // bn)
     parts = min(
-        multiprocessors(inputs.device) // (grid * (grid + 1) // 2),
+        programs // (grid * (grid + 1) // 2),
         triton.cdiv(widest, MIN_STEPS * bk),
         workspace // (16 * n * n),
     )
     parts = max(1, parts)
     partial = inputs.new_empty((parts, n, n), dtype=torch.float32)
 
-    # A single partial sum becomes K, which is no scratch.
-    room = (workspace - (partial.nbytes if parts > 1 else 0)) // (4 * n)
-    columns = max(weight.area * min(weight.tiles, max(1, room // weight.area)) for weight in weights)
-    scratch = inputs.new_empty((n, triton.cdiv(columns, 16) * 16), dtype=torch.float32)
+    # A single partial sum becomes K, which is no scratch. Rows start at multiples of 64 bytes.
+    room = (workspace - (partial.nbytes if parts > 1 else 0)) // (64 * n) * 16
+    steps = [weight.tiles_at_once(room) for weight in weights]
+    widest = max(step * weight.area for step, weight in zip(steps, weights, strict=True))
+    scratch = inputs.new_empty((n, triton.cdiv(widest, 16) * 16), dtype=torch.float32)
     started = 0
-    for weight in weights:
-        most = max(1, room // weight.area)
-        step = triton.cdiv(weight.tiles, triton.cdiv(weight.tiles, most))
+    for weight, step in zip(weights, steps, strict=True):
         for first in range(0, weight.tiles, step):
             count = min(step, weight.tiles - first)
             weight.form(scratch, first, count)

@@ -72,8 +72,8 @@ def test_scratch_is_bounded(device):
         peak = torch.cuda.max_memory_allocated() - before
     else:
         peak = oracles.peak_allocation(run)
-    # K, the column of ones, and what rows and allocations are rounded up by.
-    assert peak <= workspace + 4 * n * n + 64 * n + 2048
+    # Beside K, and the column of ones in the 512 bytes that the device gives at least.
+    assert peak <= workspace + 4 * n * n + 512
 
 
 def test_any_strides(device):
