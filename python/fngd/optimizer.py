@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fngd_kernels.ops.finite import all_finite
+
 from .capture import WISHES, find_layers, release, route
 from .coefficients import DAMPING_MODES, NORMALIZATIONS
 from .engine import Engine
@@ -150,11 +152,12 @@ class FNGD(Optimizer):
                 "a dataset with other keys needs its own map to 0, 1, 2, ..."
             )
         ids = ids.to("cpu", torch.int64)
+        low, high = map(int, ids.aminmax()) if ids.numel() else (0, -1)
         size = self._sharing.dataset_size
-        if ids.numel() and (ids.min() < 0 or (size is not None and ids.max() >= size)):
+        if low < 0 or (size is not None and high >= size):
             bound = "" if size is None else f" and below the dataset's length {size}"
-            raise ValueError(f"ids: expected ids >= 0{bound}, got {int(ids.min())} to {int(ids.max())}")
-        self._sharing.set_samples(ids)
+            raise ValueError(f"ids: expected ids >= 0{bound}, got {low} to {high}")
+        self._sharing.set_samples(ids, high)
 
     def start_epoch(self, dataset_size: int | None = None) -> None:
         """Begin an epoch. A tracked loader says so itself; other loops do where epochs count in sharing."""
@@ -181,12 +184,8 @@ class FNGD(Optimizer):
 
     def _gradients_are_finite(self) -> bool:
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not gradients:
-            return True
-        # A sum carries every NaN and infinity at a fraction of a norm's cost; one of fp16 could overflow.
-        values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-        sums = [v.sum(dtype=torch.promote_types(v.dtype, torch.float32)) for v in values]
-        return bool(torch.stack([s.to(sums[0].device) for s in sums]).isfinite().all())
+        dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+        return not dense or bool(all_finite(dense))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state and, under "fngd", coefficients and counters."""

@@ -50,6 +50,10 @@ class Table:
         self.seen.zero_()
         self.averaged.zero_()
 
+    def knows(self, ids: Tensor) -> bool:
+        """Return whether every sample of ids (N,), on the CPU, was solved for."""
+        return bool(self.seen[ids].all())
+
     def gather(self, ids: Tensor) -> tuple[Tensor, ...]:
         """Return the weights (N,) of the samples, one tensor per layer."""
         return self.values.index_select(1, ids.to(self.values.device, non_blocking=True)).unbind(0)
@@ -88,19 +92,17 @@ class Sharing:
             self.table.forget()
         self._renew_unnamed_batch()
 
-    def set_samples(self, ids: Tensor) -> None:
-        """Name the samples of the next forward: ids (N,) int64 on the CPU, in range."""
+    def set_samples(self, ids: Tensor, highest: int) -> None:
+        """Name the samples of the next forward: ids (N,) int64 on the CPU, and the highest."""
         if self.share == "none":
             self.batch = Batch(ids.numel(), None, None)
         if self.share != "sample":
             return
-        highest = int(ids.max()) if ids.numel() else -1
         if self.dataset_size is not None:
             self.table.grow(self.dataset_size)
         elif highest >= len(self.table):
             self.table.grow(max(highest + 1, 2 * len(self.table)))  # doubled: ids may arrive in order
-        known = bool(self.table.seen[ids].all())
-        self.batch = Batch(ids.numel(), ids, self.table.gather(ids) if known else None)
+        self.batch = Batch(ids.numel(), ids, self.table.gather(ids) if self.table.knows(ids) else None)
 
     def weights(self, batch: Batch, layer: int, samples: int) -> Tensor | None:
         """Return a layer's weights (samples,) in this batch, or None when they are to be solved for."""
