@@ -31,13 +31,13 @@ fi
 stage build 150 "$python" setup.py build_ext --inplace
 
 # Every kernel in every dtype against float64, at tiny sizes; needs nothing but torch and triton.
-stage gate 60 "$python" -m bench.kernels --tiny --gate --dtypes bfloat16 float16 float32 || gate=failed
+stage gate 120 "$python" -m bench.kernels --tiny --gate --dtypes bfloat16 float16 float32 || gate=failed
 if has pytest; then
     # The options in pyproject.toml need plugins that may be missing here.
     pytest=("$python" -m pytest -q -o addopts= -p no:cacheprovider)
     # Compiling is most of it: a process for each file.
     find tests/fused -name 'test_*.py' ! -name test_offline_compile.py -print0 >"$logs/fused-tests"
-    stage tests-fused 120 xargs -0 -n 1 -P 8 -a "$logs/fused-tests" "${pytest[@]}" || gate=failed
+    stage tests-fused 160 xargs -0 -n 1 -P 12 -a "$logs/fused-tests" "${pytest[@]}" || gate=failed
     mapfile -t marked < <(grep -lr --include='test_*.py' 'mark\.gpu' tests)
     if ((${#marked[@]})); then
         stage tests-gpu 60 "${pytest[@]}" -m gpu "${marked[@]}" || gate=failed
