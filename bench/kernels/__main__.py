@@ -53,10 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(case.name, check(case, case.inputs()), sep=" | ", flush=True)
                 continue
             rows = run(case, rounds=rounds, device=device)
-        except (AssertionError, RuntimeError) as error:
-            # A wrong or failing kernel gets no figure; the other cases still do.
+        except Exception as error:
+            # A kernel that is wrong, fails or does not compile gets no figure; the other cases still do.
             failed += 1
-            print(f"FAILED {case.name}: {error}", flush=True)
+            print(f"FAILED {case.name}: {type(error).__name__}: {error}", flush=True)
             continue
         rows = [{**row, **where} for row in rows]
         record.append(options.output, rows)

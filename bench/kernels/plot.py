@@ -48,9 +48,10 @@ def save(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     speed.set_yticks(places, [f"{row['network']}: {row['layer']}, N={row['batch']}" for row in rows])
     speed.set_xlabel("speed-up over the fastest plain torch")
     share.barh(places, [row["percent_of_roofline"] or 0 for row in rows], color=FASTER)
+    share.set_xlim(0, 100)
     share.set_xlabel("% of the roofline" if rows[0]["percent_of_roofline"] else "no roofline for this device")
     for row, place in zip(rows, places, strict=True):
-        share.annotate(f" {row['contender']}, {row['bound'] or ''}", (0, place), va="center", fontsize=7)
+        share.annotate(f" {row['contender']} {row['bound'] or ''}", (0, place), va="center", fontsize=7)
     figure.suptitle(f"{title}, {rows[0]['gpu'] or rows[0]['cpu']}")
     figure.savefig(path, dpi=130)
 
