@@ -67,7 +67,7 @@ bool is_finite(const Tensor& tensor, Bits exponent) {
   const auto* numbers = static_cast<const Bits*>(tensor.const_data_ptr());
   std::atomic<bool> found{false};
   at::parallel_for(0, tensor.numel(), at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
-    if (fngd::any_non_finite(numbers + begin, end - begin, exponent)) found = true;
+    if (fngd::non_finite(numbers + begin, end - begin, exponent) != 0) found = true;
   });
   return !found;
 }

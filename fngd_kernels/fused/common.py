@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 INTERPRET = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter: TRITON_INTERPRET=1 when Triton was first imported."""
@@ -18,6 +19,14 @@ def capability(device: torch.device) -> tuple[int, int]:
 def multiprocessors(device: torch.device) -> int:
     """Return how many programs a device runs at a time at least, 4 of the interpreter's CPU."""
     return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Return whether Triton knows that every row starts at a multiple of 16 elements: few, wide loads."""
+    return all(
+        t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in t.stride()[:-1])
+        for t in tensors
+    )
 
 
 @triton.jit

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import capability, lower_block, multiprocessors, rows_product, store_symmetric
-from .tiles import Tile, tile
+from .common import aligned, capability, lower_block, multiprocessors, rows_product, store_symmetric
+from .tiles import Tile, lower_blocks, tile
 
 LAYERS = 16
 """Most layers of one launch: their pointers, sizes and strides are arguments, which a graph can record."""
@@ -31,6 +31,7 @@ def _gram_hadamard_kernel(
     n,
     inputs,
     outputs,
+    places,
     stride_an,
     stride_ai,
     stride_en,
@@ -72,16 +73,16 @@ def _gram_hadamard_kernel(
         BK,
     )  # [ROWS, ROWS]
     k = (a + _pick(bias, pid_layer)) * e
-    store_symmetric(K + pid_layer.to(tl.int64) * stride_kl, k, offs_i, offs_j, n, stride_ki, 1)
+    K += tl.cast(_pick(places, pid_layer), tl.int64) * stride_kl
+    store_symmetric(K, k, offs_i, offs_j, n, stride_ki, 1)
 
 
-def _tile(n: int, layers: int, like: Tensor) -> Tile:
+def _tile(layers: int, like: Tensor, wide: bool) -> Tile:
     """Return large tiles where they keep the device busy, else small ones."""
-    arch = capability(like.device)
-    large = tile("gram_hadamard", arch, like.dtype)
-    blocks = triton.cdiv(n, large.blocks["ROWS"])
-    busy = layers * blocks * (blocks + 1) // 2 >= multiprocessors(like.device)
-    return large if busy else tile("gram_hadamard_few", arch, like.dtype)
+    arch, suffix = capability(like.device), "" if wide else "_unaligned"
+    large = tile("gram_hadamard" + suffix, arch, like.dtype)
+    busy = layers * lower_blocks(like.shape[0], large.blocks["ROWS"]) >= multiprocessors(like.device)
+    return large if busy else tile("gram_hadamard_few" + suffix, arch, like.dtype)
 
 
 def gram_hadamard(
@@ -89,31 +90,36 @@ def gram_hadamard(
 ) -> Tensor:
     """Return K (L,N,N), K_l = (A_l A_l^T + bias_l) * (E_l E_l^T), for a_l (N,1,I_l) and e_l (N,1,O_l).
 
-    N^2 (I_l + O_l) / 2 MACs and the padding of tiles. All layers share N, device and dtype.
+    N^2 (I_l + O_l) / 2 MACs and the padding of tiles. All layers share N, device and dtype. Layers whose rows
+    are aligned have a launch of their own: one that is not would narrow the loads of all.
 
     precision: "ieee", "tf32" or "tf32x3", of products of float32
     """
     n = a[0].shape[0]
-    chosen = _tile(n, len(a), a[0])
-    blocks = triton.cdiv(n, chosen.blocks["ROWS"])
     k = a[0].new_empty((len(a), n, n), dtype=torch.float32)
-    for first in range(0, len(a), LAYERS):
-        a_some, e_some = tuple(a[first : first + LAYERS]), tuple(e[first : first + LAYERS])
-        _gram_hadamard_kernel[(blocks * (blocks + 1) // 2, len(a_some))](
-            A=a_some,
-            E=e_some,
-            K=k[first:],
-            n=n,
-            inputs=tuple(layer.shape[-1] for layer in a_some),
-            outputs=tuple(layer.shape[-1] for layer in e_some),
-            stride_an=tuple(layer.stride(0) for layer in a_some),
-            stride_ai=tuple(layer.stride(-1) for layer in a_some),
-            stride_en=tuple(layer.stride(0) for layer in e_some),
-            stride_eo=tuple(layer.stride(-1) for layer in e_some),
-            stride_kl=n * n,
-            stride_ki=n,
-            bias=tuple(map(int, bias[first : first + LAYERS])),
-            PRECISION=precision,
-            **chosen.launch,
-        )
+    places: dict[bool, list[int]] = {True: [], False: []}
+    for place, layer in enumerate(zip(a, e, strict=True)):
+        places[aligned(*layer)].append(place)
+    for wide, group in places.items():
+        chosen = _tile(len(group), a[0], wide)
+        for first in range(0, len(group), LAYERS):
+            some = tuple(group[first : first + LAYERS])
+            _gram_hadamard_kernel[(lower_blocks(n, chosen.blocks["ROWS"]), len(some))](
+                A=tuple(a[place] for place in some),
+                E=tuple(e[place] for place in some),
+                K=k,
+                n=n,
+                inputs=tuple(a[place].shape[-1] for place in some),
+                outputs=tuple(e[place].shape[-1] for place in some),
+                places=some,
+                stride_an=tuple(a[place].stride(0) for place in some),
+                stride_ai=tuple(a[place].stride(-1) for place in some),
+                stride_en=tuple(e[place].stride(0) for place in some),
+                stride_eo=tuple(e[place].stride(-1) for place in some),
+                stride_kl=n * n,
+                stride_ki=n,
+                bias=tuple(int(bias[place]) for place in some),
+                PRECISION=precision,
+                **chosen.launch,
+            )
     return k

@@ -9,7 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import capability, lower_block, multiprocessors, rows_product, sample_sums, store_symmetric
+from .common import (
+    aligned,
+    capability,
+    lower_block,
+    multiprocessors,
+    rows_product,
+    sample_sums,
+    store_symmetric,
+)
 from .reduce import sum_partials
 from .tiles import PairGrid, Tile, diagonal_grid, pair_grid, tile
 
@@ -96,6 +104,11 @@ def _gram_pairs_kernel(
     store_symmetric(K, acc, block_i * SAMPLES + samples, block_j * SAMPLES + samples, n, stride_ki, stride_kj)
 
 
+def _tile(a: Tensor, e: Tensor) -> Tile:
+    kernel = "gram_pairs" if aligned(a, e) else "gram_pairs_unaligned"
+    return tile(kernel, capability(a.device), a.dtype)
+
+
 def gram_pairs(a: Tensor, e: Tensor, bias: bool, precision: str = "ieee") -> Tensor:
     """Return K_ij = sum_{t,u} (<a_it, a_ju> + bias) <e_it, e_ju> for a (N,T,I) and e (N,T,O).
 
@@ -105,7 +118,7 @@ def gram_pairs(a: Tensor, e: Tensor, bias: bool, precision: str = "ieee") -> Ten
     precision: "ieee", "tf32" or "tf32x3", of products of float32
     """
     n, positions, _ = a.shape
-    chosen = tile("gram_pairs", capability(a.device), a.dtype)
+    chosen = _tile(a, e)
     grid = pair_grid(n, positions, chosen.blocks["ROWS"], 2 * multiprocessors(a.device))
     k = a.new_empty((grid.parts, n, n), dtype=torch.float32)
     _launch(a, e, k, k.stride(), bias, False, precision, grid, chosen)
@@ -118,7 +131,7 @@ def gram_pairs_diag(a: Tensor, e: Tensor, bias: bool, precision: str = "ieee") -
     N T^2 (I + O) / 2 MACs and the padding of tiles.
     """
     n, positions, _ = a.shape
-    chosen = tile("gram_pairs", capability(a.device), a.dtype)
+    chosen = _tile(a, e)
     grid = diagonal_grid(n, positions, chosen.blocks["ROWS"], 2 * multiprocessors(a.device))
     norms = a.new_empty((grid.parts, n), dtype=torch.float32)
     _launch(a, e, norms, (n, 1, 0), bias, True, precision, grid, chosen)

@@ -31,8 +31,11 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
         (80, 2): Tile({"ROWS": 64, "BK": 64}, 4, 4, _COMPILED),
         (80, 4): Tile({"ROWS": 64, "BK": 16}, 8, 2, _COMPILED),
         (90, 2): Tile({"ROWS": 128, "BK": 64}, 8, 4, _COMPILED),
-        (90, 4): Tile({"ROWS": 64, "BK": 32}, 8, 3, _COMPILED),
         (100, 2): Tile({"ROWS": 128, "BK": 32}, 8, 4, _COMPILED),
+    },
+    "gram_pairs_unaligned": {
+        (80, 2): Tile({"ROWS": 64, "BK": 32}, 8, 3, _COMPILED),
+        (80, 4): Tile({"ROWS": 64, "BK": 16}, 8, 2, _COMPILED),
     },
     # Small: fewer pairs of tiles then share an id.
     "gram_embedding": {
@@ -46,9 +49,17 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
         (90, 2): Tile({"ROWS": 128, "BK": 64}, 8, 4, _COMPILED),
         (90, 4): Tile({"ROWS": 64, "BK": 32}, 8, 3, _COMPILED),
     },
+    "gram_hadamard_unaligned": {
+        (80, 2): Tile({"ROWS": 64, "BK": 32}, 8, 3, _COMPILED),
+        (80, 4): Tile({"ROWS": 64, "BK": 16}, 8, 3, _COMPILED),
+    },
     "gram_hadamard_few": {
         (80, 2): Tile({"ROWS": 32, "BK": 128}, 4, 4, _COMPILED),
         (80, 4): Tile({"ROWS": 32, "BK": 32}, 4, 4, _COMPILED),
+    },
+    "gram_hadamard_few_unaligned": {
+        (80, 2): Tile({"ROWS": 32, "BK": 64}, 4, 4, _COMPILED),
+        (80, 4): Tile({"ROWS": 32, "BK": 16}, 4, 4, _COMPILED),
     },
     "combine": {
         (80, 2): Tile({"BO": 128, "BI": 128, "BK": 64}, 8, 3, _COMPILED),
@@ -116,7 +127,7 @@ def pair_grid(n: int, positions: int, rows: int, programs: int) -> PairGrid:
     """Choose tiles of `rows` rows that waste the fewest, and parts that make about `programs` programs."""
 
     def blocks(chunk: int) -> int:
-        return _pairs(ceil(n * chunk / rows))
+        return lower_blocks(n, rows // chunk)
 
     # Of equal ones the longest: more pairs of blocks, which need no partial sums.
     chunks = (1 << bit for bit in range(rows.bit_length() - 1, 0, -1))
@@ -129,6 +140,11 @@ def diagonal_grid(n: int, positions: int, rows: int, programs: int) -> PairGrid:
     # 16 is the least that a matrix product takes.
     chunk = min(rows, max(16, 1 << (positions - 1).bit_length()))
     return _shared_out(1, chunk, n, _pairs(ceil(positions / chunk)), programs)
+
+
+def lower_blocks(n: int, block: int) -> int:
+    """Return how many blocks the lower triangle of an (n,n) matrix has."""
+    return _pairs(ceil(n / block))
 
 
 def _pairs(count: int) -> int:

@@ -52,8 +52,8 @@ def gram_pairs(dtype: torch.dtype, precision: str) -> None:
     from fngd_kernels.fused.gram_pairs import gram_pairs, gram_pairs_diag
 
     # Tiles of 2 positions, of some and of many; sizes that are multiples of 16 and that are not.
-    for samples, positions, inputs in ((512, 2, 512), (63, 33, 513), (32, 128, 768)):
-        a, e = meta(samples, positions, inputs, dtype=dtype), meta(samples, positions, 2048, dtype=dtype)
+    for samples, positions, inputs, outputs in ((512, 2, 512, 2048), (63, 33, 513, 10), (32, 128, 768, 768)):
+        a, e = meta(samples, positions, inputs, dtype=dtype), meta(samples, positions, outputs, dtype=dtype)
         gram_pairs(a, e, True, precision)
     gram_pairs_diag(a, e, True, precision)
 
@@ -70,7 +70,7 @@ def gram_embedding(dtype: torch.dtype, precision: str) -> None:
 def gram_hadamard(dtype: torch.dtype, precision: str) -> None:
     from fngd_kernels.fused.gram_hadamard import gram_hadamard
 
-    layers = [(512, 512), (784, 500), (2048, 10)] * 5
+    layers = [(512, 512), (784, 512), (2048, 10), (513, 1000)] * 4
     for samples in (128, 2048):
         a, e = ([meta(samples, 1, pair[place], dtype=dtype) for pair in layers] for place in (0, 1))
         gram_hadamard(a, e, [True] * len(layers), precision)
