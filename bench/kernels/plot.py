@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from bench.kernels import summary
 
-FASTER, SLOWER = "#0072B2", "#D55E00"
+FASTER, SLOWER, SHARE = "#0072B2", "#D55E00", "#56B4E9"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,10 +44,12 @@ def save(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     speed.hlines(places, 1, speed_ups, colors=colours)
     speed.scatter(speed_ups, places, c=colours, zorder=2)
     speed.set_xscale("log")
+    speed.xaxis.set_major_formatter("{x:g}")
+    speed.xaxis.set_minor_formatter("{x:g}")
     speed.axvline(1, color="#666666", linewidth=1)
     speed.set_yticks(places, [f"{row['network']}: {row['layer']}, N={row['batch']}" for row in rows])
     speed.set_xlabel("speed-up over the fastest plain torch")
-    share.barh(places, [row["percent_of_roofline"] or 0 for row in rows], color=FASTER)
+    share.barh(places, [row["percent_of_roofline"] or 0 for row in rows], color=SHARE)
     share.set_xlim(0, 100)
     share.set_xlabel("% of the roofline" if rows[0]["percent_of_roofline"] else "no roofline for this device")
     for row, place in zip(rows, places, strict=True):
