@@ -24,6 +24,12 @@ OPS = {
 
 
 @pytest.fixture(autouse=True)
+def not_interpreting(monkeypatch):
+    # Tests of the kernels set it for the whole process.
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
