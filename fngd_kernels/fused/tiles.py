@@ -36,6 +36,7 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
     "gram_pairs_unaligned": {
         (80, 2): Tile({"ROWS": 64, "BK": 32}, 8, 3, _COMPILED),
         (80, 4): Tile({"ROWS": 64, "BK": 16}, 8, 2, _COMPILED),
+        (100, 4): Tile({"ROWS": 64, "BK": 16}, 8, 3, _COMPILED),
     },
     # Small: fewer pairs of tiles then share an id.
     "gram_embedding": {
@@ -51,7 +52,7 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
     },
     "gram_hadamard_unaligned": {
         (80, 2): Tile({"ROWS": 64, "BK": 32}, 8, 3, _COMPILED),
-        (80, 4): Tile({"ROWS": 64, "BK": 16}, 8, 3, _COMPILED),
+        (80, 4): Tile({"ROWS": 32, "BK": 16}, 4, 4, _COMPILED),
     },
     "gram_hadamard_few": {
         (80, 2): Tile({"ROWS": 32, "BK": 128}, 4, 4, _COMPILED),
