@@ -116,8 +116,8 @@ def combine(a: Tensor, e: Tensor, s: Tensor, bias: bool, precision: str = "ieee"
     a, e = (t if t.ndim == 3 else t.unsqueeze(1) for t in (a, e))
     (n, t, inputs), outputs = a.shape, e.shape[2]
     rows = n * t
-    if rows >= 1 << 31:
-        raise ValueError(f"a: expected fewer than 2^31 positions, got {rows}")
+    if rows > 1 << 30:
+        raise ValueError(f"a: expected at most 2^30 positions, got {rows}")
     kernel = "combine" if _aligned(a) and _aligned(e) else "combine_unaligned"
     chosen = tile(kernel, capability(a.device), a.dtype)
     bo, bi, bk = (chosen.blocks[name] for name in ("BO", "BI", "BK"))
