@@ -46,7 +46,7 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
     },
     "gram_hadamard": {
         (80, 2): Tile({"ROWS": 128, "BK": 32}, 8, 4, _COMPILED),
-        (80, 4): Tile({"ROWS": 64, "BK": 16}, 8, 2, _COMPILED),
+        (80, 4): Tile({"ROWS": 64, "BK": 16}, 4, 2, _COMPILED),
         (90, 2): Tile({"ROWS": 128, "BK": 64}, 8, 4, _COMPILED),
         (90, 4): Tile({"ROWS": 64, "BK": 32}, 8, 3, _COMPILED),
     },
