@@ -9,6 +9,7 @@ from functools import lru_cache
 from itertools import product
 from math import ceil, prod
 
+from .fused.tiles import Tile, tile
 from .geometry import PixelGrid, expand, pixel_grids
 
 WORKSPACE = 64 << 20
@@ -23,6 +24,12 @@ NARROW_MAC = 2.0
 ELEMENT_PASS = 16.0
 """Price of reading, combining and writing one element of a scratch tensor, in MACs."""
 
+FUSED_ELEMENT_PASS = 200.0
+"""Price of storing and loading a contribution in a GPU's L2 cache, in MACs of bfloat16; from data sheets."""
+
+FUSED_TF32_MAC = 2.0
+"""Price of a MAC of contributions in tf32, in MACs of bfloat16; from data sheets."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -34,6 +41,7 @@ class Plan:
     macs: multiply-adds done
     bytes_moved: bytes of inputs and scratch read and written
     workspace: bytes of scratch needed, copies that the library makes of a convolution's inputs included
+    tiles: the tile of each fused kernel launched, none on library products
     """
 
     algorithm: str
@@ -44,6 +52,7 @@ class Plan:
     macs: int
     bytes_moved: int
     workspace: int
+    tiles: tuple[Tile, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,7 @@ def plan(
     bias: bool = False,
     itemsize: int = 4,
     workspace: int = WORKSPACE,
+    capability: tuple[int, int] | None = None,
 ) -> Plan:
     """Choose the cheapest Gram algorithm whose scratch memory fits, and its chunks.
 
@@ -100,6 +110,7 @@ def plan(
     bias: whether the bias belongs to the block
     itemsize: bytes of an element of the inputs
     workspace: upper bound of scratch memory in bytes, met wherever the chunk of one input and one output fits
+    capability: compute capability of the GPU whose fused kernels run, None for library matrix products
 
     Returns: Plan
     """
@@ -115,6 +126,7 @@ def plan(
         bias,
         itemsize,
         workspace,
+        capability,
     )
 
 
@@ -130,6 +142,7 @@ def _plan(
     bias: bool,
     itemsize: int,
     workspace: int,
+    capability: tuple[int, int] | None,
 ) -> Plan:
     size = max(4, itemsize)
     n = a_shape[0]
@@ -147,6 +160,8 @@ def _plan(
             copies=itemsize < size,
             size=size,
         )
+        if capability is not None:
+            return _fused(layer, itemsize, workspace, capability)
         if positions == 1:
             return _hadamard(layer)
         grids = None
@@ -165,9 +180,58 @@ def _plan(
             copies=True,
             size=size,
         )
+    if capability is not None:
+        return _fused_explicit(layer, ("contributions_conv", "add_gram"), itemsize, workspace, capability)[0]
     pairs, pairs_cost = _pairs(layer, grids, workspace)
     explicit, explicit_cost = _explicit(layer, bias, workspace)
     return pairs if pairs.workspace <= workspace and pairs_cost < explicit_cost else explicit
+
+
+def _fused(layer: _Layer, itemsize: int, workspace: int, capability: tuple[int, int]) -> Plan:
+    """Plan the fused kernels of a linear layer: pairs of positions stay in registers, C_n goes through L2."""
+    n, t = layer.samples, layer.positions
+    macs = n * (n + 1) // 2 * t * t * (layer.inputs + layer.outputs)
+    chosen = tile("gram_hadamard" if t == 1 else "gram_pairs", capability, itemsize)
+    # Every block of rows meets every other; 64 samples share one where there are few positions.
+    bytes_moved = layer.samples * t * (layer.inputs + layer.outputs) * itemsize * ceil(n * t / 64)
+    pairs = Plan(
+        "hadamard" if t == 1 else "pairs",
+        n,
+        1,
+        layer.outputs,
+        layer.inputs,
+        macs,
+        bytes_moved,
+        0,
+        (chosen,),
+    )
+    explicit, cost = _fused_explicit(layer, ("contributions", "add_gram"), itemsize, workspace, capability)
+    return pairs if t == 1 or macs < cost else explicit
+
+
+def _fused_explicit(
+    layer: _Layer,
+    kernels: tuple[str, str],
+    itemsize: int,
+    workspace: int,
+    capability: tuple[int, int],
+) -> tuple[Plan, float]:
+    n, weights = layer.samples, layer.groups * layer.outputs * layer.inputs * layer.kernel
+    formed, summed = n * layer.positions * weights, n * (n + 1) // 2 * weights
+    form, contract = kernels
+    plan = Plan(
+        "explicit",
+        n,
+        layer.groups,
+        layer.outputs,
+        layer.inputs,
+        formed + summed,
+        layer.input_bytes * itemsize // layer.size + 2 * n * weights * 4,
+        min(workspace, 4 * n * weights),
+        (tile(form, capability, itemsize), tile(contract, capability, 4)),
+    )
+    tf32 = FUSED_TF32_MAC if itemsize == 2 else 1.0
+    return plan, formed + tf32 * summed + FUSED_ELEMENT_PASS * n * weights
 
 
 def _hadamard(layer: _Layer) -> Plan:

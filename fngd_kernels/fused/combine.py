@@ -119,7 +119,7 @@ def combine(a: Tensor, e: Tensor, s: Tensor, bias: bool, precision: str = "ieee"
     if rows > 1 << 30:
         raise ValueError(f"a: expected at most 2^30 positions, got {rows}")
     kernel = "combine" if _aligned(a) and _aligned(e) else "combine_unaligned"
-    chosen = tile(kernel, capability(a.device), a.dtype)
+    chosen = tile(kernel, capability(a.device), a.itemsize)
     bo, bi, bk = (chosen.blocks[name] for name in ("BO", "BI", "BK"))
     grid_i, grid_o = max(1, triton.cdiv(inputs, bi)), triton.cdiv(outputs, bo)
     # Weight and bias of a part lie side by side, so that one launch sums both.
@@ -159,7 +159,7 @@ def combine(a: Tensor, e: Tensor, s: Tensor, bias: bool, precision: str = "ieee"
         **chosen.launch,
     )
     if parts > 1:
-        summing = tile("combine_sum", capability(a.device), torch.float32)
+        summing = tile("combine_sum", capability(a.device), 4)
         _sum_parts_kernel[(triton.cdiv(weights + biases, summing.blocks["BD"]),)](
             PARTS=partial_w,
             W=w,

@@ -113,7 +113,7 @@ def combine_embedding(
     # Half the passes of a radix sort over 64 bits.
     sorted_ids, order = ids.flatten().to(torch.int32).sort(stable=True)
     rows = len(sorted_ids)
-    chosen = tile("combine_embedding", capability(e.device), e.dtype)
+    chosen = tile("combine_embedding", capability(e.device), e.itemsize)
     chunks = triton.cdiv(rows, chosen.blocks["BR"])
     w = e.new_zeros((num_embeddings, dim))
     ends = e.new_empty((chunks, 2, dim), dtype=torch.float32)

@@ -162,7 +162,7 @@ def gram_by_chunks(weights: list[Weight], inputs: Tensor, precision: str, worksp
     N^2/2 MACs, one store and about one load of 4 bytes for each contribution beside what forming it costs.
     """
     n = inputs.shape[0]
-    chosen = tile("add_gram", capability(inputs.device), torch.float32)
+    chosen = tile("add_gram", capability(inputs.device), 4)
     bn = block_size(n, chosen.blocks["BN"])
     # Fewer rows are read in longer runs: about the same bytes are on their way in each step.
     bk = chosen.blocks["BK"] * min(2, chosen.blocks["BN"] // bn)

@@ -144,7 +144,7 @@ def _form(
     taps, positions = prod(kernel), prod(e.shape[2:])
     one_tap = channels >= TAP_CHANNELS
     inputs = channels if one_tap else taps * channels
-    chosen = tile("contributions_conv", capability(x.device), x.dtype)
+    chosen = tile("contributions_conv", capability(x.device), x.itemsize)
     options = launch_options(chosen, len(x), outputs, inputs, positions, workspace)
     extent_o, extent_i = extent(outputs, options["BO"]), extent(inputs, options["BI"])
     tiles_o = triton.cdiv(outputs, extent_o)

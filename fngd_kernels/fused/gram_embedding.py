@@ -98,7 +98,7 @@ def gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, precision: s
     precision: "ieee", "tf32" or "tf32x3", of products of float32
     """
     n, positions = ids.shape
-    chosen = tile("gram_embedding", capability(e.device), e.dtype)
+    chosen = tile("gram_embedding", capability(e.device), e.itemsize)
     grid = pair_grid(n, positions, chosen.blocks["ROWS"], 2 * multiprocessors(e.device))
     k = e.new_empty((grid.parts, n, n), dtype=torch.float32)
     _launch(ids, e, k, k.stride(), padding_idx, False, precision, grid, chosen)
@@ -111,7 +111,7 @@ def gram_embedding_diag(ids: Tensor, e: Tensor, padding_idx: int | None, precisi
     At most N T^2 D / 2 MACs.
     """
     n, positions = ids.shape
-    chosen = tile("gram_embedding", capability(e.device), e.dtype)
+    chosen = tile("gram_embedding", capability(e.device), e.itemsize)
     grid = diagonal_grid(n, positions, chosen.blocks["ROWS"], 2 * multiprocessors(e.device))
     norms = e.new_empty((grid.parts, n), dtype=torch.float32)
     _launch(ids, e, norms, (n, 1, 0), padding_idx, True, precision, grid, chosen)

@@ -62,7 +62,7 @@ def _contributions_kernel(
 
 def _form(a: Tensor, e: Tensor, precision: str, workspace: int) -> Weight:
     (n, positions, inputs), outputs = a.shape, e.shape[2]
-    chosen = tile("contributions", capability(a.device), a.dtype)
+    chosen = tile("contributions", capability(a.device), a.itemsize)
     options = launch_options(chosen, n, outputs, inputs, positions, workspace)
     extent_o, extent_i = extent(outputs, options["BO"]), extent(inputs, options["BI"])
     tiles_i = triton.cdiv(inputs, extent_i)

@@ -80,9 +80,9 @@ def _gram_hadamard_kernel(
 def _tile(layers: int, like: Tensor, wide: bool) -> Tile:
     """Return large tiles where they keep the device busy, else small ones."""
     arch, suffix = capability(like.device), "" if wide else "_unaligned"
-    large = tile("gram_hadamard" + suffix, arch, like.dtype)
+    large = tile("gram_hadamard" + suffix, arch, like.itemsize)
     busy = layers * lower_blocks(like.shape[0], large.blocks["ROWS"]) >= multiprocessors(like.device)
-    return large if busy else tile("gram_hadamard_few" + suffix, arch, like.dtype)
+    return large if busy else tile("gram_hadamard_few" + suffix, arch, like.itemsize)
 
 
 def gram_hadamard(

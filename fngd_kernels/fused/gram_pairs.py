@@ -106,7 +106,7 @@ def _gram_pairs_kernel(
 
 def _tile(a: Tensor, e: Tensor) -> Tile:
     kernel = "gram_pairs" if aligned(a, e) else "gram_pairs_unaligned"
-    return tile(kernel, capability(a.device), a.dtype)
+    return tile(kernel, capability(a.device), a.itemsize)
 
 
 def gram_pairs(a: Tensor, e: Tensor, bias: bool, precision: str = "ieee") -> Tensor:

@@ -39,7 +39,7 @@ def sum_partials(partial: Tensor) -> Tensor:
     """
     parts, n = partial.shape[:2]
     k = partial[0] if parts == 1 else partial.new_empty((n, n))
-    chosen = tile("sum_partials", capability(partial.device), partial.dtype)
+    chosen = tile("sum_partials", capability(partial.device), partial.itemsize)
     grid = triton.cdiv(n, chosen.blocks["BN"])
     _sum_partials_kernel[(grid, grid)](
         PARTIAL=partial,

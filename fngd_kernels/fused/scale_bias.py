@@ -91,7 +91,7 @@ def scale_bias(e: Tensor, s: Tensor, with_bias: bool) -> tuple[Tensor, Tensor | 
     out = torch.empty_like(e)
     (size_z, ez, oz), (size_y, ey, oy), (size_x, ex, ox) = _space_axes(e, out)
     positions = size_z * size_y * size_x
-    chosen = tile("scale_bias", capability(e.device), e.dtype)
+    chosen = tile("scale_bias", capability(e.device), e.itemsize)
     # The longer side of a tile lies along the memory.
     area = chosen.blocks["BOP"]
     if e.stride(1) < ex:
@@ -138,7 +138,7 @@ def scale_bias(e: Tensor, s: Tensor, with_bias: bool) -> tuple[Tensor, Tensor | 
     if partial_b is None:
         return out, None
     b = e.new_empty(outputs)
-    summing = tile("scale_bias_sum", capability(e.device), torch.float32)
+    summing = tile("scale_bias_sum", capability(e.device), 4)
     _sum_rows_kernel[(triton.cdiv(outputs, summing.blocks["BO"]),)](
         PARTS=partial_b, B=b, parts=parts, outputs=outputs, **summing.launch
     )

@@ -1,11 +1,9 @@
-"""Tile sizes of the fused kernels, by kernel, architecture and dtype."""
+"""Tile sizes of the fused kernels, by kernel, architecture and dtype; standard library only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
-
-import torch
 
 
 @dataclass(frozen=True)
@@ -99,10 +97,13 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
 }
 
 
-def tile(kernel: str, capability: tuple[int, int], dtype: torch.dtype) -> Tile:
-    """Return the tile of the newest architecture up to `capability`, of the oldest one if there is none."""
+def tile(kernel: str, capability: tuple[int, int], itemsize: int) -> Tile:
+    """Return the tile of the newest architecture up to `capability`, of the oldest one if there is none.
+
+    itemsize: bytes of an element of the kernel's input
+    """
     arch = 10 * capability[0] + capability[1]
-    rows = {row[0]: chosen for row, chosen in TILES[kernel].items() if row[1] == dtype.itemsize}
+    rows = {row[0]: chosen for row, chosen in TILES[kernel].items() if row[1] == itemsize}
     return rows[max((row for row in rows if row <= arch), default=min(rows))]
 
 

@@ -32,14 +32,29 @@ def combine_conv(
     bias: bool,
 ) -> list[Tensor]:
     """Return the weight gradient of the convolution for diag(s) E, and with bias the bias gradient."""
-    outputs = weight_shape[0]
     if not x.shape[0]:
-        return [x.new_zeros(weight_shape), *([e.new_zeros(outputs)] if bias else [])]
-    _, weight, b = torch.ops.aten.convolution_backward(
-        _scaled(e, s, e.dtype),
+        return [x.new_zeros(weight_shape), *([e.new_zeros(weight_shape[0])] if bias else [])]
+    geometry = (weight_shape, stride, padding, dilation, groups)
+    weight, bias_gradient = conv_weight_gradient(x, _scaled(e, s, e.dtype), *geometry, bias)
+    return [weight, bias_gradient] if bias else [weight]
+
+
+def conv_weight_gradient(
+    x: Tensor,
+    e: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the ordinary gradients of a convolution's weight and, with bias, of its bias."""
+    _, weight, bias_gradient = torch.ops.aten.convolution_backward(
+        e,
         x,
         x.new_zeros(()).expand(weight_shape),
-        [outputs] if bias else None,
+        [weight_shape[0]] if bias else None,
         stride,
         padding,
         dilation,
@@ -48,8 +63,7 @@ def combine_conv(
         groups,
         [False, True, bias],
     )
-    weight = weight.contiguous()
-    return [weight, b] if bias else [weight]
+    return weight.contiguous(), bias_gradient
 
 
 def combine_embedding(

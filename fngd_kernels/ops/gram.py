@@ -16,11 +16,11 @@ from ..cost_model import WORKSPACE
 from ..geometry import expand
 from ..library.gram_conv_explicit import gram_conv_explicit
 from ..library.gram_conv_pairs import gram_conv_pairs
-from ..library.gram_embedding import gram_embedding as library_gram_embedding
+from ..library.gram_embedding import gram_embedding as gram_embedding_sorted
 from ..library.gram_explicit import gram_explicit
 from ..library.gram_hadamard import gram_hadamard
 from ..library.gram_pairs import gram_pairs
-from ..library.gram_rows import gram_rows as library_gram_rows
+from ..library.gram_rows import gram_rows as gram_rows_chunked
 from ..library.products import accumulation_dtype
 from . import checks, gram_diag  # noqa: F401 - registers the operators of diag=True
 from .library import LIBRARY, call, register
@@ -141,7 +141,8 @@ def gram_rows(g: Tensor, *, diag: bool = False, workspace: int = WORKSPACE) -> T
     return call(op.default, g, workspace)
 
 
-def _gram(a: Tensor, e: Tensor, bias: bool, workspace: int) -> Tensor:
+def library_gram(a: Tensor, e: Tensor, bias: bool, workspace: int) -> Tensor:
+    """Return K of a linear layer, on library products."""
     if not a.numel() or not e.numel():
         return _empty_gram(a).zero_()
     plan = cost_model.plan(a.shape, e.shape, bias=bias, itemsize=a.itemsize, workspace=workspace)
@@ -153,7 +154,7 @@ def _gram(a: Tensor, e: Tensor, bias: bool, workspace: int) -> Tensor:
     return algorithm(a, e, bias, plan)
 
 
-def _gram_conv(
+def library_gram_conv(
     x: Tensor,
     e: Tensor,
     weight_shape: Sequence[int],
@@ -164,6 +165,7 @@ def _gram_conv(
     bias: bool,
     workspace: int,
 ) -> Tensor:
+    """Return K of a convolution, on library products."""
     if not x.shape[0]:
         return _empty_gram(x)
     plan = cost_model.plan(
@@ -182,18 +184,20 @@ def _gram_conv(
     return algorithm(x, e, weight_shape, stride, padding, dilation, groups, bias, plan)
 
 
-def _gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int) -> Tensor:
+def library_gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int) -> Tensor:
+    """Return K of an embedding, on library products."""
     if not e.numel():
         return _empty_gram(e).zero_()
     if ids.ndim == 1:
         ids, e = ids.unsqueeze(1), e.unsqueeze(1)
-    return library_gram_embedding(ids, e, padding_idx, workspace)
+    return gram_embedding_sorted(ids, e, padding_idx, workspace)
 
 
-def _gram_rows(g: Tensor, workspace: int) -> Tensor:
+def library_gram_rows(g: Tensor, workspace: int) -> Tensor:
+    """Return K of contributions already formed, on library products."""
     if not g.numel():
         return _empty_gram(g).zero_()
-    return library_gram_rows(g.reshape(len(g), -1), workspace)
+    return gram_rows_chunked(g.reshape(len(g), -1), workspace)
 
 
 def _empty_gram(a: Tensor, *_: object) -> Tensor:
@@ -204,7 +208,7 @@ def _fake_gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, worksp
     return _empty_gram(e)
 
 
-register("gram", _gram, _empty_gram)
-register("gram_conv", _gram_conv, _empty_gram)
-register("gram_embedding", _gram_embedding, _fake_gram_embedding)
-register("gram_rows", _gram_rows, _empty_gram)
+register("gram", library_gram, _empty_gram)
+register("gram_conv", library_gram_conv, _empty_gram)
+register("gram_embedding", library_gram_embedding, _fake_gram_embedding)
+register("gram_rows", library_gram_rows, _empty_gram)

@@ -17,7 +17,8 @@ LIBRARY.define("gram_embedding_diag(Tensor ids, Tensor e, int? padding_idx, int 
 LIBRARY.define("gram_rows_diag(Tensor g, int workspace) -> Tensor")
 
 
-def _gram_diag(a: Tensor, e: Tensor, bias: bool, workspace: int) -> Tensor:
+def library_gram_diag(a: Tensor, e: Tensor, bias: bool, workspace: int) -> Tensor:
+    """Return the diagonal of K of a linear layer, on library products."""
     if not e.numel():
         return _empty(e).zero_()
     if a.ndim == 2:
@@ -25,7 +26,7 @@ def _gram_diag(a: Tensor, e: Tensor, bias: bool, workspace: int) -> Tensor:
     return library.linear_norms(a, e, bias, workspace)
 
 
-def _gram_conv_diag(
+def library_gram_conv_diag(
     x: Tensor,
     e: Tensor,
     weight_shape: Sequence[int],
@@ -36,12 +37,14 @@ def _gram_conv_diag(
     bias: bool,
     workspace: int,
 ) -> Tensor:
+    """Return the diagonal of K of a convolution, on library products."""
     if not x.shape[0]:
         return _empty(x)
     return library.conv_norms(x, e, weight_shape, stride, padding, dilation, groups, bias, workspace)
 
 
-def _gram_embedding_diag(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int) -> Tensor:
+def library_gram_embedding_diag(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int) -> Tensor:
+    """Return the diagonal of K of an embedding, on library products."""
     if not e.numel():
         return _empty(e).zero_()
     if ids.ndim == 1:
@@ -49,7 +52,8 @@ def _gram_embedding_diag(ids: Tensor, e: Tensor, padding_idx: int | None, worksp
     return library.embedding_norms(ids, e, padding_idx, workspace)
 
 
-def _gram_rows_diag(g: Tensor, workspace: int) -> Tensor:
+def library_gram_rows_diag(g: Tensor, workspace: int) -> Tensor:
+    """Return the diagonal of K of contributions already formed, on library products."""
     return library.rows_norms(g.reshape(len(g), -1)) if g.numel() else _empty(g).zero_()
 
 
@@ -61,7 +65,7 @@ def _fake_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: 
     return _empty(e)
 
 
-register("gram_diag", _gram_diag, _empty)
-register("gram_conv_diag", _gram_conv_diag, _empty)
-register("gram_embedding_diag", _gram_embedding_diag, _fake_embedding)
-register("gram_rows_diag", _gram_rows_diag, _empty)
+register("gram_diag", library_gram_diag, _empty)
+register("gram_conv_diag", library_gram_conv_diag, _empty)
+register("gram_embedding_diag", library_gram_embedding_diag, _fake_embedding)
+register("gram_rows_diag", library_gram_rows_diag, _empty)

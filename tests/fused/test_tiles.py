@@ -22,7 +22,7 @@ def table(*rows):
 )
 def test_newest_row_up_to_the_architecture(capability, dtype, row, monkeypatch):
     monkeypatch.setattr("fngd_kernels.fused.tiles.TILES", table((80, 2), (90, 2), (80, 4)))
-    assert tile("some", capability, dtype).blocks["ROWS"] == row
+    assert tile("some", capability, dtype.itemsize).blocks["ROWS"] == row
 
 
 @pytest.mark.parametrize("kernel", TILES)
