@@ -6,10 +6,10 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import fngd
 import torch
 from torch import Tensor, nn
 
+import fngd
 from bench.networks import Network
 
 GRAM_TOLERANCE = 1e-5

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import fngd
 import torch
 from torch import nn
 from torch.optim import Optimizer
+
+import fngd
 
 MOMENTUM = 0.9
 SGD_WEIGHT_DECAY = 5e-4

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import fngd
 import torch
 import torch.nn.functional as F
 
+import fngd
 from bench import models
 from bench.optimizers import METHODS, FNGDSettings
 from bench.progress import Progress

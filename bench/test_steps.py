@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import fngd
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from tabulate import tabulate
 
+import fngd
 from bench import environment, gate, record
 from bench.memory import peak_memory
 from bench.networks import RESNET, TRANSFORMER, Network

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from fngd.rules import rule_for
 from torch import nn
+
+from fngd.rules import rule_for
 
 CASES = {
     "1d-flat": (lambda: nn.BatchNorm1d(3), (5, 3)),

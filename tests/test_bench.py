@@ -1,11 +1,11 @@
 import json
 
-import fngd
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fngd
 from bench import environment, gate, record
 from bench.memory import peak_memory
 from bench.networks import Network

@@ -3,12 +3,12 @@ import sys
 from dataclasses import replace
 from functools import partial
 
-import oracles
 import pytest
 import torch
 from torch.nn import functional as F
 
 import fngd_kernels as fk
+import oracles
 from fngd_kernels.geometry import expand
 from fngd_kernels.library.gram_conv_explicit import gram_conv_explicit
 from fngd_kernels.library.gram_conv_pairs import gram_conv_pairs

@@ -3,12 +3,13 @@ autograd."""
 
 import copy
 
-import fngd
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import NETWORKS, blocks, make, sample_gradients
 from torch import nn
+
+import fngd
+from networks import NETWORKS, blocks, make, sample_gradients
 
 N = 7
 

@@ -5,12 +5,13 @@ import io
 import pickle
 import weakref
 
-import fngd
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import make
 from torch import nn
+
+import fngd
+from networks import make
 
 N = 8
 

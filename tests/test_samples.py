@@ -1,6 +1,5 @@
 """Tracked loaders report the ids of exactly the samples they yield."""
 
-import fngd
 import pytest
 import torch
 from torch import nn
@@ -12,6 +11,8 @@ from torch.utils.data import (
     RandomSampler,
     WeightedRandomSampler,
 )
+
+import fngd
 
 
 class Recorder:

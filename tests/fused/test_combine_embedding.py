@@ -1,8 +1,8 @@
-import oracles
 import pytest
 import torch
 from poison import poisoned
 
+import oracles
 from fngd_kernels.fused.combine_embedding import combine_embedding
 from fngd_kernels.library.combine import combine_embedding as library_combine_embedding
 

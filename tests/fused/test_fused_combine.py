@@ -1,8 +1,8 @@
-import oracles
 import pytest
 import torch
 from poison import poisoned
 
+import oracles
 from fngd_kernels.fused import combine as fused
 from fngd_kernels.library.combine import combine as library_combine
 

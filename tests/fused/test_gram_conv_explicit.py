@@ -1,10 +1,10 @@
-import oracles
 import pytest
 import torch
 from poison import poisoned
 from torch.nn import functional as F
 
 import fngd_kernels as fk
+import oracles
 from fngd_kernels.fused.contributions import default_precision
 from fngd_kernels.fused.gram_conv_explicit import gram_conv_explicit
 from fngd_kernels.geometry import expand

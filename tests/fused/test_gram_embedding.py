@@ -1,8 +1,8 @@
-import oracles
 import pytest
 import torch
 from poison import poisoned
 
+import oracles
 from fngd_kernels.cost_model import WORKSPACE
 from fngd_kernels.fused import gram_embedding as fused
 from fngd_kernels.fused.gram_embedding import gram_embedding, gram_embedding_diag

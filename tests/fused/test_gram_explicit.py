@@ -1,9 +1,9 @@
-import oracles
 import pytest
 import torch
 from poison import poisoned
 
 import fngd_kernels as fk
+import oracles
 from fngd_kernels.fused import contributions
 from fngd_kernels.fused.gram_explicit import gram_explicit
 from fngd_kernels.fused.tiles import Tile

@@ -1,8 +1,8 @@
-import oracles
 import pytest
 import torch
 from poison import poisoned
 
+import oracles
 from fngd_kernels.fused import gram_hadamard as fused
 from fngd_kernels.library.gram_hadamard import gram_hadamard as library_gram_hadamard
 

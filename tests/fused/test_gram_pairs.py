@@ -1,4 +1,3 @@
-import oracles
 import pytest
 import torch
 import triton
@@ -6,6 +5,7 @@ import triton.language as tl
 from poison import poisoned
 
 import fngd_kernels as fk
+import oracles
 from fngd_kernels.fused import gram_pairs as fused
 from fngd_kernels.fused.common import lower_block
 from fngd_kernels.fused.gram_pairs import gram_pairs, gram_pairs_diag

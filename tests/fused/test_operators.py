@@ -1,10 +1,10 @@
 """The operators as CUDA tensors see them: every route against float64 gradients per sample."""
 
-import oracles
 import pytest
 import torch
 from torch.nn import functional as F
 
+import oracles
 from fngd_kernels import plan
 from fngd_kernels.ops import cuda
 

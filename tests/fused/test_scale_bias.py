@@ -1,8 +1,8 @@
-import oracles
 import pytest
 import torch
 from poison import poisoned
 
+import oracles
 from fngd_kernels.fused.scale_bias import scale_bias
 
 # Largest relative deviation of one rounding to the dtype.
