@@ -34,7 +34,8 @@ class Engine:
         self.solve_seconds = 0.0
         # The most that one solving step held: inputs, output gradients and Gram matrices.
         self.captured_bytes = 0
-        self.failed_solves = torch.zeros((), dtype=torch.int64)
+        # Counted where the solves run: reading it is what synchronises.
+        self.failed_solves = torch.zeros((), dtype=torch.int64, device=sharing.table.values.device)
         # Captured uses by autograd graph task, batch and layer; a backward that failed leaves its own behind.
         self._pending: dict[int, dict[Batch, dict[Layer, list[Use]]]] = {}
 
