@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..cost_model import Plan
+from .conv_contributions import conv_contributions
 from .products import accumulation_dtype, add_gram, mirror
 
 
@@ -20,41 +21,20 @@ def gram_conv_explicit(
     bias: bool,
     plan: Plan,
 ) -> Tensor:
-    """Return K = sum over chunks of C C^T, for x (N,C,*space) and e (N,O,*space_out).
-
-    The weight gradient of a convolution whose groups are the samples holds every C_n of the chunk;
-    the library forms the patches of one group at a time, so the patch tensor of the batch never exists.
-    """
+    """Return K = sum over chunks of C C^T, for x (N,C,*space) and e (N,O,*space_out)."""
     n, kernel = x.shape[0], weight_shape[2:]
     dtype = accumulation_dtype(x.dtype)
     k = x.new_zeros((n, n), dtype=dtype)
-    shape_only = x.new_zeros((), dtype=dtype)
     x, e = x.unflatten(1, (groups, -1)), e.unflatten(1, (groups, -1))
-
-    def contributions(x: Tensor, e: Tensor) -> Tensor:
-        (samples, subgroups, inputs), outputs = x.shape[:3], e.shape[2]
-        _, c, _ = torch.ops.aten.convolution_backward(
-            e.to(dtype).reshape(1, -1, *e.shape[3:]),
-            x.to(dtype).reshape(1, -1, *x.shape[3:]),
-            shape_only.expand(samples * subgroups * outputs, inputs, *kernel),
-            None,
-            stride,
-            padding,
-            dilation,
-            False,
-            [0] * len(kernel),
-            samples * subgroups,
-            [False, True, False],
-        )
-        return c.reshape(samples, -1)
-
     for g in range(0, groups, plan.group_chunk):
         for o in range(0, e.shape[2], plan.out_chunk):
             e_chunk = e[:, g : g + plan.group_chunk, o : o + plan.out_chunk]
             for i in range(0, x.shape[2], plan.in_chunk):
                 x_chunk = x[:, g : g + plan.group_chunk, i : i + plan.in_chunk]
                 samples = zip(x_chunk.split(plan.sample_chunk), e_chunk.split(plan.sample_chunk), strict=True)
-                parts = [contributions(x_m, e_m) for x_m, e_m in samples]
+                parts = [
+                    conv_contributions(*pair, kernel, stride, padding, dilation, dtype) for pair in samples
+                ]
                 c = parts[0] if len(parts) == 1 else torch.cat(parts)
                 del parts
                 add_gram(k, c)

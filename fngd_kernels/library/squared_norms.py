@@ -6,6 +6,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .conv_contributions import conv_contributions
 from .products import accumulation_dtype
 
 
@@ -16,7 +17,8 @@ def linear_norms(a: Tensor, e: Tensor, bias: bool, workspace: int) -> Tensor:
     pairs = t * (inputs + outputs) < inputs * outputs
     elements = (2 * t * t if pairs else inputs * outputs) + t * (inputs + outputs)
     norms = []
-    for a_n, e_n in zip(*(x.split(_samples(elements, dtype, workspace)) for x in (a, e)), strict=True):
+    chunk = _samples(elements, dtype, workspace)
+    for a_n, e_n in zip(a.split(chunk), e.split(chunk), strict=True):
         a_n, e_n = a_n.to(dtype), e_n.to(dtype)
         if pairs:
             norms.append(((a_n @ a_n.mT).add_(int(bias)) * (e_n @ e_n.mT)).sum((1, 2)))
@@ -38,27 +40,13 @@ def conv_norms(
 ) -> Tensor:
     """Return ||C_n||^2 for x (N,C,*space) and e (N,O,*space_out), from C_n."""
     dtype = accumulation_dtype(x.dtype)
-    weights = x.new_zeros((), dtype=dtype)
     # Twice: the library keeps copies in a layout of its own.
     elements = 2 * (prod(weight_shape) + prod(x.shape[1:]) + prod(e.shape[1:]))
+    chunk, kernel = _samples(elements, dtype, workspace), weight_shape[2:]
+    x_chunks, e_chunks = (t.unflatten(1, (groups, -1)).split(chunk) for t in (x, e))
     norms = []
-    for x_n, e_n in zip(*(t.split(_samples(elements, dtype, workspace)) for t in (x, e)), strict=True):
-        samples = len(x_n)
-        # With the samples as groups the weight gradient of the batch holds every C_n.
-        _, c, _ = torch.ops.aten.convolution_backward(
-            e_n.to(dtype).reshape(1, -1, *e.shape[2:]),
-            x_n.to(dtype).reshape(1, -1, *x.shape[2:]),
-            weights.expand(samples * weight_shape[0], *weight_shape[1:]),
-            None,
-            stride,
-            padding,
-            dilation,
-            False,
-            [0] * len(stride),
-            samples * groups,
-            [False, True, False],
-        )
-        norms.append(_squares(c.reshape(samples, -1)))
+    for x_n, e_n in zip(x_chunks, e_chunks, strict=True):
+        norms.append(_squares(conv_contributions(x_n, e_n, kernel, stride, padding, dilation, dtype)))
     total = torch.cat(norms)
     return total + _squares(e.flatten(2).sum(2, dtype=dtype)) if bias else total
 
@@ -68,9 +56,8 @@ def embedding_norms(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: 
     dtype = accumulation_dtype(e.dtype)
     t, dim = e.shape[1:]
     norms = []
-    for ids_n, e_n in zip(
-        *(x.split(_samples(t * (t + 2 * dim), dtype, workspace)) for x in (ids, e)), strict=True
-    ):
+    chunk = _samples(t * (t + 2 * dim), dtype, workspace)
+    for ids_n, e_n in zip(ids.split(chunk), e.split(chunk), strict=True):
         equal = ids_n.unsqueeze(2) == ids_n.unsqueeze(1)
         if padding_idx is not None:
             equal &= (ids_n != padding_idx).unsqueeze(1)
