@@ -32,9 +32,17 @@ def test_kernels_know_no_modules_and_no_optimizer(path):
     assert offending(path, "fngd", "torch.nn", "torch.optim", "bench", "tests") <= {"torch.nn.functional"}
 
 
+OUTSIDE_FUSED = [path for path in [*KERNELS, *OPTIMIZER] if "fused" not in path.parts]
+
+
+@pytest.mark.parametrize("path", OUTSIDE_FUSED, ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_fused_kernels_import_triton(path):
+    assert not offending(path, "triton")
+
+
 @pytest.mark.parametrize("path", OPTIMIZER, ids=lambda p: str(p.relative_to(ROOT)))
-def test_the_optimizer_imports_no_triton(path):
-    assert not offending(path, "triton", "bench", "tests")
+def test_the_optimizer_imports_no_benchmarks_and_no_tests(path):
+    assert not offending(path, "bench", "tests")
 
 
 def test_the_cost_model_is_pure_python():

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cost_model import WORKSPACE
-from .common import capability, dot, multiprocessors
+from .common import aligned, capability, dot, multiprocessors
 from .rounding import rounded
 from .tiles import tile
 
@@ -118,7 +118,7 @@ def combine(a: Tensor, e: Tensor, s: Tensor, bias: bool, precision: str = "ieee"
     rows = n * t
     if rows > 1 << 30:
         raise ValueError(f"a: expected at most 2^30 positions, got {rows}")
-    kernel = "combine" if _aligned(a) and _aligned(e) else "combine_unaligned"
+    kernel = "combine" if aligned(a, e) else "combine_unaligned"
     chosen = tile(kernel, capability(a.device), a.itemsize)
     bo, bi, bk = (chosen.blocks[name] for name in ("BO", "BI", "BK"))
     grid_i, grid_o = max(1, triton.cdiv(inputs, bi)), triton.cdiv(outputs, bo)
@@ -172,8 +172,3 @@ def combine(a: Tensor, e: Tensor, s: Tensor, bias: bool, precision: str = "ieee"
             **summing.launch,
         )
     return [w] if b is None else [w, b]
-
-
-def _aligned(t: Tensor) -> bool:
-    """Return whether rows are contiguous from multiples of 16 bytes on: fewer addresses, fewer registers."""
-    return t.stride(2) == 1 and all(stride * t.itemsize % 16 == 0 for stride in t.stride()[:2])

@@ -1,7 +1,8 @@
 """The operators of CUDA tensors, on fused kernels; float64 and empty tensors stay on library products."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,6 +123,16 @@ def combine_embedding(
     return fused_combine_embedding(ids, e, s, num_embeddings, padding_idx)
 
 
+def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with the device of its first tensor current: Triton launches on the current one."""
+
+    def guarded(tensor: Tensor, *arguments: Any) -> Any:
+        with torch.cuda.device_of(tensor):
+            return function(tensor, *arguments)
+
+    return guarded
+
+
 def _fused(*tensors: Tensor) -> bool:
     return all(t.dtype != torch.float64 and t.numel() > 0 for t in tensors)
 
@@ -150,4 +161,4 @@ for function in (
     combine_conv,
     combine_embedding,
 ):
-    LIBRARY.impl(function.__name__, function, "CUDA")
+    LIBRARY.impl(function.__name__, _on_device(function), "CUDA")
