@@ -123,8 +123,9 @@ Gradients linear_gradients(const Tensor& a, const Tensor& e, const OptionalTenso
     result.second = flat(scaled(e, scale)).sum(0);  // weights are not rounded to the low precision
   } else if (need_b) {
     const Tensor columns = flat(e);
-    const Tensor weights = scale->to(e.scalar_type()).unsqueeze(1).expand({-1, columns.size(0) / scale->size(0)});
-    result.second = columns.t().mv(weights.reshape(-1));
+    const int64_t positions = columns.size(0) / scale->size(0);
+    const Tensor weights = scale->to(e.scalar_type());
+    result.second = columns.t().mv(positions == 1 ? weights : weights.repeat_interleave(positions));
   }
   return result;
 }

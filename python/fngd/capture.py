@@ -38,7 +38,8 @@ class Layer:
     def takes(self, x: Tensor) -> bool:
         """Return whether this call is a training call on a non-empty batch."""
         module = self.module
-        training = module.training and torch.is_grad_enabled() and module.weight.requires_grad
+        weight = module._parameters["weight"]  # without nn.Module's slower attribute look-up
+        training = module.training and torch.is_grad_enabled() and weight.requires_grad
         return bool(training) and self.rule.batched(module, x) and x.shape[0] > 0
 
     def plain(self, x: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ class Table:
         self.values = torch.ones(layers, 0, device=device)
         self.averaged = torch.zeros(layers, 0, device=device)  # how many batches each mean holds
         self.seen = torch.zeros(0, dtype=torch.bool)
+        self.complete = False  # whether every column was seen: spares the look-up in the steady state
 
     def __len__(self) -> int:
         return self.values.shape[1]
@@ -44,15 +45,17 @@ class Table:
             self.values = F.pad(self.values, (0, missing), value=1.0)
             self.averaged = F.pad(self.averaged, (0, missing))
             self.seen = F.pad(self.seen, (0, missing), value=False)
+            self.complete = False
 
     def forget(self) -> None:
         """Mark every column unseen; its weights stay until the next solve replaces them."""
         self.seen.zero_()
+        self.complete = False
         self.averaged.zero_()
 
     def knows(self, ids: Tensor) -> bool:
         """Return whether every sample of ids (N,), on the CPU, was solved for."""
-        return bool(self.seen[ids].all())
+        return self.complete or bool(self.seen[ids].all())
 
     def gather(self, ids: Tensor) -> tuple[Tensor, ...]:
         """Return the weights (N,) of the samples, one tensor per layer."""
@@ -63,6 +66,7 @@ class Table:
         rows = torch.tensor(layers, device=self.values.device)
         self.values[rows[:, None], ids.to(self.values.device)] = s.to(self.values)
         self.seen[ids] = True
+        self.complete = bool(self.seen.all())
 
     def average(self, layers: Sequence[int], s: Tensor) -> None:
         """Take s (len(layers), N) into the means of columns 0 to N - 1 in these layers."""
@@ -153,5 +157,6 @@ class Sharing:
         table.values = state["values"].to(table.values.device, copy=True)
         table.averaged = state["averaged"].to(table.values.device, copy=True)
         table.seen = state["seen"].to("cpu", copy=True)
+        table.complete = bool(table.seen.all())
         self.dataset_size, self.epoch = state["dataset_size"], state["epoch"]
         self._renew_unnamed_batch()
