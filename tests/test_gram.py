@@ -344,6 +344,11 @@ def test_bad_input(call, error, message):
         ({"groups": 4}, ValueError, r"groups: expected a divisor of weight_shape\[0\] = 6, got 4"),
         ({"groups": 0}, ValueError, "groups: expected"),
         ({"workspace": -5}, ValueError, "workspace: expected 0 bytes or more, got -5"),
+        (
+            {"precision": "fast"},
+            ValueError,
+            "precision: expected 'ieee', 'tf32', 'tf32x3' or None, got 'fast'",
+        ),
     ],
 )
 def test_bad_conv_input(changes, error, message):

@@ -10,6 +10,9 @@ from ..geometry import output_size
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Dtypes that activations, gradients and coefficients may have."""
 
+PRECISIONS = (None, "ieee", "tf32", "tf32x3")
+"""Ways to multiply float32 on a GPU."""
+
 
 def check_floating(name: str, tensor: Tensor) -> None:
     """Require a tensor of a supported floating dtype."""
@@ -29,6 +32,12 @@ def check_workspace(workspace: int) -> None:
     """Require a number of bytes."""
     if workspace < 0:
         raise ValueError(f"workspace: expected 0 bytes or more, got {workspace}")
+
+
+def check_precision(precision: str | None) -> None:
+    """Require one of the ways to multiply float32, or None."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected 'ieee', 'tf32', 'tf32x3' or None, got {precision!r}")
 
 
 def check_linear(a: Tensor, e: Tensor) -> None:

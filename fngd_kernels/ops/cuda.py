@@ -24,7 +24,7 @@ from .gram_diag import library_gram_diag, library_gram_embedding_diag
 from .library import LIBRARY
 
 
-def gram(a: Tensor, e: Tensor, bias: bool, workspace: int) -> Tensor:
+def gram(a: Tensor, e: Tensor, bias: bool, workspace: int, precision: str | None = None) -> Tensor:
     """Return K of a linear layer."""
     if not _fused(a, e):
         return library_gram(a, e, bias, workspace)
@@ -38,18 +38,18 @@ def gram(a: Tensor, e: Tensor, bias: bool, workspace: int) -> Tensor:
     )
     a, e = _with_positions(a, e)
     if plan.algorithm == "hadamard":
-        return gram_hadamard([a], [e], [bias], _precision())[0]
+        return gram_hadamard([a], [e], [bias], _precision(precision))[0]
     if plan.algorithm == "pairs":
-        return gram_pairs(a, e, bias, _precision())
-    return gram_explicit(a, e, bias, _contribution_precision(a), workspace)
+        return gram_pairs(a, e, bias, _precision(precision))
+    return gram_explicit(a, e, bias, _contribution_precision(precision, a), workspace)
 
 
-def gram_diag(a: Tensor, e: Tensor, bias: bool, workspace: int) -> Tensor:
+def gram_diag(a: Tensor, e: Tensor, bias: bool, workspace: int, precision: str | None = None) -> Tensor:
     """Return the diagonal of K of a linear layer."""
     positions = a.shape[1] if a.ndim == 3 else 1
     if not _fused(a, e) or positions * (a.shape[-1] + e.shape[-1]) >= a.shape[-1] * e.shape[-1]:
         return library_gram_diag(a, e, bias, workspace)
-    return gram_pairs_diag(*_with_positions(a, e), bias, _precision())
+    return gram_pairs_diag(*_with_positions(a, e), bias, _precision(precision))
 
 
 def gram_conv(
@@ -62,6 +62,7 @@ def gram_conv(
     groups: int,
     bias: bool,
     workspace: int,
+    precision: str | None = None,
 ) -> Tensor:
     """Return K of a convolution."""
     geometry = (weight_shape, stride, padding, dilation, groups, bias)
@@ -69,22 +70,26 @@ def gram_conv(
         return library_gram_conv(x, e, *geometry, workspace)
     if prod(weight_shape[2:]) == prod(stride) == groups == 1 and not any(padding):
         # A linear layer on pixels.
-        return gram(x.flatten(2).mT, e.flatten(2).mT, bias, workspace)
-    return gram_conv_explicit(x, e, *geometry, _contribution_precision(x), workspace)
+        return gram(x.flatten(2).mT, e.flatten(2).mT, bias, workspace, precision)
+    return gram_conv_explicit(x, e, *geometry, _contribution_precision(precision, x), workspace)
 
 
-def gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int) -> Tensor:
+def gram_embedding(
+    ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int, precision: str | None = None
+) -> Tensor:
     """Return K of an embedding."""
     if not _fused(e):
         return library_gram_embedding(ids, e, padding_idx, workspace)
-    return fused_gram_embedding(*_with_positions(ids, e), padding_idx, _precision())
+    return fused_gram_embedding(*_with_positions(ids, e), padding_idx, _precision(precision))
 
 
-def gram_embedding_diag(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int) -> Tensor:
+def gram_embedding_diag(
+    ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int, precision: str | None = None
+) -> Tensor:
     """Return the diagonal of K of an embedding."""
     if not _fused(e):
         return library_gram_embedding_diag(ids, e, padding_idx, workspace)
-    return fused_gram_embedding_diag(*_with_positions(ids, e), padding_idx, _precision())
+    return fused_gram_embedding_diag(*_with_positions(ids, e), padding_idx, _precision(precision))
 
 
 def combine(a: Tensor, e: Tensor, s: Tensor, bias: bool) -> list[Tensor]:
@@ -141,14 +146,14 @@ def _with_positions(a: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
     return (a, e) if e.ndim == 3 else (a.unsqueeze(1), e.unsqueeze(1))
 
 
-def _precision() -> str:
-    """Return how float32 is multiplied: what torch was told for its own products."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def _precision(precision: str | None) -> str:
+    """Return how float32 is multiplied: by default as torch was told to multiply its own."""
+    return precision or ("ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32")
 
 
-def _contribution_precision(inputs: Tensor) -> str | None:
-    """Return how contributions are multiplied: the kernel's default for half precision."""
-    return _precision() if inputs.dtype == torch.float32 else None
+def _contribution_precision(precision: str | None, inputs: Tensor) -> str | None:
+    """Return how contributions are multiplied: by default, for half precision, as the kernel chooses."""
+    return _precision(precision) if inputs.dtype == torch.float32 else precision
 
 
 for function in (

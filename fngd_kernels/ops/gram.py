@@ -25,17 +25,25 @@ from ..library.products import accumulation_dtype
 from . import checks, gram_diag  # noqa: F401 - registers the operators of diag=True
 from .library import LIBRARY, call, register
 
-LIBRARY.define("gram(Tensor a, Tensor e, bool bias, int workspace) -> Tensor")
+LIBRARY.define("gram(Tensor a, Tensor e, bool bias, int workspace, str? precision=None) -> Tensor")
 LIBRARY.define(
     "gram_conv(Tensor x, Tensor e, int[] weight_shape, int[] stride, int[] padding, int[] dilation, "
-    "int groups, bool bias, int workspace) -> Tensor"
+    "int groups, bool bias, int workspace, str? precision=None) -> Tensor"
 )
-LIBRARY.define("gram_embedding(Tensor ids, Tensor e, int? padding_idx, int workspace) -> Tensor")
+LIBRARY.define(
+    "gram_embedding(Tensor ids, Tensor e, int? padding_idx, int workspace, str? precision=None) -> Tensor"
+)
 LIBRARY.define("gram_rows(Tensor g, int workspace) -> Tensor")
 
 
 def gram(
-    a: Tensor, e: Tensor, *, bias: bool = False, diag: bool = False, workspace: int = WORKSPACE
+    a: Tensor,
+    e: Tensor,
+    *,
+    bias: bool = False,
+    diag: bool = False,
+    workspace: int = WORKSPACE,
+    precision: str | None = None,
 ) -> Tensor:
     """Return the Gram matrix of a linear layer's contributions.
 
@@ -46,6 +54,8 @@ def gram(
     bias: whether the bias belongs to the block (a column of ones on A)
     diag: whether to return the diagonal alone, the squared norms ||C_n||^2
     workspace: upper bound of scratch memory in bytes
+    precision: of float32 products on a GPU, "ieee", "tf32" or "tf32x3"; by default what
+        torch.set_float32_matmul_precision says. The CPU's are always "ieee"
 
     Returns: (N,N) float32 or float64, K; with diag (N,)
     Raises: ValueError, TypeError when shapes, devices or dtypes do not fit.
@@ -53,8 +63,9 @@ def gram(
     """
     checks.check_linear(a, e)
     checks.check_workspace(workspace)
+    checks.check_precision(precision)
     op = torch.ops.fngd.gram_diag if diag else torch.ops.fngd.gram
-    return call(op.default, a, e, bias, workspace)
+    return call(op.default, a, e, bias, workspace, precision)
 
 
 def gram_conv(
@@ -69,6 +80,7 @@ def gram_conv(
     bias: bool = False,
     diag: bool = False,
     workspace: int = WORKSPACE,
+    precision: str | None = None,
 ) -> Tensor:
     """Return the Gram matrix of a 1-3 d convolution's contributions, without a patch tensor.
 
@@ -81,6 +93,8 @@ def gram_conv(
     bias: whether the bias belongs to the block
     diag: whether to return the diagonal alone, the squared norms ||C_n||^2
     workspace: upper bound of scratch memory in bytes
+    precision: of float32 products on a GPU, "ieee", "tf32" or "tf32x3"; by default what
+        torch.set_float32_matmul_precision says. The CPU's are always "ieee"
 
     Returns: (N,N) float32 or float64, K; with diag (N,)
     Raises: ValueError, TypeError when shapes, devices or dtypes do not fit.
@@ -90,8 +104,9 @@ def gram_conv(
     stride, padding, dilation = expand(stride, dims), expand(padding, dims), expand(dilation, dims)
     checks.check_conv(x, e, weight_shape, stride, padding, dilation, groups)
     checks.check_workspace(workspace)
+    checks.check_precision(precision)
     op = torch.ops.fngd.gram_conv_diag if diag else torch.ops.fngd.gram_conv
-    return call(op.default, x, e, weight_shape, stride, padding, dilation, groups, bias, workspace)
+    return call(op.default, x, e, weight_shape, stride, padding, dilation, groups, bias, workspace, precision)
 
 
 def gram_embedding(
@@ -101,6 +116,7 @@ def gram_embedding(
     padding_idx: int | None = None,
     diag: bool = False,
     workspace: int = WORKSPACE,
+    precision: str | None = None,
 ) -> Tensor:
     """Return the Gram matrix of an embedding's contributions.
 
@@ -111,6 +127,8 @@ def gram_embedding(
     padding_idx: id that contributes nothing
     diag: whether to return the diagonal alone, the squared norms ||C_n||^2
     workspace: upper bound of scratch memory in bytes
+    precision: of float32 products on a GPU, "ieee", "tf32" or "tf32x3"; by default what
+        torch.set_float32_matmul_precision says. The CPU's are always "ieee"
 
     Returns: (N,N) float32 or float64, K; with diag (N,)
     Raises: ValueError, TypeError when shapes, devices or dtypes do not fit.
@@ -118,8 +136,9 @@ def gram_embedding(
     """
     checks.check_embedding(ids, e)
     checks.check_workspace(workspace)
+    checks.check_precision(precision)
     op = torch.ops.fngd.gram_embedding_diag if diag else torch.ops.fngd.gram_embedding
-    return call(op.default, ids, e, padding_idx, workspace)
+    return call(op.default, ids, e, padding_idx, workspace, precision)
 
 
 def gram_rows(g: Tensor, *, diag: bool = False, workspace: int = WORKSPACE) -> Tensor:
@@ -141,7 +160,7 @@ def gram_rows(g: Tensor, *, diag: bool = False, workspace: int = WORKSPACE) -> T
     return call(op.default, g, workspace)
 
 
-def library_gram(a: Tensor, e: Tensor, bias: bool, workspace: int) -> Tensor:
+def library_gram(a: Tensor, e: Tensor, bias: bool, workspace: int, precision: str | None = None) -> Tensor:
     """Return K of a linear layer, on library products."""
     if not a.numel() or not e.numel():
         return _empty_gram(a).zero_()
@@ -164,6 +183,7 @@ def library_gram_conv(
     groups: int,
     bias: bool,
     workspace: int,
+    precision: str | None = None,
 ) -> Tensor:
     """Return K of a convolution, on library products."""
     if not x.shape[0]:
@@ -184,7 +204,9 @@ def library_gram_conv(
     return algorithm(x, e, weight_shape, stride, padding, dilation, groups, bias, plan)
 
 
-def library_gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int) -> Tensor:
+def library_gram_embedding(
+    ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int, precision: str | None = None
+) -> Tensor:
     """Return K of an embedding, on library products."""
     if not e.numel():
         return _empty_gram(e).zero_()
@@ -204,7 +226,9 @@ def _empty_gram(a: Tensor, *_: object) -> Tensor:
     return a.new_empty((a.shape[0], a.shape[0]), dtype=accumulation_dtype(a.dtype))
 
 
-def _fake_gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int) -> Tensor:
+def _fake_gram_embedding(
+    ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int, precision: str | None = None
+) -> Tensor:
     return _empty_gram(e)
 
 

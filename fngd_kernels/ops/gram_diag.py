@@ -8,16 +8,21 @@ from ..library import squared_norms as library
 from ..library.products import accumulation_dtype
 from .library import LIBRARY, register
 
-LIBRARY.define("gram_diag(Tensor a, Tensor e, bool bias, int workspace) -> Tensor")
+LIBRARY.define("gram_diag(Tensor a, Tensor e, bool bias, int workspace, str? precision=None) -> Tensor")
 LIBRARY.define(
     "gram_conv_diag(Tensor x, Tensor e, int[] weight_shape, int[] stride, int[] padding, int[] dilation, "
-    "int groups, bool bias, int workspace) -> Tensor"
+    "int groups, bool bias, int workspace, str? precision=None) -> Tensor"
 )
-LIBRARY.define("gram_embedding_diag(Tensor ids, Tensor e, int? padding_idx, int workspace) -> Tensor")
+LIBRARY.define(
+    "gram_embedding_diag(Tensor ids, Tensor e, int? padding_idx, int workspace, str? precision=None) "
+    "-> Tensor"
+)
 LIBRARY.define("gram_rows_diag(Tensor g, int workspace) -> Tensor")
 
 
-def library_gram_diag(a: Tensor, e: Tensor, bias: bool, workspace: int) -> Tensor:
+def library_gram_diag(
+    a: Tensor, e: Tensor, bias: bool, workspace: int, precision: str | None = None
+) -> Tensor:
     """Return the diagonal of K of a linear layer, on library products."""
     if not e.numel():
         return _empty(e).zero_()
@@ -36,6 +41,7 @@ def library_gram_conv_diag(
     groups: int,
     bias: bool,
     workspace: int,
+    precision: str | None = None,
 ) -> Tensor:
     """Return the diagonal of K of a convolution, on library products."""
     if not x.shape[0]:
@@ -43,7 +49,9 @@ def library_gram_conv_diag(
     return library.conv_norms(x, e, weight_shape, stride, padding, dilation, groups, bias, workspace)
 
 
-def library_gram_embedding_diag(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int) -> Tensor:
+def library_gram_embedding_diag(
+    ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int, precision: str | None = None
+) -> Tensor:
     """Return the diagonal of K of an embedding, on library products."""
     if not e.numel():
         return _empty(e).zero_()
@@ -61,7 +69,9 @@ def _empty(a: Tensor, *_: object) -> Tensor:
     return a.new_empty(a.shape[0], dtype=accumulation_dtype(a.dtype))
 
 
-def _fake_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int) -> Tensor:
+def _fake_embedding(
+    ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int, precision: str | None = None
+) -> Tensor:
     return _empty(e)
 
 

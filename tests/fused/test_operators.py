@@ -1,5 +1,7 @@
 """The operators as CUDA tensors see them: every route against float64 gradients per sample."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -101,3 +103,23 @@ def test_plans_name_the_tiles_of_their_kernels():
     x = plan((8, 16, 9, 9), (8, 16, 9, 9), weight_shape=(16, 16, 3, 3), padding=1, capability=(8, 0))
     assert (x.algorithm, len(x.tiles)) == ("explicit", 2)
     assert plan((64, 4, 512), (64, 4, 512)).tiles == ()
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
+def test_precisions_reach_every_kernel(precision, device, monkeypatch):
+    seen = []
+    for name in (
+        "gram_hadamard",
+        "gram_pairs",
+        "gram_explicit",
+        "gram_conv_explicit",
+        "fused_gram_embedding",
+    ):
+        monkeypatch.setattr(cuda, name, partial(spy, getattr(cuda, name)))
+    for shape in ((3, None, 4, 2), (2, 2, 20, 17), (2, 33, 5, 4)):
+        cuda.gram(*linear_case(shape, torch.float32, device), False, WORKSPACE, precision)
+    x, e = torch.randn(2, 2, 4, 4, device=device), torch.randn(2, 3, 2, 2, device=device)
+    cuda.gram_conv(x, e, (3, 2, 3, 3), (1, 1), (0, 0), (1, 1), 1, False, WORKSPACE, precision)
+    ids, e = torch.zeros(2, 3, dtype=torch.int64, device=device), torch.randn(2, 3, 4, device=device)
+    cuda.gram_embedding(ids, e, None, WORKSPACE, precision)
+    assert seen == [precision] * 5
