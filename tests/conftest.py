@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-# MKL's batched LU (torch.linalg.solve, the truth of several tests) fails, or silently returns wrong numbers, once
-# the number of threads was lowered to one and raised again in one process: tests start with one and stay there.
+# MKL's batched LU (torch.linalg.solve, the truth of several tests) fails, or returns wrong numbers, once the
+# number of threads was lowered to one and raised again in a process: tests start with one and stay there.
 torch.set_num_threads(1)
 
 
