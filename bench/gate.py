@@ -54,7 +54,8 @@ def _contributions(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Tensor]:
     if isinstance(layer, nn.BatchNorm2d):
         # its affine part alone: the normalisation couples the samples and has no parameters
         a = torch.nn.functional.batch_norm(a, None, None, training=True, eps=layer.eps)
-        layer = nn.BatchNorm2d(layer.num_features, eps=0.0).double().eval()
+        # too small to change the fresh layer's variance of one
+        layer = nn.BatchNorm2d(layer.num_features, eps=1e-30).double().eval()
     parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
 
     def inner(parameters: dict[str, Tensor], a: Tensor, e: Tensor) -> Tensor:
