@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -142,22 +143,25 @@ class FNGD(Optimizer):
 
         Raises: TypeError for ids that are no integers of shape (N,), ValueError for ids out of range.
         """
+        if isinstance(ids, Tensor) and (ids.is_floating_point() or ids.ndim != 1):
+            raise TypeError(f"ids: expected integers of shape (N,), got {ids.dtype}, {tuple(ids.shape)}")
         try:
-            ids = torch.as_tensor(ids)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"ids: expected integers of shape (N,), got {ids!r:.80}") from error
-        if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8) or ids.ndim != 1:
+            # Through an array: of a list, torch would look at every number in Python first.
+            named = array("q", ids.tolist() if isinstance(ids, Tensor) else ids)
+        except (TypeError, OverflowError) as error:
             raise TypeError(
-                f"ids: expected integers of shape (N,), got {ids.dtype} of shape {tuple(ids.shape)}; "
+                f"ids: expected integers of shape (N,), got {ids!r:.80}; "
                 "a dataset with other keys needs its own map to 0, 1, 2, ..."
-            )
-        ids = ids.to("cpu", torch.int64)
-        low, high = map(int, ids.aminmax()) if ids.numel() else (0, -1)
+            ) from error
+        low, high = min(named, default=0), max(named, default=-1)
         size = self._sharing.dataset_size
         if low < 0 or (size is not None and high >= size):
             bound = "" if size is None else f" and below the dataset's length {size}"
             raise ValueError(f"ids: expected ids >= 0{bound}, got {low} to {high}")
-        self._sharing.set_samples(ids, high)
+        if not named:  # which frombuffer refuses
+            self._sharing.set_samples(torch.zeros(0, dtype=torch.int64), high)
+            return
+        self._sharing.set_samples(torch.frombuffer(named, dtype=torch.int64), high)
 
     def start_epoch(self, dataset_size: int | None = None) -> None:
         """Begin an epoch. A tracked loader says so itself; other loops do where epochs count in sharing."""
@@ -165,7 +169,6 @@ class FNGD(Optimizer):
 
     # ---- optimizer ----
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Apply the base optimizer's rule to the gradients; a step whose gradient is not finite is left out.
 
