@@ -277,13 +277,17 @@ struct Embedding : Function<Embedding> {
 
 // ---- rows: one copy of a parameter for every sample, so that its gradient arrives per sample --------------------
 
+Tensor copies(const Tensor& parameter, int64_t samples) {
+  std::vector<int64_t> shape = parameter.sizes().vec();
+  shape.insert(shape.begin(), samples);
+  return parameter.unsqueeze(0).expand(shape).contiguous();
+}
+
 struct Rows : Function<Rows> {
   static Tensor forward(
       AutogradContext* ctx, const Tensor& parameter, int64_t samples, const OptionalTensor& scale, const SinkPtr& sink) {
     remember(ctx, Tensor(), Tensor(), scale, sink);
-    std::vector<int64_t> shape = parameter.sizes().vec();
-    shape.insert(shape.begin(), samples);
-    return parameter.unsqueeze(0).expand(shape).contiguous();
+    return copies(parameter, samples);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& outputs) {
@@ -331,9 +335,7 @@ Tensor embedding_forward(const Tensor& ids, const Tensor& weight, const Optional
 }
 
 Tensor rows_forward(const Tensor& parameter, int64_t samples, const OptionalTensor&) {
-  std::vector<int64_t> shape = parameter.sizes().vec();
-  shape.insert(shape.begin(), samples);
-  return parameter.unsqueeze(0).expand(shape).contiguous();
+  return copies(parameter, samples);
 }
 
 // Casts as torch's own linear and convolution do; outside the node, so that the casts are differentiated by autograd.
