@@ -4,7 +4,7 @@
 //   dX = the ordinary input gradient, from the unweighted E
 //   dW = sum_n s_n E_n^T A_n, db = sum_n s_n sum_t E_nt
 // and the ordinary weight gradient is never formed. A node either holds the weights ("scale") or a "sink": a Python
-// callable that receives (A, E) when, and only when, the weight gradient is asked for.
+// callable that receives (A, E) when, and only when, a parameter gradient is asked for.
 //
 // dX is again a linear map of the same weight, so backward builds it from the same node: the nodes are differentiable
 // any number of times and every use of a weight, also inside a derivative, reaches the scale or the sink.
@@ -44,12 +44,13 @@ struct Sink : torch::CustomClassHolder {
     function = py::object();
   }
 
-  // Calls function(a, e, selective). `selective` tells that only some gradients were asked for (autograd.grad, or
-  // backward with inputs), so that the caller must return them instead of writing .grad later.
-  Gradients operator()(const Tensor& a, const Tensor& e) const {
+  // Calls function(a, e, biased, selective). `biased` tells that the bias takes part in this use, as it does in no
+  // derivative of a map. `selective` tells that only some gradients were asked for (autograd.grad, or backward with
+  // inputs), so that the caller must return them instead of writing .grad later.
+  Gradients operator()(const Tensor& a, const Tensor& e, bool biased) const {
     const bool selective = !torch::autograd::get_current_graph_task_exec_info()->empty();
     py::gil_scoped_acquire gil;
-    const py::object result = function(a, e, selective);
+    const py::object result = function(a, e, biased, selective);
     if (result.is_none()) {
       return {};
     }
@@ -81,9 +82,13 @@ OptionalTensor saved_scale(const variable_list& saved) {
   return saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
 }
 
+bool has_bias(AutogradContext* ctx) {
+  return ctx->saved_data["has_bias"].toBool();
+}
+
 // Whether the gradient of the bias is asked for; edges exist only for tensors that were given.
 bool needs_bias(AutogradContext* ctx) {
-  return ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(kBias);
+  return has_bias(ctx) && ctx->needs_input_grad(kBias);
 }
 
 // s_n x_n, rounded once to x's dtype.
@@ -158,7 +163,7 @@ struct Linear : Function<Linear> {
     Gradients parameters;
     if (need_w || need_b) {
       const Tensor &a = adjoint ? gradient : x, &e = adjoint ? x : gradient;
-      parameters = sink ? (*sink)(a, e) : linear_gradients(a, e, scale, need_w, need_b);
+      parameters = sink ? (*sink)(a, e, has_bias(ctx)) : linear_gradients(a, e, scale, need_w, need_b);
     }
     return {dx, parameters.first, parameters.second, Tensor(), Tensor(), Tensor()};
   }
@@ -243,7 +248,7 @@ struct Conv : Function<Conv> {
     Gradients parameters;
     if (need_w || need_b) {
       const Tensor &a = adjoint ? gradient : x, &e = adjoint ? x : gradient;
-      parameters = sink ? (*sink)(a, e) : conv_gradients(geometry, a, e, weight, scale, need_w, need_b);
+      parameters = sink ? (*sink)(a, e, has_bias(ctx)) : conv_gradients(geometry, a, e, weight, scale, need_w, need_b);
     }
     return {dx, parameters.first, parameters.second, Tensor(), Tensor(), Tensor(), Tensor()};
   }
@@ -266,7 +271,7 @@ struct Embedding : Function<Embedding> {
     const SinkPtr sink = saved_sink(ctx);
     Tensor dw;
     if (ctx->needs_input_grad(kWeight)) {
-      dw = sink ? (*sink)(ids, outputs[0]).first
+      dw = sink ? (*sink)(ids, outputs[0], false).first
                 : at::embedding_dense_backward(
                       scaled(outputs[0], saved_scale(saved)), ids, weight.size(0),
                       ctx->saved_data["padding_idx"].toInt(), false);
@@ -292,7 +297,7 @@ struct Rows : Function<Rows> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& outputs) {
     const SinkPtr sink = saved_sink(ctx);
-    const Tensor gradient = sink ? (*sink)(Tensor(), outputs[0]).first
+    const Tensor gradient = sink ? (*sink)(Tensor(), outputs[0], false).first
                                  : scaled(outputs[0], saved_scale(ctx->get_saved_variables())).sum(0);
     return {gradient, Tensor(), Tensor(), Tensor()};
   }

@@ -64,6 +64,36 @@ def test_normalizations_scale_the_natural_gradient(normalize):
         torch.testing.assert_close(natural[name][0], scale * (v @ g) / N, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("network", ["linear", "conv"])
+def test_exact_gradient_of_a_loss_with_a_gradient_penalty(network):
+    layers = {
+        "linear": [nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)],
+        "conv": [nn.Conv1d(1, 4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)],
+    }
+    model = nn.Sequential(*layers[network]).double()
+    x = torch.randn(N, 5, dtype=torch.float64)
+    x = x if network == "linear" else x.unsqueeze(1)
+
+    def losses(x):
+        x = x.detach().requires_grad_()
+        y = model(x)
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return y.square().sum(-1) + dx.square().flatten(1).sum(-1)
+
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    rows = [torch.autograd.grad(losses(x[n : n + 1]).sum(), parameters) for n in range(N)]
+    samples = {name: torch.stack(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+
+    opt = fngd.FNGD(model, share="none", normalize="raw", damping=0.3)
+    losses(x).mean().backward()
+    assert opt.stats()["failed_solves"] == 0
+    for name, g in blocks(model, samples).items():
+        damping = 0.3 * g.square().sum() / N
+        fisher = g.T @ g / N
+        expected = torch.linalg.solve(fisher + damping * torch.eye(g.shape[1], dtype=g.dtype), g.mean(0))
+        torch.testing.assert_close(gradients(model)[name][0], expected, rtol=1e-8, atol=1e-12)
+
+
 LAYOUTS = [(name, torch.contiguous_format) for name in NETWORKS]
 LAYOUTS += [
     (name, torch.channels_last) for name in NETWORKS if name.startswith(("conv2d", "group", "reused"))

@@ -131,7 +131,7 @@ def test_sink_receives_the_factors_of_every_use(case, implementation):
     node, geometry, x, weight, bias = CASES[case]()
     received = []
 
-    def sink(a, e, selective):
+    def sink(a, e, biased, selective):
         received.append((a, e))
         return torch.full_like(weight, 2.0), torch.full_like(bias, 3.0)
 
@@ -148,12 +148,28 @@ def test_sink_receives_the_factors_of_every_use(case, implementation):
     torch.testing.assert_close(x.grad, expected)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_sink_learns_where_the_bias_takes_part(case, implementation):
+    node, geometry, x, weight, bias = CASES[case]()
+    received = []
+
+    def sink(a, e, biased, selective):
+        received.append(biased)
+        return torch.zeros_like(weight), torch.zeros_like(bias) if biased else None
+
+    y = node(x, weight, bias, sink=sink, **geometry).tanh()
+    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    received.clear()
+    dx.square().sum().backward()
+    assert sorted(received) == [False, True]  # the derivative's own use, and the map that it goes through
+
+
 @pytest.mark.skipif(not native.AVAILABLE, reason="Python cannot tell which gradients are asked for")
 @pytest.mark.parametrize("case", CASES)
 def test_native_sink_is_called_only_for_weight_gradients(case):
     node, geometry, x, weight, bias = CASES[case]()
     calls = []
-    y = node(x, weight, bias, sink=lambda a, e, selective: calls.append(selective), **geometry).sum()
+    y = node(x, weight, bias, sink=lambda a, e, biased, selective: calls.append(selective), **geometry).sum()
     torch.autograd.grad(y, x, retain_graph=True)
     assert calls == []
     torch.autograd.grad(y, weight, retain_graph=True, allow_unused=True)
@@ -205,7 +221,7 @@ def test_autocast_casts_as_torch_does(case, captured, implementation):
     node, geometry, x, weight, bias = CASES[case]()
     x, weight, bias = (t.detach().float().requires_grad_() for t in (x, weight, bias))
     received = []
-    extra = {"sink": lambda a, e, _: received.append((a, e))} if captured else {"scale": torch.ones(len(x))}
+    extra = {"sink": lambda a, e, *_: received.append((a, e))} if captured else {"scale": torch.ones(len(x))}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = node(x, weight, bias, **extra, **geometry)
         expected = torch_function(node, geometry)(x, weight, bias)

@@ -2,9 +2,10 @@
 
 Each function computes what its torch counterpart computes. Its backward returns the ordinary input gradient
 and, for the parameters, sum_n s_n C_n: C_n is the contribution of sample n (row n of the input) and s are the
-weights `scale`. With a `sink` instead, backward calls sink(a, e, selective) when the weight gradient is asked
-for: a and e are the sample-first factors of the contributions, `selective` tells that the caller asked for
-some gradients only (autograd.grad), and the answer is (weight gradient, bias gradient), or None for neither.
+weights `scale`. With a `sink` instead, backward calls sink(a, e, biased, selective) when a parameter gradient
+is asked for: a and e are the sample-first factors of the contributions, `biased` tells that the bias takes
+part (in a derivative of the map it does not), `selective` that the caller asked for some gradients only
+(autograd.grad), and the answer is (weight gradient, bias gradient), or None for neither.
 Source: the weighted form of the natural gradient, Ou et al. 2024 (arXiv 2403.03473).
 """
 
@@ -18,7 +19,7 @@ from . import nodes_python
 from .library import LIBRARY
 
 Gradients = tuple[Tensor | None, Tensor | None]
-Sink = Callable[[Tensor, Tensor, bool], Gradients | None]
+Sink = Callable[[Tensor, Tensor, bool, bool], Gradients | None]
 
 LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? scale) -> Tensor")
 LIBRARY.define(

@@ -32,7 +32,7 @@ class Linear(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, scale, sink, adjoint):
         ctx.save_for_backward(x, weight, scale)
-        ctx.sink, ctx.adjoint = sink, adjoint
+        ctx.sink, ctx.adjoint, ctx.has_bias = sink, adjoint, bias is not None
         return x @ weight if adjoint else F.linear(x, weight, bias)
 
     @staticmethod
@@ -45,7 +45,7 @@ class Linear(Function):
         if needs_w or needs_b:
             a, e = (gradient, x) if ctx.adjoint else (x, gradient)
             if ctx.sink is not None:
-                dw, db = ctx.sink(a, e, False) or (None, None)
+                dw, db = ctx.sink(a, e, ctx.has_bias, False) or (None, None)
             else:
                 e = scaled(e, scale).flatten(0, -2)
                 dw = e.T @ a.flatten(0, -2) if needs_w else None
@@ -60,6 +60,7 @@ class Conv(Function):
     def forward(ctx, x, weight, bias, scale, sink, geometry, like):
         ctx.save_for_backward(x, weight, scale)
         ctx.sink, ctx.geometry, ctx.adjoint = sink, geometry, like is not None
+        ctx.has_bias = bias is not None
         if like is not None:
             return _conv_backward(x, like, weight, geometry, 0)
         return _CONVOLUTIONS[x.ndim - 2](x, weight, bias, *geometry)
@@ -75,7 +76,7 @@ class Conv(Function):
         if needs_w or needs_b:
             a, e = (gradient, x) if ctx.adjoint else (x, gradient)
             if ctx.sink is not None:
-                dw, db = ctx.sink(a, e, False) or (None, None)
+                dw, db = ctx.sink(a, e, ctx.has_bias, False) or (None, None)
             else:
                 e = scaled(e, scale)
                 dw = _conv_backward(e, a, weight, ctx.geometry, 1) if needs_w else None
@@ -105,7 +106,7 @@ class Embedding(Function):
     def backward(ctx, gradient):
         ids, scale = ctx.saved_tensors
         if ctx.sink is not None:
-            dw = (ctx.sink(ids, gradient, False) or (None, None))[0]
+            dw = (ctx.sink(ids, gradient, False, False) or (None, None))[0]
         else:
             dw = torch.ops.aten.embedding_dense_backward(
                 scaled(gradient, scale), ids, ctx.size, ctx.padding_idx, False
@@ -126,7 +127,7 @@ class Rows(Function):
     def backward(ctx, gradient):
         (scale,) = ctx.saved_tensors
         if ctx.sink is not None:
-            dw = (ctx.sink(None, gradient, False) or (None, None))[0]
+            dw = (ctx.sink(None, gradient, False, False) or (None, None))[0]
         else:
             dw = scaled(gradient, scale).sum(0)
         return dw, None, None, None

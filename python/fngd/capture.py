@@ -28,7 +28,7 @@ class Layer:
         self.solves = 0
         self.weights: Tensor | None = None  # of the last solve
         self.open_uses = 0  # solving forwards whose backward has not come yet
-        self.split_task = -1  # the last backward in which uses had to be answered one by one
+        self.answered_task = -1  # the last backward in which a use had to be answered at once
 
     @property
     def parameters(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:

@@ -75,17 +75,17 @@ class Engine:
 
     @torch.no_grad()
     def _captured(
-        self, layer: Layer, batch: Batch, a: Tensor, e: Tensor, selective: bool
+        self, layer: Layer, batch: Batch, a: Tensor, e: Tensor, biased: bool, selective: bool
     ) -> Gradients | None:
         """Receive one use of a layer inside backward; the sink of the layer's node."""
-        use, task = (a, e), torch._C._current_graph_task_id()
-        only_use = layer.open_uses <= 1 and layer.split_task != task
+        use, task = Use(a, e, biased), torch._C._current_graph_task_id()
+        only_use = layer.open_uses <= 1 and layer.answered_task != task
         layer.open_uses = max(0, layer.open_uses - 1)
         if selective or _awaited(layer):
+            layer.answered_task = task
             if only_use:
                 return _weighted(layer, [use], self._solve(batch, {layer: [use]}))
             layer.note = "used several times, and its gradient must be returned before the last use is known"
-            layer.split_task = task
             return _weighted(layer, [use], {})
         if task not in self._pending:
             self._pending[task] = defaultdict(lambda: defaultdict(list))
@@ -109,14 +109,14 @@ class Engine:
         started = time.perf_counter()
         groups: dict[Any, list[tuple[Layer, Tensor]]] = defaultdict(list)
         for layer, uses in captured.items():
-            sizes = {e.shape[0] for _, e in uses}
+            sizes = {use.e.shape[0] for use in uses}
             if len(sizes) > 1:
                 layer.note = f"used on batches of several sizes ({sorted(sizes)}) in one backward"
                 continue
             k = layer.rule.gram(layer.module, uses)
             groups[k.shape[0], k.device, k.dtype].append((layer, k))
 
-        held = [x for uses in captured.values() for use in uses for x in use if x is not None]
+        held = [x for uses in captured.values() for use in uses for x in (use.a, use.e) if x is not None]
         held += [k for members in groups.values() for _, k in members]
         self.captured_bytes = max(self.captured_bytes, sum(x.nbytes for x in held))
         weights: dict[Layer, Tensor] = {}
@@ -190,7 +190,7 @@ def _weighted(layer: Layer, uses: Sequence[Use], weights: dict[Layer, Tensor]) -
     """Return the layer's weighted gradients, or the plain ones for a layer without weights."""
     if layer in weights:
         return layer.rule.combine(layer.module, uses, weights[layer])
-    return added([layer.rule.combine(layer.module, [use], use[1].new_ones(use[1].shape[0])) for use in uses])
+    return added([layer.rule.combine(layer.module, [use], use.e.new_ones(use.e.shape[0])) for use in uses])
 
 
 def _awaited(layer: Layer) -> bool:

@@ -64,8 +64,10 @@ class _Collector:
         return layer.rule.forward(layer.module, x, None, partial(self._captured, layer))
 
     @torch.no_grad()
-    def _captured(self, layer: Layer, a: Tensor, e: Tensor, selective: bool) -> Gradients | None:
-        self._uses[layer].append((a, e))
+    def _captured(
+        self, layer: Layer, a: Tensor, e: Tensor, biased: bool, selective: bool
+    ) -> Gradients | None:
+        self._uses[layer].append(Use(a, e, biased))
         if len(self._uses[layer]) == self.open[layer]:
             self._close(layer)
         return None

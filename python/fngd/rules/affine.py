@@ -54,8 +54,8 @@ def sample_parameters(
 def _stacked(sink: Sink) -> Sink:
     """Return a sink for the stacked parameters (2, *shape) from one that answers with two gradients."""
 
-    def stacked(a: Tensor, e: Tensor, selective: bool) -> Gradients | None:
-        gradients = sink(a, e, selective)
+    def stacked(a: Tensor, e: Tensor, biased: bool, selective: bool) -> Gradients | None:
+        gradients = sink(a, e, biased, selective)
         return None if gradients is None else (torch.stack(gradients), None)  # type: ignore[arg-type]
 
     return stacked
@@ -76,4 +76,4 @@ def _normalised(module: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 def _summed(uses: Sequence[Use]) -> Tensor:
     """Return the contributions (N, *shape), summed over the uses."""
-    return uses[0][1] if len(uses) == 1 else torch.stack([e for _, e in uses]).sum(0)
+    return uses[0].e if len(uses) == 1 else torch.stack([use.e for use in uses]).sum(0)

@@ -1,15 +1,23 @@
 """What a layer rule is: how one type of module computes, and how its contributions C_n are contracted."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fngd_kernels.ops.nodes import Gradients, Sink
 
-Use = tuple[Tensor, Tensor]
-"""One use of a module in a forward: (a, e), its sample-first input and the gradient at its output."""
+
+class Use(NamedTuple):
+    """One use of a module's parameters in a forward, or in a derivative of it."""
+
+    a: Any
+    """Sample-first input; None where e holds the contributions themselves."""
+    e: Tensor
+    """Sample-first gradient at the output."""
+    biased: bool
+    """Whether the module's bias takes part; in a derivative it does not."""
 
 
 class Rule(Protocol):
@@ -47,6 +55,11 @@ def added(parts: Sequence[Gradients]) -> Gradients:
 def pair(result: Tensor | tuple[Tensor, Tensor]) -> Gradients:
     """Return what a weighted sum with or without bias gave as (weight gradient, bias gradient)."""
     return result if isinstance(result, tuple) else (result, None)
+
+
+def biased(module: Any, uses: Sequence[Use]) -> list[Use]:
+    """Return the uses in which a trainable bias takes part."""
+    return [use for use in uses if use.biased] if trainable_bias(module) else []
 
 
 def trainable_bias(module: Any) -> bool:

@@ -11,7 +11,7 @@ import fngd_kernels as fk
 from fngd_kernels.ops import nodes
 from fngd_kernels.ops.nodes import Gradients, Sink
 
-from .base import Use, added, pair, trainable_bias
+from .base import Use, added, biased, pair
 
 _CONV_FORWARDS = {kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
@@ -37,20 +37,26 @@ class ConvRule:
 
     def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
         if len(uses) == 1:
-            return fk.gram_conv(
-                *uses[0], module.weight.shape, bias=trainable_bias(module), **geometry(module)
-            )
+            (use,) = uses
+            bias = bool(biased(module, uses))
+            return fk.gram_conv(use.a, use.e, module.weight.shape, bias=bias, **geometry(module))
         # A sample's contributions are summed over the uses before the inner product, cross terms included.
         one = torch.ones(1, device=module.weight.device)
-        samples = range(uses[0][1].shape[0])
-        rows = [self.combine(module, [(x[n : n + 1], e[n : n + 1]) for x, e in uses], one) for n in samples]
+        rows = [
+            self.combine(module, [Use(x[n : n + 1], e[n : n + 1], bias) for x, e, bias in uses], one)
+            for n in range(uses[0].e.shape[0])
+        ]
         return fk.gram_rows(
             torch.stack([torch.cat([g.flatten() for g in row if g is not None]) for row in rows])
         )
 
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
-        options = {"bias": trainable_bias(module), **geometry(module)}
-        return added([pair(fk.combine_conv(x, e, s, module.weight.shape, **options)) for x, e in uses])
+        shape, options = module.weight.shape, geometry(module)
+        parts = [
+            pair(fk.combine_conv(use.a, use.e, s, shape, bias=bool(biased(module, [use])), **options))
+            for use in uses
+        ]
+        return added(parts)
 
 
 def split_padding(module: Any) -> tuple[list[int] | None, tuple[int, ...]]:

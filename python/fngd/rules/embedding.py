@@ -43,7 +43,7 @@ class EmbeddingRule:
         return weight, None
 
 
-def _positions(uses: Sequence[Use]) -> Use:
+def _positions(uses: Sequence[Use]) -> tuple[Tensor, Tensor]:
     """Return all uses as one: ids (N, T), e (N, T, D)."""
-    ids = torch.cat([ids.reshape(ids.shape[0], -1) for ids, _ in uses], dim=1)
-    return ids, torch.cat([e.reshape(e.shape[0], -1, e.shape[-1]) for _, e in uses], dim=1)
+    ids = torch.cat([ids.reshape(ids.shape[0], -1) for ids, *_ in uses], dim=1)
+    return ids, torch.cat([e.reshape(e.shape[0], -1, e.shape[-1]) for _, e, _ in uses], dim=1)

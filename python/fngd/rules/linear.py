@@ -10,7 +10,7 @@ import fngd_kernels as fk
 from fngd_kernels.ops import nodes
 from fngd_kernels.ops.nodes import Gradients, Sink
 
-from .base import Use, pair, trainable_bias
+from .base import Use, biased, pair
 
 
 class LinearRule:
@@ -28,16 +28,27 @@ class LinearRule:
         return nodes.linear(x, module.weight, module.bias, scale, sink)
 
     def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
-        return fk.gram(*_positions(uses), bias=trainable_bias(module))
+        with_bias = biased(module, uses)
+        if len(with_bias) in (0, len(uses)):
+            return fk.gram(*_positions(uses), bias=bool(with_bias))
+        return fk.gram(*_positions(uses)) + fk.gram_rows(_bias_rows(with_bias))
 
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
-        a, e = _positions(uses)
-        return pair(fk.combine(a, e, s, bias=trainable_bias(module)))
+        with_bias = biased(module, uses)
+        if len(with_bias) in (0, len(uses)):
+            return pair(fk.combine(*_positions(uses), s, bias=bool(with_bias)))
+        return fk.combine(*_positions(uses), s), fk.combine_rows(_bias_rows(with_bias), s)
 
 
-def _positions(uses: Sequence[Use]) -> Use:
+def _bias_rows(uses: Sequence[Use]) -> Tensor:
+    """Return the contributions (N, O) to the bias."""
+    _, e = _positions(uses)
+    return e if e.ndim == 2 else e.sum(1)
+
+
+def _positions(uses: Sequence[Use]) -> tuple[Tensor, Tensor]:
     """Return all uses as one (N, T, I), (N, T, O); a single use without positions stays (N, I), (N, O)."""
-    if len(uses) == 1 and uses[0][0].ndim <= 3:
-        return uses[0]
-    a = torch.cat([a.reshape(a.shape[0], -1, a.shape[-1]) for a, _ in uses], dim=1)
-    return a, torch.cat([e.reshape(e.shape[0], -1, e.shape[-1]) for _, e in uses], dim=1)
+    if len(uses) == 1 and uses[0].a.ndim <= 3:
+        return uses[0].a, uses[0].e
+    a = torch.cat([a.reshape(a.shape[0], -1, a.shape[-1]) for a, *_ in uses], dim=1)
+    return a, torch.cat([e.reshape(e.shape[0], -1, e.shape[-1]) for _, e, _ in uses], dim=1)
