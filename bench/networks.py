@@ -1,106 +1,111 @@
-"""The two reference networks whose steps are timed: a small ResNet-18 and a small Transformer."""
+"""The networks whose steps are timed: two small ones for a CPU thread, and those of the GPU figures."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.models import ResNet18
+from bench.transformer import EncoderDecoder, LanguageModel
 
-BATCH = 64
+Batch = tuple[Tensor, ...]
+"""The model's inputs, then the targets."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Network:
     """A model, one batch for it and its loss; `gate` names the layers to check before timing."""
 
     name: str
     model: Callable[[], nn.Module]
-    batch: Callable[[], tuple[Tensor, Tensor]]
+    batch: Callable[[], Batch]
     loss: Callable[[Tensor, Tensor], Tensor]
     gate: tuple[str, ...]
+    autocast: torch.dtype | None = None
+    memory_format: torch.memory_format = torch.contiguous_format
+
+    def build(self, device: torch.device) -> nn.Module:
+        """Return the model with its weights of seed 0."""
+        torch.manual_seed(0)
+        return self.model().to(device, memory_format=self.memory_format)
+
+    def draw(self, device: torch.device) -> Batch:
+        """Return the batch of seed 0."""
+        torch.manual_seed(0)
+        return tuple(
+            x.to(device, memory_format=self.memory_format) if x.ndim == 4 else x.to(device)
+            for x in self.batch()
+        )
+
+    def objective(self, model: nn.Module, *batch: Tensor) -> Tensor:
+        """Return the loss of one batch, under autocast if the network asks for it."""
+        *inputs, targets = batch
+        with torch.autocast(targets.device.type, self.autocast, enabled=self.autocast is not None):
+            return self.loss(model(*inputs), targets)
 
 
-class Transformer(nn.Module):
-    """Causal pre-norm language model; its positions are fixed sinusoids, which have no parameters."""
-
-    def __init__(
-        self, *, vocabulary: int, length: int, layers: int, dimension: int, heads: int, hidden: int
-    ) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary, dimension)
-        self.register_buffer("positions", sinusoids(length, dimension))
-        self.blocks = nn.Sequential(*(Block(dimension, heads, hidden) for _ in range(layers)))
-        self.norm = nn.LayerNorm(dimension)
-        self.head = nn.Linear(dimension, vocabulary)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(N,T) token ids -> (N,T,vocabulary) logits."""
-        return self.head(self.norm(self.blocks(self.embedding(tokens) + self.positions)))
+def _resnet(*, width: int, batch: int, gate: tuple[str, ...]) -> Network:
+    return Network(
+        name=f"ResNet-18, width {width}, 32 x 32, batch {batch}",
+        model=lambda: ResNet18(3, 10, width=width),
+        batch=lambda: (torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))),
+        loss=F.cross_entropy,
+        gate=gate,
+    )
 
 
-class Block(nn.Module):
-    """Self-attention and a feed-forward layer, each on the normalised sum of what came before."""
-
-    def __init__(self, dimension: int, heads: int, hidden: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(dimension)
-        self.qkv = nn.Linear(dimension, 3 * dimension)
-        self.out = nn.Linear(dimension, dimension)
-        self.norm2 = nn.LayerNorm(dimension)
-        self.up = nn.Linear(dimension, hidden)
-        self.down = nn.Linear(hidden, dimension)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N,T,D) -> (N,T,D)."""
-        x = x + self.out(self.attend(self.qkv(self.norm1(x))))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-    def attend(self, qkv: Tensor) -> Tensor:
-        """(N,T,3D) queries, keys and values -> (N,T,D)."""
-        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=2))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+def _mixed(network: Network, memory_format: torch.memory_format = torch.contiguous_format) -> Network:
+    """Return the network as it is trained on a GPU."""
+    name = f"{network.name}, bf16 autocast"
+    return dataclasses.replace(network, name=name, autocast=torch.bfloat16, memory_format=memory_format)
 
 
-def sinusoids(length: int, dimension: int) -> Tensor:
-    """Position codes (T,D).
+def _translation(*, layers: int, dimension: int, batch: int, length: int, vocabulary: int) -> Network:
+    def draw() -> Batch:
+        return tuple(torch.randint(vocabulary, (batch, length)) for _ in range(3))
 
-    Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.5.
-    """
-    frequencies = torch.exp(torch.arange(0, dimension, 2) * (-math.log(10_000) / dimension))
-    angles = torch.arange(length).unsqueeze(1) * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-def _images() -> tuple[Tensor, Tensor]:
-    return torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
-
-
-def _tokens() -> tuple[Tensor, Tensor]:
-    return torch.randint(1000, (BATCH, 32)), torch.randint(1000, (BATCH, 32))
+    return Network(
+        name=f"Transformer {layers}+{layers}, d {dimension}, T {length}, batch {batch}",
+        model=lambda: EncoderDecoder(
+            vocabulary=vocabulary,
+            length=length,
+            layers=layers,
+            dimension=dimension,
+            heads=8,
+            hidden=4 * dimension,
+        ),
+        batch=draw,
+        loss=_token_loss,
+        gate=("source", "encoder.0.qkv", "decoder.0.cross_kv", f"decoder.{layers - 1}.down", "norm"),
+    )
 
 
 def _token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-RESNET = Network(
-    name="ResNet-18, width 16, 32 x 32, batch 64",
-    model=lambda: ResNet18(3, 10, width=16),
-    batch=_images,
-    loss=F.cross_entropy,
-    gate=("conv", "blocks.2.conv1", "blocks.2.shortcut.0", "blocks.7.conv2", "norm", "linear"),
-)
+_RESNET_GATE = ("conv", "blocks.2.conv1", "blocks.2.shortcut.0", "blocks.7.conv2", "norm", "linear")
+RESNET = _resnet(width=16, batch=64, gate=_RESNET_GATE)
 TRANSFORMER = Network(
     name="Transformer, 2 layers, d 128, T 32, batch 64",
-    model=lambda: Transformer(vocabulary=1000, length=32, layers=2, dimension=128, heads=4, hidden=512),
-    batch=_tokens,
+    model=lambda: LanguageModel(vocabulary=1000, length=32, layers=2, dimension=128, heads=4, hidden=512),
+    batch=lambda: (torch.randint(1000, (64, 32)), torch.randint(1000, (64, 32))),
     loss=_token_loss,
     gate=("embedding", "blocks.0.qkv", "blocks.1.down", "norm", "head"),
 )
+
+MIXED = {
+    "resnet": {
+        "small": _mixed(_resnet(width=8, batch=16, gate=_RESNET_GATE), torch.channels_last),
+        "gpu": _mixed(_resnet(width=64, batch=128, gate=_RESNET_GATE), torch.channels_last),
+    },
+    "transformer": {
+        "small": _mixed(_translation(layers=1, dimension=64, batch=16, length=10, vocabulary=100)),
+        "gpu": _mixed(_translation(layers=6, dimension=512, batch=128, length=30, vocabulary=10_000)),
+    },
+}
+"""By network and size, in bf16 autocast: `gpu` what is measured on a device, `small` the same in miniature."""

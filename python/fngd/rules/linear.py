@@ -37,7 +37,8 @@ class LinearRule:
         with_bias = biased(module, uses)
         if len(with_bias) in (0, len(uses)):
             return pair(fk.combine(*_positions(uses), s, bias=bool(with_bias)))
-        return fk.combine(*_positions(uses), s), fk.combine_rows(_bias_rows(with_bias), s)
+        weight, _ = pair(fk.combine(*_positions(uses), s))
+        return weight, fk.combine_rows(_bias_rows(with_bias), s)
 
 
 def _bias_rows(uses: Sequence[Use]) -> Tensor:
