@@ -3,12 +3,10 @@
 #include <torch/extension.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <tuple>
 
-#include "finite.h"
 #include "solve_params.h"
 
 void bind_nodes(pybind11::module_& module);
@@ -62,37 +60,10 @@ std::tuple<Tensor, Tensor> solve(const Tensor& k, const Tensor& damping, const s
   return {x, info};
 }
 
-template <typename Bits>
-bool is_finite(const Tensor& tensor, Bits exponent) {
-  const auto* numbers = static_cast<const Bits*>(tensor.const_data_ptr());
-  std::atomic<bool> found{false};
-  at::parallel_for(0, tensor.numel(), at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
-    if (fngd::non_finite(numbers + begin, end - begin, exponent) != 0) found = true;
-  });
-  return !found;
-}
-
-Tensor all_finite(at::TensorList tensors) {
-  bool finite = true;
-  for (const Tensor& tensor : tensors) {
-    // Every number once, in whatever order the memory has.
-    const Tensor dense = tensor.is_non_overlapping_and_dense() ? tensor : tensor.contiguous();
-    switch (dense.scalar_type()) {
-      case at::kDouble: finite &= is_finite<uint64_t>(dense, 0x7FF0000000000000); break;
-      case at::kFloat: finite &= is_finite<uint32_t>(dense, 0x7F800000); break;
-      case at::kBFloat16: finite &= is_finite<uint16_t>(dense, 0x7F80); break;
-      case at::kHalf: finite &= is_finite<uint16_t>(dense, 0x7C00); break;
-      default: TORCH_CHECK_TYPE(false, "tensors: expected floating dtypes, got ", dense.scalar_type());
-    }
-  }
-  return at::scalar_tensor(finite, at::TensorOptions().dtype(at::kBool));
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fngd, CPU, m) {
   m.impl("solve", &solve);
-  m.impl("all_finite", &all_finite);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { bind_nodes(m); }

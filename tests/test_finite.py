@@ -3,33 +3,46 @@
 import pytest
 import torch
 
-from fngd_kernels.ops.finite import _all_finite, all_finite
+from fngd_kernels.ops.finite import _found_non_finite, found_non_finite
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+POISONS = [float("nan"), float("inf"), -float("inf")]
 
 
-@pytest.mark.parametrize("function", [all_finite, _all_finite])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("function", [found_non_finite, _found_non_finite])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_every_place_and_every_kind(dtype, function):
-    largest = torch.finfo(dtype).max / 1e4
-    for size in (1, 5, 4096, 40_000):
-        tensors = [torch.full((3,), -largest, dtype=dtype), torch.ones(size, dtype=dtype)]
-        assert function(tensors).item() is True
+    largest = torch.finfo(dtype).max
+    for size in (1, 5, 63, 4096, 40_000):
+        tensors = [torch.full((3,), -largest, dtype=dtype), torch.full((size,), largest, dtype=dtype)]
+        found = function(tensors)
+        assert (found.tolist(), found.dtype) == ([0.0], torch.float32)
         for place in {0, size // 2, size - 1}:
-            for poison in (float("nan"), float("inf"), -float("inf")):
+            for poison in POISONS:
                 bad = tensors[1].clone()
                 bad[place] = poison
-                assert function([tensors[0], bad]).item() is False
-                assert function([bad, tensors[0]]).item() is False
+                assert function([tensors[0], bad]).tolist() == [1.0]
+                assert function([bad, tensors[0]]).tolist() == [1.0]
 
 
-def test_layouts():
+@pytest.mark.parametrize("function", [found_non_finite, _found_non_finite])
+def test_layouts_dtypes_and_empty_tensors(function):
     x = torch.randn(4, 3, 5, 6)
     x[2, 1, 3, 3] = float("nan")
     views = [x, x.to(memory_format=torch.channels_last), x.transpose(0, 2), x[1:, :2, 2:5:1, ::3], x[..., 3]]
-    assert not any(all_finite([view]) for view in views)
-    assert all_finite([x[..., 4], x[::2][:1], torch.randn(1, 3).expand(5, 3), torch.zeros(0)])
+    assert all(function([view]).item() == 1 for view in views)
+    sound = [x[..., 4], x[::2][:1], torch.randn(1, 3).expand(5, 3), torch.zeros(0)]
+    assert function(sound).item() == 0
+    mixed = [torch.ones(3, dtype=dtype) for dtype in DTYPES]
+    assert function([*sound, *mixed]).item() == 0
+    assert function([*sound, *mixed, views[-1]]).item() == 1
+    assert function([torch.zeros(0)]).tolist() == [0.0]
 
 
-def test_opcheck_and_no_tensors():
-    torch.library.opcheck(torch.ops.fngd.all_finite.default, ([torch.ones(3), torch.ones(2, 2)],))
+def test_opcheck_and_bad_arguments():
+    torch.library.opcheck(torch.ops.fngd.found_non_finite.default, ([torch.ones(3), torch.ones(2, 2)],))
     with pytest.raises(ValueError, match="tensors: expected one or more"):
-        all_finite([])
+        found_non_finite([])
+    for function in (found_non_finite, _found_non_finite):
+        with pytest.raises(TypeError, match=r"tensors: expected float64, .*got"):
+            function([torch.ones(3), torch.ones(3, dtype=torch.int64)])

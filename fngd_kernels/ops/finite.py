@@ -1,37 +1,51 @@
 """One test of many tensors for NaN and infinity."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .. import native  # noqa: F401 - registers the CPU kernel
+from .. import native  # noqa: F401 - registers the native kernels
 from .library import LIBRARY, register
 
-LIBRARY.define("all_finite(Tensor[] tensors) -> Tensor")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+LIBRARY.define("found_non_finite(Tensor[] tensors) -> Tensor")
 
 
-def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Return whether every element of every tensor is finite.
+def found_non_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Return 1 if any element of any tensor is NaN or infinite, else 0: torch's `found_inf`.
 
-    tensors: dense floating tensors of any shapes and strides, one or more
+    tensors: float64, float32, bfloat16 or float16, of any shapes and strides, one or more
 
-    Returns: () bool, on the device of the first tensor
-    Raises: ValueError without tensors.
+    Returns: (1,) float32, on the device of the first tensor; nothing waits for the device
+    Raises: ValueError without tensors; TypeError for other dtypes.
     """
     if not tensors:
         raise ValueError("tensors: expected one or more, got none")
-    return torch.ops.fngd.all_finite.default(tensors)
+    return torch.ops.fngd.found_non_finite.default(tensors)
 
 
-def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    # A sum carries every NaN and infinity; a sum of halves in their own dtype could overflow by itself.
-    sums = [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-    return torch.stack([s.to(sums[0].device) for s in sums]).isfinite().all()
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Return whether every element of every tensor is finite, () bool."""
+    return found_non_finite(tensors)[0] == 0
+
+
+def _found_non_finite(tensors: Sequence[Tensor]) -> Tensor:
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"tensors: expected float64, float32, bfloat16 or float16, got {tensor.dtype}")
+    # The largest magnitude, unlike a sum, cannot overflow; it is NaN where any element is.
+    device = tensors[0].device
+    largest = [torch.linalg.vector_norm(t, math.inf).to(device, torch.float64) for t in tensors if t.numel()]
+    if not largest:
+        return torch.zeros(1, device=device)
+    return torch.stack(largest).isfinite().all().logical_not().float().reshape(1)
 
 
 def _fake(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0].new_empty((), dtype=torch.bool)
+    return tensors[0].new_empty(1, dtype=torch.float32)
 
 
-register("all_finite", _all_finite, _fake)
+register("found_non_finite", _found_non_finite, _fake)
