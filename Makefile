@@ -1,9 +1,9 @@
-# make train | test | lint | bench; each sets up .venv by itself. PYTHON chooses the interpreter, ARGS is passed on.
+# make train | pinn | test | lint | bench; each sets up .venv by itself. PYTHON chooses the interpreter, ARGS is passed on.
 PYTHON ?= python3
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: setup train test lint bench clean
+.PHONY: setup train pinn test lint bench clean
 
 setup: .venv/ready
 
@@ -16,6 +16,9 @@ setup: .venv/ready
 
 train: setup
 	$(PY) -m bench.train $(ARGS)
+
+pinn: setup
+	$(PY) -m bench.pinn.demo $(ARGS)
 
 test: setup
 	$(PY) -m pytest $(ARGS)

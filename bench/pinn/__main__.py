@@ -1,0 +1,121 @@
+"""`python -m bench.pinn`: Gauss-Newton beside Adam, L-BFGS and others on problems with known solutions."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bench.pinn import figures, problems, report
+from bench.pinn.archive import Archive
+from bench.pinn.methods import METHODS
+from bench.pinn.problems import Equation, Problem
+from bench.pinn.study import Final, Study, conduct
+
+SETTINGS = min(len(method.settings) for method in METHODS.values())
+
+
+def parser() -> argparse.ArgumentParser:
+    """Command line of the comparison."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.pinn",
+        description="Tune every method with equally many settings on validation points, train with the best "
+        "over several seeds, every run for the same seconds, and compare the errors at fresh points.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--problem",
+        choices=problems.NAMES,
+        action="append",
+        help="problem, repeatable (default: all; california only with --data-dir)",
+    )
+    parser.add_argument(
+        "--method", choices=tuple(METHODS), action="append", help="method, repeatable (default: all)"
+    )
+    parser.add_argument("--data-dir", type=Path, help="folder of cal_housing.tgz, for california")
+    parser.add_argument("--seconds", type=float, default=30.0, help="training time of each run")
+    parser.add_argument(
+        "--settings", type=int, default=SETTINGS, help=f"settings each method tries, 1 to {SETTINGS}"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        action="append",
+        help="seed of a final run, repeatable (default: 1, 2, 3; tuning: 0)",
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/pinn"), help="folder; the runs it holds are not run again"
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the comparison that `arguments` describe; returns the exit status."""
+    options = parser().parse_args(arguments)
+    try:
+        _compare(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> None:
+    _check(options)
+    torch.set_num_threads(options.threads)
+    study = Study(
+        methods=tuple(dict.fromkeys(options.method or METHODS)),
+        settings=options.settings,
+        seeds=tuple(dict.fromkeys(options.seed or (1, 2, 3))),
+        seconds=options.seconds,
+    )
+    chosen = [
+        problems.load(name, data_dir=options.data_dir) for name in dict.fromkeys(_problem_names(options))
+    ]
+    archive = Archive(options.output)
+    total = study.seconds_per_problem * len(chosen)
+    layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
+    with tqdm(total=total, bar_format=layout, dynamic_ncols=True, disable=None) as bar:
+        for problem in chosen:
+            _show(problem, conduct(study, problem, archive, bar), archive, bar)
+
+
+def _show(problem: Problem, finals: dict[str, Final], archive: Archive, bar: tqdm) -> None:
+    if not finals:
+        return
+    text = f"{problem.title}\n\n{report.table(problem, finals)}\n"
+    (archive.folder / f"{problem.name}.md").write_text(text)
+    bar.write(f"\n{text}", file=sys.stdout)
+    figures.save_curves(archive.folder / f"{problem.name}.png", problem.title, finals)
+    if isinstance(problem, Equation) and len(problem.low) == 2:
+        networks = {}
+        for name, final in finals.items():
+            networks[name] = problem.network()
+            networks[name].load_state_dict(torch.load(archive.network_path(final.runs[0]), weights_only=True))
+        figures.save_fields(archive.folder / f"{problem.name}-fields.png", problem.title, problem, networks)
+
+
+def _problem_names(options: argparse.Namespace) -> tuple[str, ...]:
+    if options.problem:
+        return tuple(options.problem)
+    return problems.NAMES if options.data_dir else tuple(n for n in problems.NAMES if n != "california")
+
+
+def _check(options: argparse.Namespace) -> None:
+    if not 0 < options.seconds < float("inf"):
+        raise ValueError(f"seconds: expected a number above 0, got {options.seconds}")
+    if not 1 <= options.settings <= SETTINGS:
+        raise ValueError(f"settings: expected 1 to {SETTINGS}, got {options.settings}")
+    if options.threads < 1:
+        raise ValueError(f"threads: expected 1 or more, got {options.threads}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

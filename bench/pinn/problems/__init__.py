@@ -1,0 +1,51 @@
+"""The problems by name, in the sizes that one CPU core can train in half a minute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.pinn.problems.base import Equation, Pairs, Points, Problem, mean_squares, relative_error
+from bench.pinn.problems.elliptic import Helmholtz, Poisson2d, Poisson5d, Poisson10d
+from bench.pinn.problems.evolution import Burgers, Heat, InverseDiffusion
+from bench.pinn.problems.regression import Fit1d, Fit2d, Regression, california, diabetes
+
+__all__ = [
+    "NAMES",
+    "Equation",
+    "Pairs",
+    "Points",
+    "Problem",
+    "Regression",
+    "load",
+    "mean_squares",
+    "relative_error",
+]
+
+_EMBEDDED: dict[str, Callable[[], Problem]] = {
+    "fit-1d": lambda: Fit1d(count=400),
+    "fit-2d": lambda: Fit2d(count=900),
+    "poisson-2d": lambda: Poisson2d(interior=600, boundary=120),
+    "poisson-5d": lambda: Poisson5d(interior=700, boundary=300),
+    "poisson-10d": lambda: Poisson10d(interior=600, boundary=400),
+    "heat": lambda: Heat(interior=600, initial=80, walls=80),
+    "helmholtz": lambda: Helmholtz(interior=900, boundary=160),
+    "burgers": lambda: Burgers(interior=800, initial=80, walls=80),
+    "inverse-diffusion": lambda: InverseDiffusion(interior=600, initial=60, walls=60, measurements=100),
+    "diabetes": diabetes,
+}
+NAMES = (*_EMBEDDED, "california")
+
+
+def load(name: str, *, data_dir: Path | None = None) -> Problem:
+    """The problem called `name`; only california reads `data_dir`.
+
+    Raises: ValueError for an unknown name or missing data.
+    """
+    if name in _EMBEDDED:
+        return _EMBEDDED[name]()
+    if name != "california":
+        raise ValueError(f"problem: expected one of {', '.join(NAMES)}, got {name!r}")
+    if data_dir is None:
+        raise ValueError("data_dir: california needs the folder that holds its archive, got none")
+    return california(data_dir)

@@ -1,0 +1,111 @@
+"""A comparison: tune every method on validation points, then train at the chosen settings over the seeds."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+
+from tqdm import tqdm
+
+from bench.pinn.archive import Archive, History
+from bench.pinn.methods import METHODS, Setting, Task
+from bench.pinn.problems import Problem
+from bench.pinn.runs import Record, Run, train
+
+# tuning has a seed of its own: no final run was chosen by its own error
+TUNING_SEED = 0
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the command line asks for; `settings` limits how many each method tries."""
+
+    methods: tuple[str, ...]
+    settings: int
+    seeds: tuple[int, ...]
+    seconds: float
+
+    @property
+    def seconds_per_problem(self) -> float:
+        """Training time of one problem, when all methods can run."""
+        return self.seconds * len(self.methods) * (self.settings + len(self.seeds))
+
+
+@dataclass(frozen=True)
+class Final:
+    """Runs of a method at its tuned setting, one for each seed; `tried` are all the settings tuning tried."""
+
+    tried: tuple[Setting, ...]
+    runs: tuple[Run, ...]
+    histories: tuple[History, ...]
+
+    @property
+    def setting(self) -> Setting:
+        """The tuned setting."""
+        return self.runs[0].setting
+
+
+def conduct(study: Study, problem: Problem, archive: Archive, bar: tqdm) -> dict[str, Final]:
+    """Do what of the study is not yet in `archive`; methods that cannot run are named and left out."""
+    finals = {}
+    for name in study.methods:
+        final = METHODS[name].obstacle(problem) or _tune_and_train(study, problem, name, archive, bar)
+        if isinstance(final, str):
+            bar.write(f"{problem.name}: {METHODS[name].label} left out: {final}", file=sys.stderr)
+        else:
+            finals[name] = final
+    return finals
+
+
+def _tune_and_train(study: Study, problem: Problem, method: str, archive: Archive, bar: tqdm) -> Final | str:
+    first = Run(problem.name, method, {}, TUNING_SEED, study.seconds)
+    tried = METHODS[method].settings[: study.settings]
+    tuning = [replace(first, setting=setting) for setting in tried]
+    errors = {
+        number: outcome(problem, history).validation_error
+        for number, run in enumerate(tuning)
+        if not diverged(run, history := finished(run, problem, archive, bar))
+    }
+    if not errors:
+        return "it diverged with every setting"
+    best = tuning[min(errors, key=errors.__getitem__)]
+    runs = tuple(replace(best, seed=seed) for seed in study.seeds)
+    return Final(tried, runs, tuple(finished(run, problem, archive, bar) for run in runs))
+
+
+def finished(run: Run, problem: Problem, archive: Archive, bar: tqdm) -> History:
+    """The history of `run`, from the archive or, when it is not there, by training."""
+    bar.set_description(f"{run.problem} {METHODS[run.method].label} {describe(run.setting)} seed {run.seed}")
+    history = archive.history(run)
+    if history is not None:
+        bar.update(run.seconds)
+        return history
+    task = Task.of(problem, run.seed)
+    history = []
+    for entry in train(run, problem, task):
+        bar.update(entry.seconds - (history[-1].seconds if history else 0))
+        bar.set_postfix_str(f"error {entry.test_error:.1e}")
+        history.append(entry)
+    archive.add(run, history, task.network)
+    last = history[-1]
+    end = "diverged" if diverged(run, history) else f"error {last.test_error:.2e}, loss {last.loss:.2e}"
+    name = bar.desc.removesuffix(": ")
+    bar.write(f"{name}: {last.step} steps in {last.seconds:.1f} s, {end}", file=sys.stderr)
+    return history
+
+
+def describe(setting: Setting) -> str:
+    """`lr 0.01, ...`."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in setting.items())
+
+
+def diverged(run: Run, history: History) -> bool:
+    """A run whose loss was not finite ended before its time."""
+    return history[-1].seconds < run.seconds
+
+
+def outcome(problem: Problem, history: History) -> Record:
+    """The record that counts: the last one, or with early stopping that of the lowest validation error."""
+    if problem.early_stopping:
+        return min(history, key=lambda entry: entry.validation_error)
+    return history[-1]
