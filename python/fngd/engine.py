@@ -1,8 +1,7 @@
 """What one training step does: layers are captured, solved for at the end of backward, and weighted."""
 
-import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,15 @@ from .capture import Layer
 from .coefficients import coefficients
 from .rules import Use, added
 from .sharing import Batch, Sharing
+from .stopwatch import Stopwatch
+
+
+class Captured:
+    """The uses of a layer in one batch, and their Gram matrix where it was formed inside backward."""
+
+    def __init__(self) -> None:
+        self.uses: list[Use] = []
+        self.k: Tensor | None = None
 
 
 class Engine:
@@ -31,13 +39,14 @@ class Engine:
         self.layers, self.sharing = list(layers), sharing
         self.damping, self.damping_mode, self.normalize = damping, damping_mode, normalize
         self.solved_batches = 0
-        self.solve_seconds = 0.0
         # The most that one solving step held: inputs, output gradients and Gram matrices.
         self.captured_bytes = 0
+        device = sharing.table.values.device
+        self._stopwatch = Stopwatch(device)
         # Counted where the solves run: reading it is what synchronises.
-        self.failed_solves = torch.zeros((), dtype=torch.int64, device=sharing.table.values.device)
-        # Captured uses by autograd graph task, batch and layer; a backward that failed leaves its own behind.
-        self._pending: dict[int, dict[Batch, dict[Layer, list[Use]]]] = {}
+        self.failed_solves = torch.zeros((), dtype=torch.int64, device=device)
+        # By autograd graph task, batch and layer; a backward that failed leaves its own behind.
+        self._pending: dict[int, dict[Batch, dict[Layer, Captured]]] = {}
 
     def finish_step(self) -> None:
         """Drop what a failed or unused backward left behind."""
@@ -79,59 +88,68 @@ class Engine:
     ) -> Gradients | None:
         """Receive one use of a layer inside backward; the sink of the layer's node."""
         use, task = Use(a, e, biased), torch._C._current_graph_task_id()
+        last_use = layer.open_uses == 1
         only_use = layer.open_uses <= 1 and layer.answered_task != task
         layer.open_uses = max(0, layer.open_uses - 1)
         if selective or _awaited(layer):
             layer.answered_task = task
             if only_use:
-                return _weighted(layer, [use], self._solve(batch, {layer: [use]}))
+                k = layer.rule.gram(layer.module, [use])
+                self._note_bytes([use], [k])
+                return _weighted(layer, [use], self._solve(batch, {layer: k}))
             layer.note = "used several times, and its gradient must be returned before the last use is known"
             return _weighted(layer, [use], {})
         if task not in self._pending:
-            self._pending[task] = defaultdict(lambda: defaultdict(list))
+            self._pending[task] = defaultdict(lambda: defaultdict(Captured))
             Variable._execution_engine.queue_callback(partial(self._finish_backward, task))
-        self._pending[task][batch][layer].append(use)
+        captured = self._pending[task][batch][layer]
+        captured.uses.append(use)
+        # At once, while e is in the cache; a derivative of the layer that comes still later makes it void.
+        captured.k = _gram(layer, captured.uses) if last_use else None
         return None
 
     @torch.no_grad()
     def _finish_backward(self, task: int) -> None:
         """Solve for all layers of a backward at once and add their weighted gradients to .grad."""
         for batch, captured in self._pending.pop(task).items():
-            weights = self._solve(batch, captured)
-            for layer, uses in captured.items():
-                gradients = _weighted(layer, uses, weights)
+            grams = {}
+            for layer, found in captured.items():
+                k = _gram(layer, found.uses) if found.k is None else found.k
+                if k is not None:
+                    grams[layer] = k
+            self._note_bytes([use for found in captured.values() for use in found.uses], grams.values())
+            weights = self._solve(batch, grams)
+            while captured:  # each layer's tensors are let go as soon as they were combined
+                layer, found = captured.popitem()
+                gradients = _weighted(layer, found.uses, weights)
                 for parameter, gradient in zip(layer.parameters, gradients, strict=True):
                     if parameter is not None and parameter.requires_grad and gradient is not None:
                         _accumulate(parameter, gradient)
 
-    def _solve(self, batch: Batch, captured: dict[Layer, list[Use]]) -> dict[Layer, Tensor]:
-        """Return the weights of the samples in every layer that can be weighted, and keep them for later."""
-        started = time.perf_counter()
+    def _solve(self, batch: Batch, grams: Mapping[Layer, Tensor]) -> dict[Layer, Tensor]:
+        """Return the weights of the samples in every layer with a Gram matrix, and keep them for later."""
         groups: dict[Any, list[tuple[Layer, Tensor]]] = defaultdict(list)
-        for layer, uses in captured.items():
-            sizes = {use.e.shape[0] for use in uses}
-            if len(sizes) > 1:
-                layer.note = f"used on batches of several sizes ({sorted(sizes)}) in one backward"
-                continue
-            k = layer.rule.gram(layer.module, uses)
-            groups[k.shape[0], k.device, k.dtype].append((layer, k))
-
-        held = [x for uses in captured.values() for use in uses for x in (use.a, use.e) if x is not None]
-        held += [k for members in groups.values() for _, k in members]
-        self.captured_bytes = max(self.captured_bytes, sum(x.nbytes for x in held))
+        for layer, gram in grams.items():
+            groups[gram.shape[0], gram.device, gram.dtype].append((layer, gram))
         weights: dict[Layer, Tensor] = {}
-        for members in groups.values():
-            layers, grams = zip(*members, strict=True)
-            k = torch.stack(grams)
-            s, solved = coefficients(k, self.damping, self.damping_mode, self.normalize)
-            self.failed_solves += (~solved).sum().to(self.failed_solves.device)
-            self.sharing.keep(batch, [layer.index for layer in layers], k, s)
-            for layer, row in zip(layers, s.unbind(0), strict=True):
-                layer.solves += 1
-                layer.weights = weights[layer] = row
+        solutions = []
+        with self._stopwatch.running():
+            for members in groups.values():
+                layers, matrices = zip(*members, strict=True)
+                k = torch.stack(matrices)
+                s, solved = coefficients(k, self.damping, self.damping_mode, self.normalize)
+                self.failed_solves += (~solved).sum().to(self.failed_solves.device)
+                solutions.append(([layer.index for layer in layers], k, s))
+                for layer, row in zip(layers, s.unbind(0), strict=True):
+                    layer.solves += 1
+                    layer.weights = weights[layer] = row
+            self.sharing.keep(batch, solutions)
         self.solved_batches += 1
-        self.solve_seconds += time.perf_counter() - started
         return weights
+
+    def _note_bytes(self, uses: Iterable[Use], grams: Iterable[Tensor]) -> None:
+        held = [x for use in uses for x in (use.a, use.e) if x is not None]
+        self.captured_bytes = max(self.captured_bytes, sum(x.nbytes for x in (*held, *grams)))
 
     # ---- state and reports ----
 
@@ -175,15 +193,24 @@ class Engine:
             "epoch": self.sharing.epoch,
             "solved_batches": self.solved_batches,
             "failed_solves": int(self.failed_solves),
-            "seen_samples": int(self.sharing.table.seen.sum()),
+            "seen_samples": self.sharing.table.count_seen(),
             "coefficients": {
                 name: {"min": float(s.min()), "mean": float(s.mean()), "max": float(s.max())}
                 for name, s in last.items()
             },
-            "solve_seconds": self.solve_seconds,
+            "solve_seconds": self._stopwatch.seconds(),
             "table_bytes": self.sharing.table.values.nbytes,
             "captured_bytes": self.captured_bytes,
         }
+
+
+def _gram(layer: Layer, uses: Sequence[Use]) -> Tensor | None:
+    """Return the layer's Gram matrix, None where its uses are not of the same samples."""
+    sizes = {use.e.shape[0] for use in uses}
+    if len(sizes) == 1:
+        return layer.rule.gram(layer.module, uses)
+    layer.note = f"used on batches of several sizes ({sorted(sizes)}) in one backward"
+    return None
 
 
 def _weighted(layer: Layer, uses: Sequence[Use], weights: dict[Layer, Tensor]) -> Gradients:

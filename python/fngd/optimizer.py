@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fngd_kernels.ops.finite import all_finite
+from fngd_kernels.ops.finite import found_non_finite
 
 from .capture import WISHES, find_layers, release, route
 from .coefficients import DAMPING_MODES, NORMALIZATIONS
@@ -18,6 +18,7 @@ from .engine import Engine
 from .sharing import SHARES, Sharing
 
 _BASES: dict[str, type[Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+_FUSED_ON_CUDA = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 class FNGD(Optimizer):
@@ -28,7 +29,9 @@ class FNGD(Optimizer):
     gradient under the empirical Fisher; later epochs reuse each sample's s at the ordinary gradient's cost.
 
     model: the network; its modules are routed through FNGD's layer rules until `detach()`
-    lr, **options: the base optimizer's own (momentum, weight_decay, betas, fused, ...), with its defaults
+    lr, **options: the base optimizer's own (momentum, weight_decay, betas, ...), with its defaults. Only on
+        CUDA, with SGD, Adam and AdamW, `fused` is True unless it, foreach, capturable or differentiable is
+        named: a fused update leaves out a step on the device, without the host waiting for the gradients
     params: what to optimize, as for any torch optimizer: an iterable of parameters or of groups, by default
         all of the model's; a layer whose weight is not among them is left alone
     base: "sgd", "adamw" or a torch.optim class: the update rule
@@ -54,12 +57,12 @@ class FNGD(Optimizer):
     _sharing: Sharing
     _model: nn.Module
     _plain: dict[str, str]
-    skipped_steps: int
+    _skipped_steps: Tensor
 
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 0.1,
+        lr: float | Tensor = 0.1,
         *,
         params: Iterable[Any] | None = None,
         base: str | type[Optimizer] = "sgd",
@@ -89,6 +92,8 @@ class FNGD(Optimizer):
             raise TypeError(f"skip: expected a sequence of module-name patterns, got the string {skip!r}")
 
         base_class = _base_class(base)
+        if _fuses_on_cuda(base_class, model, options):
+            options["fused"] = True
         try:
             self._base = base_class(model.parameters() if params is None else params, lr=lr, **options)
         except TypeError as error:
@@ -106,9 +111,9 @@ class FNGD(Optimizer):
             listed = "; ".join(f"{name or 'the model itself'}: {why}" for name, why in unsupported.items())
             raise ValueError(f"strict: modules without a rule ({listed})")
         self.share = share
-        self.skipped_steps = 0
         self._model = model
         device = layers[0].module.weight.device
+        self._skipped_steps = torch.zeros((), dtype=torch.float64, device=device)
         self._sharing = Sharing(share, refresh_every, len(layers), device)
         self._engine = Engine(layers, self._sharing, float(damping), damping_mode, normalize)
         self._restore: Callable[[], None] | None = None
@@ -167,6 +172,18 @@ class FNGD(Optimizer):
         """Begin an epoch. A tracked loader says so itself; other loops do where epochs count in sharing."""
         self._sharing.start_epoch(dataset_size)
 
+    @property
+    def solving(self) -> bool:
+        """Whether the next forward is solved for. torch.compile cannot trace that: run the model itself then.
+
+            compiled = torch.compile(model, fullgraph=True)
+            for x, y in loader:
+                loss = loss_fn((model if opt.solving else compiled)(x), y)
+
+        With fullgraph=False the compiled model may run every step.
+        """
+        return self._sharing.solving
+
     # ---- optimizer ----
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -179,20 +196,45 @@ class FNGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._engine.finish_step()
-        if not self._gradients_are_finite():
-            self.skipped_steps += 1
+        # A GradScaler sets both, and then leaves unscaling and skipping to this step.
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is None:
+            found_inf = self._found_non_finite()
+        self._skipped_steps += found_inf
+        if self._step_supports_amp_scaling:
+            self._begin_momentum()
+        elif found_inf:
             return loss
+        else:
+            found_inf = None
+        self._base.found_inf, self._base.grad_scale = found_inf, grad_scale  # type: ignore[attr-defined]
         self._base.step()
         return loss
 
-    def _gradients_are_finite(self) -> bool:
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether the base optimizer itself leaves out a step by found_inf; GradScaler asks for this too."""
+        return getattr(self._base, "_step_supports_amp_scaling", False) and all(
+            group.get("fused", True) and not group.get("dampening") for group in self.param_groups
+        )
+
+    def _begin_momentum(self) -> None:
+        """Write the momentum 0 that torch's fused SGD leaves undefined when its first step is left out."""
+        for group in self.param_groups:
+            if group.get("momentum"):
+                for p in group["params"]:
+                    if p.grad is not None and self.state[p].get("momentum_buffer") is None:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+    def _found_non_finite(self) -> Tensor:
+        """Return 1 if a gradient holds NaN or infinity, else 0: () float32."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-        return not dense or bool(all_finite(dense))
+        return found_non_finite(dense)[0] if dense else torch.zeros((), device=self._skipped_steps.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state and, under "fngd", coefficients and counters."""
-        own = self._engine.state_dict() | {"skipped_steps": self.skipped_steps}
+        own = self._engine.state_dict() | {"skipped_steps": int(self._skipped_steps)}
         return {**super().state_dict(), "fngd": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -206,7 +248,7 @@ class FNGD(Optimizer):
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "fngd"})
         self._link()
         self._engine.load_state_dict(state_dict["fngd"])
-        self.skipped_steps = state_dict["fngd"]["skipped_steps"]
+        self._skipped_steps.fill_(state_dict["fngd"]["skipped_steps"])
 
     # ---- reports ----
 
@@ -228,12 +270,22 @@ class FNGD(Optimizer):
 
     def stats(self) -> dict[str, Any]:
         """Return counters of batches, solves and steps, the coefficients' spread, seconds and bytes."""
-        return self._engine.stats() | {"skipped_steps": self.skipped_steps}
+        return self._engine.stats() | {"skipped_steps": int(self._skipped_steps)}
 
 
 def _one_of(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _fuses_on_cuda(base: type[Optimizer], model: nn.Module, options: dict[str, Any]) -> bool:
+    """Return whether torch's fused update can be chosen for a user who named no other."""
+    return (
+        base in _FUSED_ON_CUDA
+        and not options.keys() & {"fused", "foreach", "capturable", "differentiable"}
+        and all(p.is_cuda and p.is_floating_point() for p in model.parameters())
+        and not any(getattr(module, "sparse", False) for module in model.modules())
+    )
 
 
 def _base_class(base: str | type[Optimizer]) -> type[Optimizer]:
