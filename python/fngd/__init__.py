@@ -1,8 +1,10 @@
 """FNGD: natural-gradient training at first-order cost, as a drop-in PyTorch optimizer."""
 
+from .gauss_newton import GaussNewton
 from .grams import layer_grams
 from .optimizer import FNGD
+from .residuals import PerSample
 from .samples import track
 
-__all__ = ["FNGD", "layer_grams", "track"]
+__all__ = ["FNGD", "GaussNewton", "PerSample", "layer_grams", "track"]
 __version__ = "0.1.0"

@@ -34,6 +34,10 @@ class AffineRule:
     def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
         return fk.gram_rows(_summed(uses))
 
+    def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
+        rows = _summed(uses)
+        return (rows[:, 0], rows[:, 1]) if trainable_bias(module) else (rows, None)
+
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
         gradient = fk.combine_rows(_summed(uses), s)
         return (gradient[0], gradient[1]) if trainable_bias(module) else (gradient, None)

@@ -40,6 +40,9 @@ class Rule(Protocol):
     def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
         """Return K (N, N), K_ij = <C_i, C_j>, with C_n summed over the uses."""
 
+    def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
+        """Return the C_n (N, *shape) to weight and bias, None for a bias that takes no part."""
+
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
         """Return sum_n s_n C_n: (weight gradient, bias gradient), None for a bias without gradient."""
 

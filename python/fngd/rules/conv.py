@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fngd_kernels as fk
+from fngd_kernels.library.conv_contributions import conv_contributions
 from fngd_kernels.ops import nodes
 from fngd_kernels.ops.nodes import Gradients, Sink
 
@@ -41,14 +42,29 @@ class ConvRule:
             bias = bool(biased(module, uses))
             return fk.gram_conv(use.a, use.e, module.weight.shape, bias=bias, **geometry(module))
         # A sample's contributions are summed over the uses before the inner product, cross terms included.
-        one = torch.ones(1, device=module.weight.device)
-        rows = [
-            self.combine(module, [Use(x[n : n + 1], e[n : n + 1], bias) for x, e, bias in uses], one)
-            for n in range(uses[0].e.shape[0])
+        weight, bias_rows = self.contributions(module, uses)
+        assert weight is not None
+        k = fk.gram_rows(weight)
+        return k if bias_rows is None else k + fk.gram_rows(bias_rows)
+
+    def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
+        groups, kernel = module.groups, module.kernel_size
+        stride, padding, dilation = (geometry(module)[name] for name in ("stride", "padding", "dilation"))
+        weight = [
+            conv_contributions(
+                use.a.unflatten(1, (groups, -1)),
+                use.e.unflatten(1, (groups, -1)),
+                kernel,
+                stride,
+                padding,
+                dilation,
+                use.e.dtype,
+            )
+            for use in uses
         ]
-        return fk.gram_rows(
-            torch.stack([torch.cat([g.flatten() for g in row if g is not None]) for row in rows])
-        )
+        bias = [use.e.flatten(2).sum(2) for use in biased(module, uses)]
+        summed = torch.stack(weight).sum(0).view(-1, *module.weight.shape)
+        return summed, torch.stack(bias).sum(0) if bias else None
 
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
         shape, options = module.weight.shape, geometry(module)

@@ -37,6 +37,14 @@ class EmbeddingRule:
     def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
         return fk.gram_embedding(*_positions(uses), padding_idx=module.padding_idx)
 
+    def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
+        ids, e = _positions(uses)
+        if module.padding_idx is not None:
+            e = e.masked_fill((ids == module.padding_idx).unsqueeze(-1), 0)
+        rows = e.new_zeros((len(ids), *module.weight.shape))
+        samples = torch.arange(len(ids), device=ids.device).unsqueeze(1).expand_as(ids)
+        return rows.index_put_((samples, ids), e, accumulate=True), None
+
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
         ids, e = _positions(uses)
         weight = fk.combine_embedding(ids, e, s, module.num_embeddings, padding_idx=module.padding_idx)

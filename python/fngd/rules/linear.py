@@ -30,26 +30,30 @@ class LinearRule:
     def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
         with_bias = biased(module, uses)
         if len(with_bias) in (0, len(uses)):
-            return fk.gram(*_positions(uses), bias=bool(with_bias))
-        return fk.gram(*_positions(uses)) + fk.gram_rows(_bias_rows(with_bias))
+            return fk.gram(*positions(uses), bias=bool(with_bias))
+        return fk.gram(*positions(uses)) + fk.gram_rows(_bias_rows(with_bias))
+
+    def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
+        a, e = positions(uses)
+        with_bias = biased(module, uses)
+        return e.mT @ a, _bias_rows(with_bias) if with_bias else None
 
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
         with_bias = biased(module, uses)
         if len(with_bias) in (0, len(uses)):
-            return pair(fk.combine(*_positions(uses), s, bias=bool(with_bias)))
-        weight, _ = pair(fk.combine(*_positions(uses), s))
+            return pair(fk.combine(*positions(uses), s, bias=bool(with_bias)))
+        weight, _ = pair(fk.combine(*positions(uses), s))
         return weight, fk.combine_rows(_bias_rows(with_bias), s)
 
 
 def _bias_rows(uses: Sequence[Use]) -> Tensor:
     """Return the contributions (N, O) to the bias."""
-    _, e = _positions(uses)
-    return e if e.ndim == 2 else e.sum(1)
+    return torch.stack([use.e.flatten(1, -2).sum(1) if use.e.ndim > 2 else use.e for use in uses]).sum(0)
 
 
-def _positions(uses: Sequence[Use]) -> tuple[Tensor, Tensor]:
-    """Return all uses as one (N, T, I), (N, T, O); a single use without positions stays (N, I), (N, O)."""
-    if len(uses) == 1 and uses[0].a.ndim <= 3:
-        return uses[0].a, uses[0].e
-    a = torch.cat([a.reshape(a.shape[0], -1, a.shape[-1]) for a, *_ in uses], dim=1)
-    return a, torch.cat([e.reshape(e.shape[0], -1, e.shape[-1]) for _, e, _ in uses], dim=1)
+def positions(uses: Sequence[Use]) -> tuple[Tensor, Tensor]:
+    """Return all uses as one: a (N, T, I), e (N, T, O)."""
+    a, e = (
+        [x.reshape(len(x), -1, x.shape[-1]) for x in column] for column in list(zip(*uses, strict=True))[:2]
+    )
+    return (a[0], e[0]) if len(uses) == 1 else (torch.cat(a, 1), torch.cat(e, 1))

@@ -1,0 +1,249 @@
+"""From a residual closure to its Jacobian: what rules serve is captured, the rest is differentiated."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from fngd_kernels.ops.nodes import Gradients
+
+from .capture import Layer, find_layers, route
+from .generic import differentiated_rows, per_sample_rows
+from .jacobian import Factor, Jacobian, RowsFactor, linear_factor
+from .residuals import Block, evaluate, loss
+from .rules import Use
+
+
+class Recorder:
+    """Router of the layers whose uses are captured while the residuals are differentiated.
+
+    Every use of a weight counts, in the forward and in derivatives that the closure takes of it.
+    """
+
+    def __init__(self) -> None:
+        self.uses: dict[Layer, list[Use]] | None = None
+        self.answers = False  # whether uses are answered with the ordinary gradient
+
+    def forward(self, layer: Layer, x: Tensor) -> Tensor:
+        """Return the layer's output, from a node that captures; plain inside torch.func and forward mode."""
+        transformed = torch._C._functorch.maybe_current_level() is not None
+        dual = torch.autograd.forward_ad._current_level >= 0
+        if transformed or dual or not torch.is_grad_enabled() or not layer.rule.batched(layer.module, x):
+            return layer.plain(x)
+        return layer.rule.forward(layer.module, x, None, partial(self._received, layer))
+
+    @torch.no_grad()
+    def _received(
+        self, layer: Layer, a: Tensor, e: Tensor, biased: bool, selective: bool
+    ) -> Gradients | None:
+        use = Use(a, e, biased)
+        if self.uses is not None:
+            self.uses[layer].append(use)
+        return layer.rule.combine(layer.module, [use], e.new_ones(e.shape[0])) if self.answers else None
+
+
+@dataclass
+class Group:
+    """One component of a block: N rows of the Jacobian."""
+
+    residuals: Tensor  # (N,)
+    scale: float
+    uses: dict[Layer, list[Use]]
+    rows: dict[Parameter, Tensor]  # (N, *shape), what was differentiated already
+
+
+class Linearizer:
+    """Evaluates residuals with their Jacobian; knows which parameters are captured and which are not.
+
+    A layer is captured when a rule serves it and nothing but its own forward uses its parameters. All other
+    parameters are differentiated (generic.py).
+    """
+
+    def __init__(self, model: nn.Module, parameters: Iterable[Tensor]) -> None:
+        self.model = model
+        self.parameters = [p for p in parameters if isinstance(p, Parameter)]
+        layers, self.reasons = find_layers(model, self.parameters, affine=True)
+        wanted = {id(p) for p in self.parameters}
+        self.layers: list[Layer] = []
+        for layer in layers:
+            if isinstance(layer.module, nn.modules.batchnorm._BatchNorm):
+                self.reasons[layer.name] = "batch normalisation"
+            elif any(id(p) not in wanted for p in _trainable(layer)):
+                self.reasons[layer.name] = "some of its parameters are not optimized here"
+            else:
+                self.layers.append(layer)
+        self.recorder = Recorder()
+        self._checked: list[tuple[str, int]] = []
+
+    def __call__(self, residuals: Callable[[], Any]) -> tuple[Tensor, Jacobian]:
+        """Return the loss and the Jacobian of the scaled residuals, whose squares sum to the loss.
+
+        Raises: TypeError, ValueError for residuals of a wrong form or that are not per sample.
+        """
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+                raise ValueError(
+                    f"model: {name or type(module).__name__} couples the samples of a batch in "
+                    "training mode, so that no residual belongs to one sample; call .eval() on it or normalise per sample"
+                )
+        while (result := self._linearized(residuals)) is None:
+            pass  # a layer was given up: once more without it
+        return result
+
+    def value(self, residuals: Callable[[], Any]) -> Tensor:
+        """Return the loss alone."""
+        with torch.enable_grad():
+            return loss(evaluate(residuals, self._named_parameters()))
+
+    def coverage(self) -> dict[str, str]:
+        """Return how the Jacobian of every parameter is found: a rule, or "generic: " and why."""
+        captured = {id(p): layer.rule.name for layer in self._active() for p in _trainable(layer)}
+        report = {}
+        for name, parameter in self._named_parameters().items():
+            reason = self.reasons.get(name.rpartition(".")[0], "its layer's weight is frozen")
+            report[name] = captured.get(
+                id(parameter), f"generic: {reason}" if parameter.requires_grad else "frozen"
+            )
+        return report
+
+    def _active(self) -> list[Layer]:
+        return [layer for layer in self.layers if layer.module.weight.requires_grad]
+
+    def _named_parameters(self) -> dict[str, Parameter]:
+        wanted = {id(p) for p in self.parameters}
+        return {name: p for name, p in self.model.named_parameters() if id(p) in wanted}
+
+    @torch.enable_grad()
+    def _linearized(self, residuals: Callable[[], Any]) -> tuple[Tensor, Jacobian] | None:
+        restore = route(self._active(), self.recorder)
+        try:
+            blocks = evaluate(residuals, self._named_parameters())
+            groups: list[Group] = []
+            for block in blocks:
+                found = self._per_sample(block) if block.per_sample else self._captured(block)
+                if found is None:
+                    return None
+                groups += found
+            jacobian = Jacobian(self._factors(groups), torch.cat([block.rows for block in blocks]))
+            if bool(jacobian.residuals.isfinite().all()):
+                self._check(blocks, jacobian)
+            return loss(blocks), jacobian
+        finally:
+            restore()
+
+    def _per_sample(self, block: Block) -> list[Group]:
+        """Return the groups of a block that is a function of one sample."""
+        named = self._named_parameters()
+        assert block.per_sample is not None
+        rows = per_sample_rows(block.per_sample, named)  # (N, C, *shape) by name
+        outside = [p for p in self.parameters if all(p is not inner for inner in named.values())]
+        groups = []
+        for c, component in enumerate(block.values.unbind(1)):
+            own = {parameter: block.scale * rows[name][:, c] for name, parameter in named.items()}
+            own |= differentiated_rows(component, outside, block.scale)
+            groups.append(Group(component, block.scale, {}, own))
+        return groups
+
+    def _captured(self, block: Block) -> list[Group] | None:
+        """Return the groups of a block, or None when layers had to be given up."""
+        owners = {p: layer for layer in self._active() for p in _trainable(layer)}
+        others = [p for p in self.parameters if p.requires_grad and p not in owners]
+        groups = []
+        for component in block.values.unbind(1):
+            uses: dict[Layer, list[Use]] = defaultdict(list)
+            if owners:
+                self.recorder.uses = uses
+                try:
+                    seed = torch.full_like(component, block.scale)
+                    arrived = torch.autograd.grad(
+                        component, list(owners), seed, retain_graph=True, allow_unused=True
+                    )
+                finally:
+                    self.recorder.uses = None
+                # Captured uses return nothing: a gradient that arrives came another way.
+                escaped = {owners[p] for p, g in zip(owners, arrived, strict=True) if g is not None}
+                if escaped:
+                    self.layers = [layer for layer in self.layers if layer not in escaped]
+                    for layer in escaped:
+                        self.reasons[layer.name] = "its parameters are used outside its own training forward"
+                    return None
+            for layer, captured in uses.items():
+                _check_rows(block, layer, captured)
+            rows = differentiated_rows(component, others, block.scale)
+            groups.append(Group(component, block.scale, uses, rows))
+        return groups
+
+    @torch.no_grad()
+    def _factors(self, groups: Sequence[Group]) -> list[Factor]:
+        """Return the factors of all parameters; linear layers stay unformed unless a group has their rows."""
+        sizes = [len(group.residuals) for group in groups]
+        factors: list[Factor] = []
+        for layer in self._active():
+            parameters = _trainable(layer)
+            uses = [group.uses.get(layer, []) for group in groups]
+            if layer.rule.name == "linear" and any(uses) and all(parameters[0] not in g.rows for g in groups):
+                factors.append(linear_factor(parameters, uses, sizes))
+                continue
+            for group, captured in zip(groups, uses, strict=True):
+                if captured:
+                    contributions = layer.rule.contributions(layer.module, captured)
+                    pairs = zip(layer.parameters, contributions, strict=True)
+                    group.rows |= {p: rows for p, rows in pairs if p is not None and rows is not None}
+        for parameter in dict.fromkeys(p for group in groups for p in group.rows):
+            zeros = (parameter.new_zeros((size, *parameter.shape)) for size in sizes)
+            rows = [g.rows.get(parameter, zero) for g, zero in zip(groups, zeros, strict=True)]
+            factors.append(RowsFactor(parameter, torch.cat(rows)))
+        return factors
+
+    def _check(self, blocks: Sequence[Block], jacobian: Jacobian) -> None:
+        """Compare J^T v for one random v with what autograd gives, when blocks are new.
+
+        They differ when a residual depends on several samples: all residuals were differentiated at once.
+        """
+        described = [(block.name, block.values.shape[1]) for block in blocks]
+        if described == self._checked:
+            return
+        generator = torch.Generator().manual_seed(0)
+        seeds = [torch.randn(b.values.shape, generator=generator).to(b.values) for b in blocks]
+        trained = [p for p in self.parameters if p.requires_grad]
+        self.recorder.answers = True
+        try:
+            scaled = [block.scale * seed for block, seed in zip(blocks, seeds, strict=True)]
+            expected = torch.autograd.grad(
+                [block.values for block in blocks], trained, scaled, retain_graph=True, allow_unused=True
+            )
+        finally:
+            self.recorder.answers = False
+        found = jacobian.transposed_times(torch.cat([seed.T.flatten() for seed in seeds]))
+        size = torch.cat([g.flatten() for g in expected if g is not None]).norm()
+        names = {p: name for name, p in self.model.named_parameters()}
+        for parameter, gradient in zip(trained, expected, strict=True):
+            gradient = torch.zeros_like(parameter) if gradient is None else gradient
+            error = (found.get(parameter, torch.zeros_like(parameter)) - gradient).norm()
+            if not error <= 100 * torch.finfo(gradient.dtype).eps ** 0.5 * size:
+                raise ValueError(
+                    "residuals: expected row n to depend on sample n alone, but the gradient of "
+                    f"{names.get(parameter, 'a parameter outside the model')} is no sum over samples "
+                    "(statistics or means over the batch, or rows mixed or reordered?)"
+                )
+        self._checked = described
+
+
+def _check_rows(block: Block, layer: Layer, uses: Sequence[Use]) -> None:
+    samples = len(block.values)
+    sizes = {use.e.shape[0] for use in uses} - {samples}
+    if sizes:
+        raise ValueError(
+            f"residuals: block {block.name!r} has {samples} rows, but layer {layer.name!r} was called on "
+            f"{', '.join(map(str, sorted(sizes)))} rows for it; call the model on one row for each "
+            "residual, and on points of different kinds separately"
+        )
+
+
+def _trainable(layer: Layer) -> list[Parameter]:
+    return [p for p in layer.parameters if p is not None and p.requires_grad]

@@ -1,0 +1,456 @@
+"""Gauss-Newton steps against dense ones, whose Jacobian autograd gives residual by residual."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, hessian
+
+import fngd
+
+N = 9
+
+
+def mlp(*sizes):
+    layers = [m for i, o in itertools.pairwise(sizes) for m in (nn.Linear(i, o), nn.Tanh())]
+    return nn.Sequential(*layers[:-1]).double()
+
+
+def points(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def derivative(u, x):
+    return torch.autograd.grad(u.sum(), x, create_graph=True)[0]
+
+
+def rows(closure):
+    """Scaled residuals of a closure, stacked."""
+    returned = closure()
+    blocks = returned.values() if isinstance(returned, dict) else [returned]
+    parts = []
+    for block in blocks:
+        values, weight = block if isinstance(block, tuple) else (block, 1.0)
+        parts.append(math.sqrt(weight / values.numel()) * values.flatten())
+    return torch.cat(parts)
+
+
+def dense_jacobian(closure, parameters):
+    residuals = rows(closure)
+    jacobian = []
+    for r in residuals:
+        gradients = torch.autograd.grad(r, parameters, retain_graph=True, allow_unused=True)
+        pairs = zip(gradients, parameters, strict=True)
+        jacobian.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs]))
+    return torch.stack(jacobian), residuals.detach()
+
+
+def dense_step(closure, parameters, damping, previous=None, momentum=0.0):
+    """(J^T J + lam I)^-1 (J^T rho + lam mu phi), lam relative to the mean diagonal of J J^T."""
+    jacobian, residuals = dense_jacobian(closure, parameters)
+    lam = damping * jacobian.square().sum(1).mean()
+    right = jacobian.T @ residuals
+    if previous is not None:
+        right = right + lam * momentum * previous
+    return torch.linalg.solve(jacobian.T @ jacobian + lam * torch.eye(len(right)).double(), right)
+
+
+def flat(parameters):
+    return torch.cat([p.detach().flatten() for p in parameters])
+
+
+# ---- residuals: each returns the model, the parameters and the closure ----
+
+
+def regression():
+    model, x, y = mlp(3, 8, 8, 1), points(N, 3), points(N)
+    return model, list(model.parameters()), lambda: model(x).squeeze(-1) - y
+
+
+def several_outputs():
+    model, x, y = mlp(3, 8, 2), points(N, 3), points(N, 2)
+    return model, list(model.parameters()), lambda: model(x) - y
+
+
+def laplacian():
+    model, x = mlp(2, 8, 8, 1), points(N, 2)
+
+    def residuals():
+        z = x.clone().requires_grad_()
+        du = derivative(model(z), z)
+        return sum(derivative(du[:, i], z)[:, i] for i in range(2)) - x[:, 0]
+
+    return model, list(model.parameters()), residuals
+
+
+def third_order():
+    model, x = mlp(2, 6, 1), points(N, 2)
+
+    def residuals():
+        z = x.clone().requires_grad_()
+        u = model(z)
+        du = derivative(u, z)
+        ut, ux = du[:, 0], du[:, 1]
+        uxxx = derivative(derivative(ux, z)[:, 1], z)[:, 1]
+        return ut + 6 * u.squeeze(1) * ux + uxxx
+
+    return model, list(model.parameters()), residuals
+
+
+def convolution():
+    model = nn.Sequential(
+        nn.Conv1d(2, 4, 3, stride=2, padding=1, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 1)
+    ).double()
+    x = points(N, 2, 8)
+
+    def residuals():
+        z = x.clone().requires_grad_()
+        u = model(z).squeeze(1)
+        return u + derivative(u, z).square().sum((1, 2))
+
+    return model, list(model.parameters()), residuals
+
+
+def tied_weight():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    model[2].weight = model[0].weight
+    x = points(N, 4)
+    return model, list(model.parameters()), lambda: model(x).squeeze(1) - 1
+
+
+def reused_layer():
+    model = mlp(4, 4, 4)
+    x = points(N, 4)
+    return model, list(model.parameters()), lambda: model(model(x)).sum(1) - 1
+
+
+def two_blocks():
+    model, inside, boundary = mlp(2, 8, 1), points(N, 2), points(5, 2)
+
+    def residuals():
+        z = inside.clone().requires_grad_()
+        u = model(z)
+        interior = derivative(derivative(u, z)[:, 0], z)[:, 1] + u.squeeze(1)
+        return {"interior": interior, "boundary": (model(boundary).squeeze(1) - 1, 25.0)}
+
+    return model, list(model.parameters()), residuals
+
+
+def unknown_coefficient():
+    model, x = mlp(1, 8, 1), points(N, 1)
+    coefficient = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+    def residuals():
+        z = x.clone().requires_grad_()
+        u = model(z)
+        du = derivative(u, z)
+        return {"equation": (derivative(du, z) + coefficient * du).squeeze(1), "data": u.squeeze(1) - 1}
+
+    return model, [*model.parameters(), coefficient], residuals
+
+
+def raw_parameters():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.frequencies = mlp(6, 5, 1), nn.Parameter(torch.randn(3, 6))
+
+        def forward(self, x):
+            return self.net(torch.sin(x @ self.frequencies))
+
+    model, x = Model().double(), points(N, 3)
+    return model, list(model.parameters()), lambda: model(x).squeeze(1) - 1
+
+
+def weight_used_outside():
+    model, x = mlp(3, 3, 1), points(N, 3)
+    return model, list(model.parameters()), lambda: model(F.linear(x, model[0].weight).sin()).squeeze(1) - 1
+
+
+def normalised():
+    model = nn.Sequential(
+        nn.Linear(3, 8),
+        nn.LayerNorm(8),
+        nn.Tanh(),
+        nn.Linear(8, 8, bias=False),
+        nn.BatchNorm1d(8),
+        nn.Linear(8, 1),
+    )
+    model.double()[4].eval()
+    x = points(N, 3)
+
+    def residuals():
+        z = x.clone().requires_grad_()
+        u = model(z)
+        return u.squeeze(1) + derivative(u, z).square().sum(1)
+
+    return model, list(model.parameters()), residuals
+
+
+def embedding():
+    model = nn.Sequential(nn.Embedding(6, 3, padding_idx=2), nn.Flatten(), nn.Linear(12, 1)).double()
+    ids = torch.randint(6, (N, 4))
+    return model, list(model.parameters()), lambda: model(ids).squeeze(1) - 1
+
+
+def recurrent():
+    model = nn.Sequential(nn.Linear(2, 3), nn.RNN(3, 3, batch_first=True)).double()
+    x = points(N, 4, 2)
+    return model, list(model.parameters()), lambda: model(x)[0][:, -1].sum(1) - 1
+
+
+PROBLEMS = [
+    regression,
+    several_outputs,
+    laplacian,
+    third_order,
+    convolution,
+    tied_weight,
+    reused_layer,
+    two_blocks,
+    unknown_coefficient,
+    raw_parameters,
+    weight_used_outside,
+    normalised,
+    embedding,
+    recurrent,
+]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_a_step_is_the_dense_gauss_newton_step(problem):
+    model, parameters, residuals = problem()
+    expected = dense_step(residuals, parameters, 0.1)
+    loss_before = float(rows(residuals).square().sum())
+    before = flat(parameters)
+    opt = fngd.GaussNewton(model, lr=0.5, damping=0.1, params=parameters)
+    loss = opt.step(residuals)
+    step = (before - flat(parameters)) / 0.5
+    assert float((step - expected).norm() / expected.norm()) < 1e-8
+    assert float(loss) == pytest.approx(loss_before, rel=1e-12)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_a_function_of_one_sample_gives_the_same_step():
+    model, parameters, _ = laplacian()
+    other = copy.deepcopy(model)
+    x = points(N, 2)
+
+    def residual(params, point):
+        def u(z):
+            return functional_call(model, params, (z,)).squeeze(0)
+
+        return torch.trace(hessian(u)(point)) - point[0]
+
+    def by_autograd():
+        z = x.clone().requires_grad_()
+        du = derivative(other(z), z)
+        return {"r": sum(derivative(du[:, i], z)[:, i] for i in range(2)) - x[:, 0], "data": (other(x), 2.0)}
+
+    expected = dense_step(by_autograd, list(other.parameters()), 0.1)
+    before = flat(parameters)
+    opt = fngd.GaussNewton(model, damping=0.1)
+    opt.step(lambda: {"r": fngd.PerSample(residual, x), "data": (model(x), 2.0)})
+    assert float((before - flat(parameters) - expected).norm() / expected.norm()) < 1e-8
+
+
+def test_momentum_is_spring():
+    model, parameters, residuals = two_blocks()
+    opt = fngd.GaussNewton(model, lr=0.3, damping=0.05, momentum=0.9)
+    phi = torch.zeros_like(flat(parameters))
+    for _ in range(3):
+        expected = dense_step(residuals, parameters, 0.05, phi, 0.9)
+        before = flat(parameters)
+        opt.step(residuals)
+        phi = (before - flat(parameters)) / 0.3
+        assert float((phi - expected).norm() / expected.norm()) < 1e-8
+
+
+def test_levenberg_marquardt_lowers_the_loss_at_every_step_by_orders_of_magnitude():
+    model, _, residuals = laplacian()
+    opt = fngd.GaussNewton(model)
+    losses = [float(opt.step(residuals)) for _ in range(40)]
+    assert all(later <= earlier for earlier, later in itertools.pairwise(losses))
+    assert losses[-1] < 1e-8 * losses[0]
+
+
+def test_a_trial_that_does_not_lower_the_loss_is_undone():
+    model, parameters, residuals = regression()
+    opt = fngd.GaussNewton(model, lr=1e6, initial_damping=1e-6)
+    before = flat(parameters)
+    opt.step(residuals)
+    assert torch.equal(flat(parameters), before)
+    assert opt.stats()["undone_trials"] == 12
+    assert opt.stats()["given_up_steps"] == 1
+    assert opt.stats()["damping"] == pytest.approx(1e-6 * 4**12)
+
+
+def test_line_search_halves_until_the_loss_is_lower():
+    model, _, residuals = regression()
+    opt = fngd.GaussNewton(model, lr=64.0, damping=1.0, line_search=True)
+    losses = [float(opt.step(residuals)) for _ in range(5)]
+    assert losses == sorted(losses, reverse=True)
+    assert opt.stats()["steps"] == 5
+    assert opt.stats()["undone_trials"] > 0
+
+
+def test_single_precision_solves_in_double():
+    model, parameters, residuals = regression()
+    expected = dense_step(residuals, parameters, 1e-3)
+    single = copy.deepcopy(model).float()
+    x = residuals.__closure__
+    cells = {name: cell.cell_contents for name, cell in zip(residuals.__code__.co_freevars, x, strict=True)}
+    inputs, targets = cells["x"].float(), cells["y"].float()
+    before = flat(single.parameters())
+    fngd.GaussNewton(single, damping=1e-3).step(lambda: single(inputs).squeeze(1) - targets)
+    step = before - flat(single.parameters())
+    assert float((step.double() - expected).norm() / expected.norm()) < 2e-3
+
+
+def test_groups_have_learning_rates_and_schedulers_change_them():
+    model, parameters, residuals = regression()
+    groups = [
+        {"params": model[0].parameters(), "lr": 0.0},
+        {"params": [*model[2].parameters(), *model[4].parameters()]},
+    ]
+    opt = fngd.GaussNewton(model, lr=0.5, damping=0.1, params=groups)
+    expected = dense_step(residuals, parameters, 0.1)
+    before = flat(parameters)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+    opt.step(residuals)
+    scheduler.step()
+    first = sum(p.numel() for p in model[0].parameters())
+    step = before - flat(parameters)
+    assert not step[:first].any()
+    torch.testing.assert_close(step[first:], 0.5 * expected[first:], rtol=1e-8, atol=1e-12)
+    assert [group["lr"] for group in opt.param_groups] == [0.0, 0.25]
+
+
+def test_frozen_parameters_stay():
+    model, _, residuals = regression()
+    model[0].weight.requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    expected = dense_step(residuals, trained, 0.1)
+    before = flat(trained)
+    fngd.GaussNewton(model, damping=0.1).step(residuals)
+    assert float((before - flat(trained) - expected).norm() / expected.norm()) < 1e-8
+
+
+@pytest.mark.parametrize("options", [{}, {"damping": 0.01, "momentum": 0.9, "lr": 0.3}])
+def test_a_resumed_run_is_the_same_bit_for_bit(options, tmp_path):
+    model, parameters, residuals = two_blocks()
+    opt = fngd.GaussNewton(model, **options)
+    for _ in range(3):
+        opt.step(residuals)
+    torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, tmp_path / "state.pt")
+    for _ in range(3):
+        opt.step(residuals)
+    finished = flat(parameters)
+
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    model.load_state_dict(state["model"])
+    resumed = fngd.GaussNewton(model, **options)
+    resumed.load_state_dict(state["opt"])
+    for _ in range(3):
+        resumed.step(residuals)
+    assert torch.equal(flat(parameters), finished)
+    assert resumed.stats() == opt.stats()
+    with pytest.raises(ValueError, match="'gauss_newton' is missing"):
+        resumed.load_state_dict(torch.optim.SGD(parameters, lr=0.1).state_dict())
+
+
+def test_coverage_names_how_each_jacobian_is_found():
+    model, _, residuals = weight_used_outside()
+    opt = fngd.GaussNewton(model)
+    opt.step(residuals)
+    covered = opt.coverage()
+    assert covered["2.weight"] == "linear"
+    assert covered["0.weight"].startswith("generic: its parameters are used outside")
+
+
+def test_a_step_that_is_not_finite_is_left_out():
+    model, parameters, residuals = regression()
+    opt = fngd.GaussNewton(model)
+    before = flat(parameters)
+    loss = opt.step(lambda: residuals() * math.nan)
+    assert math.isnan(loss)
+    assert torch.equal(flat(parameters), before)
+    assert opt.stats()["skipped_steps"] == 1
+
+
+def test_an_exception_in_a_trial_puts_the_parameters_back():
+    model, parameters, residuals = regression()
+    calls = []
+
+    def fails_in_the_trial():
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return residuals()
+
+    before = flat(parameters)
+    with pytest.raises(KeyboardInterrupt):
+        fngd.GaussNewton(model).step(fails_in_the_trial)
+    assert torch.equal(flat(parameters), before)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def coupled(transform):
+    model, _, residuals = regression()
+    return model, lambda: transform(residuals())
+
+
+def batch_norm():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
+    x = points(N, 3)
+    return model, lambda: model(x).squeeze(1)
+
+
+def different_rows():
+    model, x = mlp(3, 4, 1), points(2 * N, 3)
+    return model, lambda: (model(x)[:N] - model(x)[N:]).squeeze(1)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: coupled(lambda r: r - r.mean()), ValueError, "row n to depend on sample n alone"),
+        (lambda: coupled(lambda r: r.roll(1)), ValueError, "row n to depend on sample n alone"),
+        (batch_norm, ValueError, "1 couples the samples"),
+        (different_rows, ValueError, "has 9 rows, but layer '.' was called on 18 rows"),
+        (lambda: coupled(lambda r: r.square().mean()), ValueError, r"expected shape \(N,\) or \(N, C\)"),
+        (lambda: coupled(lambda r: r.detach()), ValueError, "does not depend on a parameter"),
+        (lambda: coupled(lambda r: r.tolist()), TypeError, "expected floating tensors"),
+        (lambda: coupled(lambda r: {}), ValueError, "at least one block"),
+        (lambda: coupled(lambda r: {"a": (r, -1.0)}), ValueError, "weight >= 0 for block 'a'"),
+        (lambda: coupled(lambda r: {"a": (r, "x")}), TypeError, "a number as the weight of block 'a'"),
+    ],
+)
+def test_residuals_that_are_not_per_sample_are_refused(make, error, message):
+    model, residuals = make()
+    before = flat(model.parameters())
+    with pytest.raises(error, match=message):
+        fngd.GaussNewton(model).step(residuals)
+    assert torch.equal(flat(model.parameters()), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"damping": "newton"}, ValueError, "damping: expected 'lm'"),
+        ({"damping": 0.0}, ValueError, "damping: expected a finite number > 0"),
+        ({"damping": None}, TypeError, "damping: expected a number"),
+        ({"lr": -1.0}, ValueError, "lr: expected a finite number > 0"),
+        ({"momentum": 1.0}, ValueError, "momentum: expected"),
+        ({"line_search": True}, ValueError, "line_search: expected False"),
+        ({"initial_damping": "big"}, TypeError, "initial_damping: expected a number"),
+    ],
+)
+def test_bad_arguments(options, error, message):
+    with pytest.raises(error, match=message):
+        fngd.GaussNewton(mlp(2, 1), **options)
