@@ -31,7 +31,8 @@ class Network:
     def build(self, device: torch.device) -> nn.Module:
         """Return the model with its weights of seed 0."""
         torch.manual_seed(0)
-        return self.model().to(device, memory_format=self.memory_format)
+        model = self.model().to(device)
+        return model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
 
     def draw(self, device: torch.device) -> Batch:
         """Return the batch of seed 0."""
@@ -108,4 +109,4 @@ MIXED = {
         "gpu": _mixed(_translation(layers=6, dimension=512, batch=128, length=30, vocabulary=10_000)),
     },
 }
-"""By network and size, in bf16 autocast: `gpu` what is measured on a device, `small` the same in miniature."""
+"""By name and size: `gpu` is what is timed on a device, `small` the same in miniature."""

@@ -38,14 +38,18 @@ class Timing:
 
 
 def round_robin(
-    contenders: Mapping[str, Step], *, rounds: int, warmup: int, device: torch.device
+    contenders: Mapping[str, Step], *, rounds: int, warmup: int, device: torch.device, calls: int = 1
 ) -> dict[str, Timing]:
-    """Run every contender once a round, in a new order each round, and time each call.
+    """Give every contender a turn each round, in a new order each round, and time a call.
 
-    Raises: ValueError when rounds is below 1.
+    calls: in one turn, without waiting for the device in between, as in training: the host runs ahead where
+        the contender lets it
+
+    Raises: ValueError when rounds or calls is below 1.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds: expected 1 or more, got {rounds}")
+    for name, value in (("rounds", rounds), ("calls", calls)):
+        if value < 1:
+            raise ValueError(f"{name}: expected 1 or more, got {value}")
     order = random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     collecting = gc.isenabled()
@@ -53,7 +57,7 @@ def round_robin(
     try:
         for turn in range(warmup + rounds):
             for name in order.sample(list(contenders), len(contenders)):
-                seconds = _timed(contenders[name], device)
+                seconds = _timed(contenders[name], device, calls)
                 if turn >= warmup:
                     samples[name].append(seconds)
             # the youngest generation only: a full collection takes longer than many steps
@@ -91,12 +95,13 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _timed(step: Step, device: torch.device) -> float:
+def _timed(step: Step, device: torch.device, calls: int) -> float:
     synchronise(device)
     start = time.perf_counter()
-    step()
+    for _ in range(calls):
+        step()
     synchronise(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / calls
 
 
 def _percentile(samples: tuple[float, ...], percent: int) -> float:

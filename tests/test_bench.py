@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fngd
-from bench import environment, gate, record
+from bench import environment, gate, record, steps
 from bench.memory import peak_memory
 from bench.networks import Network
 from bench.timing import Timing, round_robin
@@ -25,14 +25,13 @@ SMALL = Network(
 
 def test_gate_passes_correct_figures():
     torch.manual_seed(0)
-    gate.check(SMALL, *SMALL.batch())
+    gate.check(SMALL, SMALL.batch())
 
 
 def test_contributions_sum_to_the_ordinary_gradient():
     torch.manual_seed(0)
     model = SMALL.model()
-    x, y = SMALL.batch()
-    contributions = gate.per_sample_contributions(SMALL, model, x, y)
+    contributions = gate.per_sample_contributions(SMALL, model, SMALL.batch())
     for name, parts in contributions.items():
         for part, rows in parts.items():
             expected = model.get_submodule(name).get_parameter(part).grad.double()
@@ -46,19 +45,19 @@ def test_gate_stops_wrong_figures(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(fngd, "layer_grams", lambda *a: {k: 1.0001 * v for k, v in layer_grams(*a).items()})
         with pytest.raises(AssertionError, match=r"Gram matrix of 0: relative deviation 1\.0e-04"):
-            gate.check(SMALL, *batch)
+            gate.check(SMALL, batch)
         patch.setattr(fngd, "layer_grams", lambda *a: {"0": layer_grams(*a)["0"]})
         with pytest.raises(AssertionError, match=r"layers without a Gram matrix: \['1', '4'\]"):
-            gate.check(SMALL, *batch)
+            gate.check(SMALL, batch)
     with monkeypatch.context() as patch:
         patch.setattr(gate, "DAMPING", 0.1 + 1e-3)
         patch.setattr(gate.fngd, "FNGD", lambda *a, damping, **k: fngd_class(*a, damping=0.1, **k))
         with pytest.raises(AssertionError, match="coefficients of 0: relative deviation"):
-            gate.check(SMALL, *batch)
+            gate.check(SMALL, batch)
     with monkeypatch.context() as patch:
         patch.setattr(fngd_class, "zero_grad", lambda *_: None)
         with pytest.raises(AssertionError, match=r"weighted gradient of 0\.weight: relative deviation"):
-            gate.check(SMALL, *batch)
+            gate.check(SMALL, batch)
 
 
 fngd_class = fngd.FNGD
@@ -106,3 +105,59 @@ def test_peak_memory_counts_what_is_held_at_once():
 
     expected = 4 * 2 * (1 << 20)
     assert expected <= peak_memory(step, CPU) <= expected + 1024
+
+
+@pytest.mark.parametrize("network", ["resnet", "transformer"])
+def test_steps_on_the_cpu(network, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    arguments = ["--device=cpu", "--mode=eager", "--rounds=2", f"--network={network}", f"--output={path}"]
+    assert steps.main(arguments) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for base in ("sgd", "adamw"):
+        mine = {row["contender"]: row for row in rows if row["base"] == base}
+        assert list(mine) == [base, f"{base} fused", "fngd steady", "fngd solving"]
+        fastest = min(mine[base]["median_s"], mine[f"{base} fused"]["median_s"])
+        for row in mine.values():
+            assert row["ratio"] == row["median_s"] / fastest
+            assert row["p20_s"] <= row["median_s"] <= row["p80_s"]
+            assert row["extra_bytes"] == row["peak_bytes"] - mine[row["baseline"]]["peak_bytes"]
+
+
+def test_a_contender_that_fails_is_left_out(monkeypatch, tmp_path, capsys):
+    def refuse(*_, **__):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(fngd_class, "__init__", refuse)
+    monkeypatch.setattr(steps.gate, "check", lambda *_: None)
+    path = tmp_path / "rows.jsonl"
+    arguments = ["--device=cpu", "--mode=eager", "--base=sgd", "--network=transformer", "--rounds=1"]
+    assert steps.main([*arguments, f"--output={path}"]) == 2
+    assert "eager, fngd steady: RuntimeError: no such kernel" in capsys.readouterr().out
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["contender"] for row in rows] == ["sgd", "sgd fused"]
+
+
+def test_no_gate_no_figures(monkeypatch, tmp_path, capsys):
+    def fail(*_):
+        raise AssertionError("coefficients of 0: relative deviation 1")
+
+    monkeypatch.setattr(steps.gate, "check", fail)
+    path = tmp_path / "rows.jsonl"
+    assert steps.main(["--device=cpu", f"--output={path}"]) == 2
+    assert capsys.readouterr().out.count("gate: AssertionError: coefficients of 0") == 2
+    assert not path.exists()
+
+
+def test_gate_compares_modes_by_what_fngd_changes(monkeypatch):
+    batch = SMALL.draw(CPU)
+    changes = gate._changes
+    eager = changes(SMALL, batch, "eager")
+    assert list(eager) == ["0.weight", "0.bias", "4.weight", "4.bias"]
+    assert all(change.norm() > 0 for change in eager.values())
+    monkeypatch.setattr(gate, "_changes", lambda network, batch, _: changes(network, batch, "eager"))
+    gate.check_mode(SMALL, batch, "compiled")
+    # a layer that lost its weights keeps the plain gradient
+    lost = {"eager": eager, "compiled": eager | {"4.bias": torch.zeros(3)}}
+    monkeypatch.setattr(gate, "_changes", lambda *arguments: lost[arguments[2]])
+    with pytest.raises(AssertionError, match=r"compiled step: weighted gradient of 4.bias is 100% off"):
+        gate.check_mode(SMALL, batch, "compiled")
