@@ -50,6 +50,13 @@ class GaussNewton(Optimizer):
         (SPRING); damping after Levenberg and Marquardt.
     """
 
+    adaptive: bool
+    damping: float
+    momentum: float
+    line_search: bool
+    _linearize: Linearizer
+    _counts: dict[str, int]
+
     def __init__(
         self,
         model: nn.Module,
@@ -81,7 +88,7 @@ class GaussNewton(Optimizer):
         self.momentum, self.line_search = float(momentum), line_search
         self._linearize = Linearizer(model, self._parameters())
         counters = ("steps", "undone_trials", "given_up_steps", "skipped_steps")
-        self._counts: dict[str, int] = dict.fromkeys(counters, 0)
+        self._counts = dict.fromkeys(counters, 0)
 
     def _parameters(self) -> list[Parameter]:
         return [p for group in self.param_groups for p in group["params"]]

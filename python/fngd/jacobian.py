@@ -10,7 +10,6 @@ from torch.nn import Parameter
 import fngd_kernels as fk
 
 from .rules import Use
-from .rules.linear import positions
 
 
 class Factor(Protocol):
@@ -51,7 +50,8 @@ class RowsFactor:
     """J as it is: rows (M, *shape) of one parameter."""
 
     def __init__(self, parameter: Parameter, rows: Tensor) -> None:
-        self.parameters, self.rows = (parameter,), rows
+        self.parameters: Sequence[Parameter] = (parameter,)
+        self.rows = rows
 
     def gram(self) -> Tensor:
         return fk.gram_rows(self.rows)
@@ -88,7 +88,7 @@ class Jacobian:
 
 
 def linear_factor(
-    parameters: Sequence[Parameter], groups: Sequence[Sequence[Use]], sizes: Sequence[int]
+    parameters: Sequence[Parameter], groups: Sequence[Sequence[Use]], sizes: list[int]
 ) -> LinearFactor:
     """Return one factor of groups of rows, filled up with zeros to the most positions of any group.
 
@@ -96,22 +96,18 @@ def linear_factor(
     groups: for each group the uses of its N samples, empty for a group that the layer takes no part in
     sizes: N of each group
     """
-    weight = parameters[0]
-    outputs, inputs = weight.shape
-    parts = [positions(uses) if uses else None for uses in groups]
-    most = max(a.shape[1] for a, _ in filter(None, parts))
-    like = next(e for _, e in filter(None, parts))
-    a = like.new_zeros((sum(sizes), most, inputs + len(parameters) - 1))
-    e = like.new_zeros((sum(sizes), most, outputs))
-    for uses, part, a_rows, e_rows in zip(groups, parts, a.split(sizes), e.split(sizes), strict=True):
-        if part is None:
-            continue
-        used = part[0].shape[1]
-        a_rows[:, :used, :inputs], e_rows[:, :used] = part
-        if len(parameters) == 2:
-            begin = 0
-            for use in uses:
-                end = begin + use.a[0].numel() // inputs
-                a_rows[:, begin:end, inputs] = float(use.biased)
-                begin = end
+    outputs, inputs = parameters[0].shape
+    most = max(sum(use.e[0].numel() for use in uses) for uses in groups) // outputs
+    like = next(use.e for uses in groups for use in uses)
+    a = like.new_empty((sum(sizes), most, inputs + len(parameters) - 1))
+    e = like.new_empty((sum(sizes), most, outputs))
+    for uses, a_rows, e_rows in zip(groups, a.split(sizes), e.split(sizes), strict=True):
+        begin = 0
+        for use in uses:
+            end = begin + use.e[0].numel() // outputs
+            a_rows[:, begin:end, :inputs] = use.a.reshape(len(a_rows), -1, inputs)
+            a_rows[:, begin:end, inputs:] = float(use.biased)
+            e_rows[:, begin:end] = use.e.reshape(len(e_rows), -1, outputs)
+            begin = end
+        a_rows[:, begin:], e_rows[:, begin:] = 0, 0
     return LinearFactor(parameters, a, e)

@@ -89,7 +89,8 @@ class Linearizer:
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
                 raise ValueError(
                     f"model: {name or type(module).__name__} couples the samples of a batch in "
-                    "training mode, so that no residual belongs to one sample; call .eval() on it or normalise per sample"
+                    "training mode, so that no residual belongs to one sample; call .eval() on it, or "
+                    "normalise per sample"
                 )
         while (result := self._linearized(residuals)) is None:
             pass  # a layer was given up: once more without it
@@ -141,10 +142,11 @@ class Linearizer:
         named = self._named_parameters()
         assert block.per_sample is not None
         rows = per_sample_rows(block.per_sample, named)  # (N, C, *shape) by name
-        outside = [p for p in self.parameters if all(p is not inner for inner in named.values())]
+        inside = {id(p) for p in named.values()}
+        outside = [p for p in self.parameters if p.requires_grad and id(p) not in inside]
         groups = []
         for c, component in enumerate(block.values.unbind(1)):
-            own = {parameter: block.scale * rows[name][:, c] for name, parameter in named.items()}
+            own = {p: block.scale * rows[name][:, c] for name, p in named.items() if p.requires_grad}
             own |= differentiated_rows(component, outside, block.scale)
             groups.append(Group(component, block.scale, {}, own))
         return groups

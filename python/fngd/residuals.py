@@ -27,7 +27,7 @@ class PerSample:
             raise ValueError(f"inputs: expected one or more tensors of one length, got shapes {shapes}")
         self.function, self.inputs = function, inputs
 
-    def __call__(self, params: dict[str, Tensor]) -> Tensor:
+    def __call__(self, params: Mapping[str, Tensor]) -> Tensor:
         """Return the residuals (N,) or (N, C)."""
         return vmap(self.function, (None,) + (0,) * len(self.inputs))(params, *self.inputs)
 
@@ -52,7 +52,7 @@ class Block:
         return self.scale * self.values.detach().T.flatten()
 
 
-def evaluate(residuals: Callable[[], Any], params: dict[str, Tensor]) -> list[Block]:
+def evaluate(residuals: Callable[[], Any], params: Mapping[str, Tensor]) -> list[Block]:
     """Return the blocks that the closure gives.
 
     Raises: TypeError, ValueError for anything but (N,) or (N, C) floating tensors or `PerSample`, alone or in
@@ -74,12 +74,13 @@ def loss(blocks: Sequence[Block]) -> Tensor:
     return torch.stack([block.weight * block.values.detach().square().mean() for block in blocks]).sum()
 
 
-def _block(name: str, given: Any, params: dict[str, Tensor]) -> Block:
+def _block(name: str, given: Any, params: Mapping[str, Tensor]) -> Block:
     values, weight = given if isinstance(given, tuple) and len(given) == 2 else (given, 1.0)
     if isinstance(weight, Tensor) and weight.numel() == 1:
         weight = weight.item()
     if not isinstance(weight, numbers.Real):
         raise TypeError(f"residuals: expected a number as the weight of block {name!r}, got {weight!r:.80}")
+    weight = float(weight)
     if not (math.isfinite(weight) and weight >= 0):
         raise ValueError(f"residuals: expected a weight >= 0 for block {name!r}, got {weight}")
     per_sample = values if isinstance(values, PerSample) else None
@@ -95,4 +96,4 @@ def _block(name: str, given: Any, params: dict[str, Tensor]) -> Block:
         )
     if not values.requires_grad:
         raise ValueError(f"residuals: block {name!r} does not depend on a parameter that requires a gradient")
-    return Block(name, values if values.ndim == 2 else values.unsqueeze(1), float(weight), per_sample)
+    return Block(name, values if values.ndim == 2 else values.unsqueeze(1), weight, per_sample)
