@@ -7,6 +7,12 @@
 #include <atomic>
 #include <vector>
 
+#ifdef FNGD_WITH_CUDA
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#endif
+
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
 #define FNGD_VECTOR_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -61,6 +67,44 @@ Tensor found_non_finite_cpu(at::TensorList tensors) {
   return at::full({1}, found ? 1.0f : 0.0f, at::kFloat);
 }
 
+#ifdef FNGD_WITH_CUDA
+// Tensors of one device: one launch for as many as fit.
+Tensor found_non_finite_device(at::TensorList tensors) {
+  const c10::cuda::CUDAGuard guard(tensors[0].device());
+  const Tensor found = at::zeros({1}, tensors[0].options().dtype(at::kFloat));
+  std::vector<Tensor> copies;  // live until their launch
+  fngd::FiniteLaunch launch;
+  const auto flush = [&] {
+    if (launch.tensors == 0) return;
+    C10_CUDA_CHECK(fngd::find_non_finite(launch, found.mutable_data_ptr<float>(), at::cuda::getCurrentCUDAStream()));
+    launch.tensors = 0;
+  };
+  for (const Tensor& tensor : tensors) {
+    const fngd::Exponents exponents = exponents_of(tensor);
+    if (tensor.numel() == 0) continue;
+    const Tensor& numbers = copies.emplace_back(dense(tensor));
+    const char* begin = static_cast<const char*>(numbers.const_data_ptr());
+    launch.add({begin, begin + numbers.numel() * numbers.element_size(), exponents});
+    if (launch.tensors == fngd::FiniteLaunch::kTensors) flush();
+  }
+  flush();
+  return found;
+}
+
+// What torch calls when any of the tensors is on a CUDA device.
+Tensor found_non_finite_cuda(at::TensorList tensors) {
+  const at::Device device = tensors[0].device();
+  std::vector<Tensor> here, elsewhere;
+  for (const Tensor& tensor : tensors) (tensor.device() == device ? here : elsewhere).push_back(tensor);
+  const Tensor found = device.is_cuda() ? found_non_finite_device(here) : found_non_finite_cpu(here);
+  return elsewhere.empty() ? found : at::maximum(found, found_non_finite_cuda(elsewhere).to(device));
+}
+#endif
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fngd, CPU, m) { m.impl("found_non_finite", &found_non_finite_cpu); }
+
+#ifdef FNGD_WITH_CUDA
+TORCH_LIBRARY_IMPL(fngd, CUDA, m) { m.impl("found_non_finite", &found_non_finite_cuda); }
+#endif

@@ -6,6 +6,7 @@ import torch
 from fngd_kernels.ops.finite import _found_non_finite, found_non_finite
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+WITHOUT_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 POISONS = [float("nan"), float("inf"), -float("inf")]
 
 
@@ -46,3 +47,47 @@ def test_opcheck_and_bad_arguments():
     for function in (found_non_finite, _found_non_finite):
         with pytest.raises(TypeError, match=r"tensors: expected float64, .*got"):
             function([torch.ones(3), torch.ones(3, dtype=torch.int64)])
+
+
+@pytest.mark.gpu
+@WITHOUT_GPU
+def test_on_a_device_as_on_the_host():
+    for dtype in DTYPES:
+        for size in (1, 5, 129, 40_000):
+            for start in (0, 1, 3):
+                for place in (None, 0, size // 2, size - 1):
+                    x = torch.full((start + size,), torch.finfo(dtype).max, dtype=dtype, device="cuda")[
+                        start:
+                    ]
+                    if place is not None:
+                        x[place] = float("nan")
+                    found = found_non_finite([torch.ones(3, device="cuda"), x])
+                    assert found.device.type == "cuda"
+                    assert found.item() == (place is not None), (dtype, size, start, place)
+
+
+@pytest.mark.gpu
+@WITHOUT_GPU
+def test_many_tensors_strides_and_devices():
+    tensors = [torch.randn(n % 7, 5, device="cuda").to(DTYPES[n % 4]) for n in range(300)]
+    assert found_non_finite(tensors).item() == 0
+    assert found_non_finite([torch.ones(2), *tensors]).device.type == "cpu"
+    bad = torch.randn(4, 6, 5, device="cuda")
+    bad[2, 3, 1] = float("inf")
+    for view in (bad, bad.transpose(0, 2), bad[1:, 2:5, 1::2], bad[2:3, 3:4, 1:2].expand(4, 6, 5)):
+        assert found_non_finite([*tensors, view]).item() == 1
+        assert found_non_finite([torch.ones(2), *tensors, view]).item() == 1
+
+
+@pytest.mark.gpu
+@WITHOUT_GPU
+def test_captured_in_a_graph():
+    x = torch.ones(1000, device="cuda")
+    found_non_finite([x])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = found_non_finite([x])
+    for value, expected in ((2.0, 0), (float("nan"), 1), (3.0, 0)):
+        x[7] = value
+        graph.replay()
+        assert found.item() == expected

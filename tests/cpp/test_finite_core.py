@@ -1,0 +1,43 @@
+"""The core of the test for NaN and infinity, csrc/finite.h: on the host, and compiled for a GPU."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CXX = shutil.which("g++") or shutil.which("clang++")
+NVCC = shutil.which("nvcc")
+
+
+@pytest.mark.skipif(CXX is None, reason="no C++ compiler")
+def test_every_thread_of_the_grid(tmp_path):
+    program = tmp_path / "finite_grid"
+    command = [
+        str(CXX),
+        "-std=c++20",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        str(HERE / "finite_grid.cpp"),
+        "-o",
+        program,
+    ]
+    built = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert built.returncode == 0, built.stderr
+    assert not built.stderr, "compiles without a warning"
+    done = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_compiles_without_spills(tmp_path, arch):
+    command = [str(NVCC), "-std=c++17", "-O3", "-DFNGD_WITH_CUDA", f"-arch={arch}", "-cubin", "-Xptxas", "-v"]
+    command += ["-o", str(tmp_path / "finite.cubin"), str(HERE.parents[1] / "csrc" / "finite.cu")]
+    built = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert built.returncode == 0, built.stderr
+    assert built.stderr.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 1, (
+        built.stderr
+    )
