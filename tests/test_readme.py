@@ -1,33 +1,36 @@
-"""The README's examples run as written and print what their comments say."""
+"""The examples of the README and of the guide pages run as written and print what their comments say."""
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fngd
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def test_python_examples(capsys):
-    examples = blocks("python")
-    assert len(examples) >= 3
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_examples(page, capsys):
+    examples = blocks(page, "python")
+    assert examples
     namespace = {"fngd": fngd}
     for example in examples:
-        exec(compile(example, "README.md", "exec"), namespace)
+        exec(compile(example, page.name, "exec"), namespace)
         expected = re.findall(r"^print\(.*\)  # (.*)$", example, re.MULTILINE)
         assert capsys.readouterr().out.split("\n")[:-1] == expected
 
 
 def test_the_changed_training_loop():
-    (diff,) = blocks("diff")
+    (diff,) = blocks(ROOT / "README.md", "diff")
     changed = "\n".join(line[1:] for line in diff.splitlines() if not line.startswith("-"))
     x, y = torch.randn(20, 4), torch.randint(0, 3, (20,))
     namespace = {
