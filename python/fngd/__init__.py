@@ -2,9 +2,10 @@
 
 from .gauss_newton import GaussNewton
 from .grams import layer_grams
+from .graphs import GraphedStep
 from .optimizer import FNGD
 from .residuals import PerSample
 from .samples import track
 
-__all__ = ["FNGD", "GaussNewton", "PerSample", "layer_grams", "track"]
+__all__ = ["FNGD", "GaussNewton", "GraphedStep", "PerSample", "layer_grams", "track"]
 __version__ = "0.1.0"

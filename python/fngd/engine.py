@@ -45,14 +45,17 @@ class Engine:
         self._stopwatch = Stopwatch(device)
         # Counted where the solves run: reading it is what synchronises.
         self.failed_solves = torch.zeros((), dtype=torch.int64, device=device)
+        self._captures = False  # whether a forward was captured since the last step
         # By autograd graph task, batch and layer; a backward that failed leaves its own behind.
         self._pending: dict[int, dict[Batch, dict[Layer, Captured]]] = {}
 
     def finish_step(self) -> None:
         """Drop what a failed or unused backward left behind."""
         self._pending.clear()
-        for layer in self.layers:
-            layer.open_uses = 0
+        if self._captures:
+            self._captures = False
+            for layer in self.layers:
+                layer.open_uses = 0
 
     # ---- forward ----
 
@@ -77,6 +80,7 @@ class Engine:
 
     @torch.compiler.disable
     def _capture(self, layer: Layer, batch: Batch, x: Tensor) -> Tensor:
+        self._captures = True
         layer.open_uses += 1
         return layer.rule.forward(layer.module, x, None, partial(self._captured, layer, batch))
 

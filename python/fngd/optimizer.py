@@ -58,6 +58,7 @@ class FNGD(Optimizer):
     _model: nn.Module
     _plain: dict[str, str]
     _skipped_steps: Tensor
+    share: str
 
     def __init__(
         self,
@@ -200,10 +201,12 @@ class FNGD(Optimizer):
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is None:
             found_inf = self._found_non_finite()
-        self._skipped_steps += found_inf
         if self._step_supports_amp_scaling:
+            found_inf = found_inf.view(())
+            self._skipped_steps += found_inf
             self._begin_momentum()
         elif found_inf:
+            self._skipped_steps += 1
             return loss
         else:
             found_inf = None
@@ -227,10 +230,10 @@ class FNGD(Optimizer):
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     def _found_non_finite(self) -> Tensor:
-        """Return 1 if a gradient holds NaN or infinity, else 0: () float32."""
+        """Return 1 if a gradient holds NaN or infinity, else 0: (1,) float32."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-        return found_non_finite(dense)[0] if dense else torch.zeros((), device=self._skipped_steps.device)
+        return found_non_finite(dense) if dense else torch.zeros(1, device=self._skipped_steps.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state and, under "fngd", coefficients and counters."""
