@@ -1,15 +1,27 @@
 #!/usr/bin/env bash
-# Build, gate and time the package on a machine with a CUDA device: bench/gpu.sh [RESULTS_FOLDER]
-# Needs torch with CUDA, triton, nvcc and a C++ compiler; no network. Under 10 minutes: each stage has a limit,
-# a stage that fails leaves its log and does not stop the others. Exits non-zero if the gate failed.
+# Build, check, time and profile the package on a machine with a CUDA device:
+#     bench/gpu.sh kernels|steps|profile|check|all [RESULTS_FOLDER]
+# kernels  each kernel against float64, then timed over real layer shapes        -> kernels.jsonl
+# steps    whole training steps and batched solves against torch's own           -> gpu.jsonl
+# profile  where the time of a step goes: tables and Chrome traces               -> profile/
+# check    tests that need a device; compute-sanitizer's memcheck and racecheck
+# Needs torch with CUDA, triton, nvcc and a C++ compiler; no network. A part takes 9 minutes at most: each stage
+# has a limit, one that fails leaves its log and does not stop the others. Exits non-zero if anything failed.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-results=$(mkdir -p "${1:-bench/results}" && cd "${1:-bench/results}" && pwd)
+cd "$(dirname "$0")/.." || exit
+case ${1-} in
+    kernels | steps | profile | check) parts=("$1") ;;
+    all) parts=(kernels steps profile check) ;;
+    *) sed -n '2,9s/^# \?//p' "$0" >&2 && exit 2 ;;
+esac
+results=$(mkdir -p "${2:-bench/results}" && cd "${2:-bench/results}" && pwd)
 logs=$results/logs
 mkdir -p "$logs"
 export PYTHONPATH=.:python${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-16}
 python=${PYTHON:-python3}
-gate=passed
+# The options in pyproject.toml need plugins that may be missing here.
+pytest=("$python" -m pytest -q -o addopts= -p no:cacheprovider)
+outcome=passed
 
 # stage NAME SECONDS COMMAND...
 stage() {
@@ -17,10 +29,86 @@ stage() {
     shift 2
     timeout "$seconds" "$@" >"$logs/$name.log" 2>&1 || status="FAILED ($?)"
     echo "== $name: $status, $((SECONDS - start)) s, $logs/$name.log"
-    [[ $status == ok ]] || tail -n 15 "$logs/$name.log"
-    [[ $status == ok ]]
+    [[ $status == ok ]] && return
+    tail -n 15 "$logs/$name.log"
+    outcome=failed
+    return 1
 }
 has() { "$python" -c "import $1" 2>/dev/null; }
+
+build() {
+    local sources=build/sources.sha256
+    mkdir -p build
+    sha256sum --check --status "$sources" 2>/dev/null && has fngd_kernels._C && return
+    stage build 130 "$python" setup.py build_ext --inplace && sha256sum setup.py csrc/* >"$sources"
+}
+
+kernels() {
+    local left
+    # Every kernel in every dtype against float64, at tiny sizes; needs nothing but torch and triton.
+    stage gate 100 "$python" -m bench.kernels --tiny --gate --dtypes bfloat16 float16 float32
+    if has pytest; then
+        # Compiling is most of it: a process for each file.
+        find tests/fused -name 'test_*.py' ! -name test_offline_compile.py -print0 >"$logs/fused-tests"
+        stage tests-fused 150 xargs -0 -n 1 -P 12 -a "$logs/fused-tests" "${pytest[@]}"
+    fi
+    # At least 110 of 540 seconds.
+    left=$((490 - SECONDS + begun))
+    stage kernels $((left + 20)) "$python" -m bench.kernels --quick --seconds "$left" \
+        --output "$results/kernels.jsonl"
+    sed -n '/ cases, /,$p' "$logs/kernels.log"
+    if has matplotlib; then
+        stage plots 30 "$python" -m bench.kernels.plot "$results/kernels.jsonl" "$results/plots"
+    fi
+}
+
+steps() {
+    local network
+    # A process for each network: a kernel that faults takes its process with it, not the other's figures.
+    for network in resnet transformer; do
+        stage "steps-$network" 170 "$python" -m bench.steps --device cuda --size gpu --network "$network" \
+            --seconds 130 --output "$results/gpu.jsonl"
+        cat "$logs/steps-$network.log"
+    done
+    stage solves 60 "$python" -m bench.solves --device cuda --output "$results/gpu.jsonl"
+    cat "$logs/solves.log"
+}
+
+profile() {
+    local mode network
+    for mode in eager graphed compiled; do
+        for network in resnet transformer; do
+            stage "profile-$network-$mode" 65 "$python" -m bench.profile --device cuda --size gpu \
+                --network "$network" --mode "$mode" --output "$results/profile"
+        done
+    done
+}
+
+check() {
+    local marked=() native=()
+    if ! has pytest; then
+        echo "== check: needs pytest, which is missing"
+        outcome=failed
+        return
+    fi
+    mapfile -t marked < <(grep -lr --include='test_*.py' 'mark\.gpu' tests)
+    ((${#marked[@]})) && stage tests-gpu 120 "${pytest[@]}" -m gpu "${marked[@]}"
+    command -v compute-sanitizer >/dev/null || return
+    mapfile -t native < <(printf '%s\n' "${marked[@]}" | grep -E 'solve|coefficients|scale|finite')
+    ((${#native[@]})) && sanitize racecheck 120 "${pytest[@]}" -m gpu "${native[@]}"
+    # Without the caching allocator, which would hide accesses past the end of a tensor, and which graphs need.
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    ((${#native[@]})) && sanitize memcheck 120 "${pytest[@]}" -m gpu -k 'not graph and not capture' "${native[@]}"
+    sanitize memcheck-fused 45 "$python" -m bench.kernels --tiny --gate --dtypes bfloat16
+    unset PYTORCH_NO_CUDA_MEMORY_CACHING
+}
+
+# sanitize NAME SECONDS COMMAND...: the tool is what the name begins with
+sanitize() {
+    local name=$1 seconds=$2
+    shift 2
+    stage "$name" "$seconds" compute-sanitizer --tool "${name%%-*}" --error-exitcode 1 "$@"
+}
 
 "$python" -c 'import torch; assert torch.cuda.is_available(); print(torch.cuda.get_device_name())' || exit 2
 if [[ -z ${TORCH_CUDA_ARCH_LIST:-} ]]; then
@@ -28,33 +116,11 @@ if [[ -z ${TORCH_CUDA_ARCH_LIST:-} ]]; then
     TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
     export TORCH_CUDA_ARCH_LIST
 fi
-stage build 130 "$python" setup.py build_ext --inplace
-
-# Every kernel in every dtype against float64, at tiny sizes; needs nothing but torch and triton.
-stage gate 100 "$python" -m bench.kernels --tiny --gate --dtypes bfloat16 float16 float32 || gate=failed
-if has pytest; then
-    # The options in pyproject.toml need plugins that may be missing here.
-    pytest=("$python" -m pytest -q -o addopts= -p no:cacheprovider)
-    # Compiling is most of it: a process for each file.
-    find tests/fused -name 'test_*.py' ! -name test_offline_compile.py -print0 >"$logs/fused-tests"
-    stage tests-fused 150 xargs -0 -n 1 -P 12 -a "$logs/fused-tests" "${pytest[@]}" || gate=failed
-    mapfile -t marked < <(grep -lr --include='test_*.py' 'mark\.gpu' tests)
-    if ((${#marked[@]})); then
-        stage tests-gpu 60 "${pytest[@]}" -m gpu "${marked[@]}" || gate=failed
-    fi
-fi
-if command -v compute-sanitizer >/dev/null; then
-    # Without the caching allocator, which would hide accesses past the end of a tensor.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage memcheck 45 compute-sanitizer --tool memcheck --error-exitcode 1 \
-        "$python" -m bench.kernels --tiny --gate --dtypes bfloat16 || gate=failed
-fi
-
-# At least 55 of 600 seconds: the limits above sum to 485.
-left=$((540 - SECONDS))
-stage kernels $((left + 20)) "$python" -m bench.kernels --quick --seconds "$left" --output "$results/kernels.jsonl"
-sed -n '/ cases, /,$p' "$logs/kernels.log"
-if has matplotlib; then
-    stage plots 30 "$python" -m bench.kernels.plot "$results/kernels.jsonl" "$results/plots"
-fi
-echo "gate $gate, $SECONDS s in all"
-[[ $gate == passed ]]
+begun=0
+build
+for part in "${parts[@]}"; do
+    "$part"
+    begun=$SECONDS
+done
+echo "$outcome, $SECONDS s in all"
+[[ $outcome == passed ]]
