@@ -311,6 +311,27 @@ def test_single_precision_solves_in_double():
     assert float((step.double() - expected).norm() / expected.norm()) < 2e-3
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 1e-2)])
+def test_a_step_on_a_device(dtype, tolerance):
+    reference, x = mlp(2, 32, 32, 1), points(100, 2)
+
+    def step(model, x):
+        def residuals():
+            z = x.clone().requires_grad_()
+            du = derivative(model(z), z)
+            return sum(derivative(du[:, i], z)[:, i] for i in range(2)) - x[:, 0]
+
+        before = flat(model.parameters())
+        fngd.GaussNewton(model, damping=0.1).step(residuals)
+        return (before - flat(model.parameters())).double().cpu()
+
+    on_device = step(copy.deepcopy(reference).to("cuda", dtype), x.to("cuda", dtype))
+    expected = step(reference, x)
+    assert float((on_device - expected).norm() / expected.norm()) < tolerance
+
+
 def test_groups_have_learning_rates_and_schedulers_change_them():
     model, parameters, residuals = regression()
     groups = [
