@@ -4,16 +4,59 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <optional>
+#include <string_view>
 #include <tuple>
 
 #include "solve_params.h"
+
+#ifdef FNGD_WITH_CUDA
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "solve_cuda.h"
+#endif
 
 void bind_nodes(pybind11::module_& module);
 
 namespace {
 
 using at::Tensor;
+
+#ifdef FNGD_WITH_CUDA
+template <typename T, typename Params>
+void run_cuda(const Tensor& k, const Params& params) {
+  const c10::cuda::CUDAGuard guard(k.device());
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  int64_t bytes = 0;
+  C10_CUDA_CHECK(fngd::cuda_scratch_bytes<T>(params, k.get_device(), &bytes));
+  const Tensor scratch = at::empty({bytes}, k.options().dtype(at::kByte));
+  void* memory = bytes > 0 ? scratch.mutable_data_ptr() : nullptr;
+  C10_CUDA_CHECK(fngd::run_cuda<T>(params, memory, k.get_device(), stream.stream()));
+}
+#endif
+
+// Fills in the batch of matrices k (L,N,N), out (L,N) and info (L,), and runs it where k is.
+template <typename Params>
+void run(const Tensor& k, const Tensor& out, const Tensor& info, Params& params) {
+  params.k = k.const_data_ptr();
+  params.out = out.mutable_data_ptr();
+  params.info = info.mutable_data_ptr<int32_t>();
+  params.size = k.size(0);
+  params.n = static_cast<int>(k.size(1));
+  params.k_batch_stride = k.stride(0);
+  params.k_row_stride = k.stride(1);
+  params.k_col_stride = k.stride(2);
+  AT_DISPATCH_FLOATING_TYPES(k.scalar_type(), "fngd::solve", [&] {
+#ifdef FNGD_WITH_CUDA
+    if (k.is_cuda()) return run_cuda<scalar_t>(k, params);
+#endif
+    const int64_t available = at::in_parallel_region() ? 1 : at::get_num_threads();
+    fngd::run_cpu<scalar_t>(params, static_cast<int>(std::min(available, params.size)));
+  });
+}
 
 void check_solve(const Tensor& k, const Tensor& damping, const std::optional<Tensor>& rhs) {
   TORCH_CHECK_VALUE(k.dim() >= 2 && k.size(-1) == k.size(-2), "k: expected shape (..., N, N), got ", k.sizes());
@@ -28,42 +71,65 @@ void check_solve(const Tensor& k, const Tensor& damping, const std::optional<Ten
   }
 }
 
-std::tuple<Tensor, Tensor> solve(const Tensor& k, const Tensor& damping, const std::optional<Tensor>& rhs) {
+std::tuple<Tensor, Tensor> solve(const Tensor& k, const Tensor& damping, const std::optional<Tensor>& rhs,
+                                 bool refine) {
   check_solve(k, damping, rhs);
-  const auto batch_sizes = k.sizes().slice(0, k.dim() - 2);
-  const int64_t n = k.size(-1), batch = damping.numel();
-  Tensor x = at::empty(k.sizes().slice(0, k.dim() - 1), k.options());
-  Tensor info = at::zeros(batch_sizes, k.options().dtype(at::kInt));
+  const int64_t n = k.size(-1), size = damping.numel();
+  const Tensor x = at::empty(k.sizes().slice(0, k.dim() - 1), k.options());
+  const Tensor info = at::zeros(k.sizes().slice(0, k.dim() - 2), k.options().dtype(at::kInt));
   if (x.numel() == 0) return {x, info};
 
   // Views unless the batch dimensions cannot be merged.
-  const Tensor matrices = k.reshape({batch, n, n}), dampings = damping.reshape({batch});
-  const Tensor targets = rhs ? rhs->reshape({batch, n}) : Tensor();
+  const Tensor dampings = damping.reshape({size}), targets = rhs ? rhs->reshape({size, n}) : Tensor();
   fngd::SolveParams params{};
-  params.k = matrices.const_data_ptr();
   params.damping = dampings.const_data_ptr();
-  params.rhs = rhs ? targets.const_data_ptr() : nullptr;
-  params.x = x.mutable_data_ptr();
-  params.info = info.mutable_data_ptr<int32_t>();
-  params.batch = batch;
-  params.n = static_cast<int>(n);
-  params.k_batch_stride = matrices.stride(0);
-  params.k_row_stride = matrices.stride(1);
-  params.k_col_stride = matrices.stride(2);
   params.damping_stride = dampings.stride(0);
-  params.rhs_batch_stride = rhs ? targets.stride(0) : 0;
-  params.rhs_row_stride = rhs ? targets.stride(1) : 0;
-
-  const int64_t available = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const int threads = static_cast<int>(std::min(available, batch));
-  AT_DISPATCH_FLOATING_TYPES(k.scalar_type(), "fngd::solve", [&] { fngd::solve_cpu<scalar_t>(params, threads); });
+  if (rhs) {
+    params.rhs = targets.const_data_ptr();
+    params.rhs_batch_stride = targets.stride(0);
+    params.rhs_row_stride = targets.stride(1);
+  }
+  params.refine = refine;
+  run(k.reshape({size, n, n}), x, info, params);
   return {x, info};
+}
+
+// In the order of the enumerations.
+constexpr std::string_view kDampingModes[] = {"trace", "mean_eig", "absolute"};
+constexpr std::string_view kNormalizations[] = {"mean", "lambda", "raw", "graft"};
+
+template <typename Enum, size_t COUNT>
+Enum parse(const char* argument, std::string_view name, const std::string_view (&names)[COUNT]) {
+  const auto* found = std::find(std::begin(names), std::end(names), name);
+  TORCH_CHECK_VALUE(found != std::end(names), argument, ": expected a known name, got ", name);
+  return static_cast<Enum>(found - std::begin(names));
+}
+
+std::tuple<Tensor, Tensor> coefficients(const Tensor& k, double damping, std::string_view damping_mode,
+                                        std::string_view normalize) {
+  TORCH_CHECK_VALUE(k.dim() == 3 && k.size(1) == k.size(2), "k: expected shape (L, N, N), got ", k.sizes());
+  fngd::CoefficientsParams params{};
+  params.damping = damping;
+  params.mode = parse<fngd::DampingMode>("damping_mode", damping_mode, kDampingModes);
+  params.normalization = parse<fngd::Normalization>("normalize", normalize, kNormalizations);
+  const Tensor s = at::empty({k.size(0), k.size(1)}, k.options());
+  const Tensor info = at::zeros({k.size(0)}, k.options().dtype(at::kInt));
+  if (s.numel() > 0) run(k, s, info, params);
+  return {s, info};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fngd, CPU, m) {
   m.impl("solve", &solve);
+  m.impl("coefficients", &coefficients);
 }
+
+#ifdef FNGD_WITH_CUDA
+TORCH_LIBRARY_IMPL(fngd, CUDA, m) {
+  m.impl("solve", &solve);
+  m.impl("coefficients", &coefficients);
+}
+#endif
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { bind_nodes(m); }

@@ -1,8 +1,8 @@
-// (K + damping I) x = rhs for one symmetric positive definite matrix, by a team of threads: L L^T = K + damping I,
-// left-looking in panels of COLS columns, forward substitution on the way.
+// (scale K + damping I) x = rhs for one symmetric positive definite matrix, by a team of threads: L L^T = scale K +
+// damping I, left-looking in panels of COLS columns, forward substitution on the way.
 //
 // Host and device share this file. On a CPU the team is one thread and Pack a SIMD vector of T; on a GPU the team is
-// a thread block and Pack is T itself. A team has rank(), size() and sync().
+// a thread block and Pack is T itself.
 //
 // L lies in tiles of TILE rows; a tile holds its columns 0 .. up to the diagonal one after the other. Walking along k
 // then reads contiguous memory for the rows being updated and for the panel's rows alike, and nothing is stored for
@@ -10,56 +10,71 @@
 #pragma once
 
 #include <cmath>
-#include <cstdint>
 #include <cstring>
+#include <type_traits>
 
-#if defined(__CUDACC__)
-#define FNGD_INLINE __host__ __device__ __forceinline__
-#define FNGD_UNROLL _Pragma("unroll")
-#elif defined(__clang__)
-#define FNGD_INLINE inline __attribute__((always_inline))
-#define FNGD_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
-// Forced, because only inlined code takes on the instruction set of the function that calls it.
-#define FNGD_INLINE inline __attribute__((always_inline))
-#define FNGD_UNROLL _Pragma("GCC unroll 16")
-#else
-#define FNGD_INLINE __forceinline
-#define FNGD_UNROLL
-#endif
+#include "symmetric.h"
 
 namespace fngd {
+
+template <typename T>
+struct System {
+  Symmetric<T> k;
+  T scale, damping;
+  const T* rhs;  // or null for ones
+  int64_t rhs_stride;
+
+  FNGD_INLINE T right(int i) const { return rhs ? rhs[i * rhs_stride] : T(1); }
+};
 
 template <typename T, typename Pack, int TILE, int COLS>
 class DampedCholesky {
   static constexpr int LANES = sizeof(Pack) / sizeof(T);
   // Products are added up over this many columns before they are subtracted, which halves the rounding error.
   static constexpr int BLOCK = 64;
+  // Substitution goes by blocks of this many rows, which every thread solves for itself.
+  static constexpr int ROWS = LANES > 1 ? TILE : COLS;
   static_assert(TILE % COLS == 0, "a panel's rows lie in one tile");
   static_assert(TILE % LANES == 0, "a pack's rows lie in one tile");
 
  public:
-  // Number of T that the caller provides as scratch memory for order n.
+  // Number of T that the caller provides as scratch memory for order n, aligned to 16 bytes and to Pack.
   static FNGD_INLINE int64_t scratch_size(int n) { return tile_offset(tiles(n)) + 3 * int64_t{tiles(n)} * TILE; }
+
+  // n rounded up to whole tiles: more threads than this have nothing to do.
+  static FNGD_INLINE int padded_order(int n) { return tiles(n) * TILE; }
 
   FNGD_INLINE DampedCholesky(int order, T* scratch)
       : n(order),
-        padded(tiles(order) * TILE),
+        padded(padded_order(order)),
         lower(scratch),
-        residual(scratch + tile_offset(tiles(order))),
-        solution(residual + padded),
+        right(scratch + tile_offset(tiles(order))),
+        solution(right + padded),
         inverse_diagonal(solution + padded) {}
 
+  // Memory for n numbers, free before and after a solve.
+  FNGD_INLINE T* workspace() const { return right; }
+
   // Returns 0 and writes x, or returns j > 0 and fills x with NaN when the leading minor of order j is not positive
-  // definite or not finite. Only the lower triangle of k is read.
+  // definite or not finite. `refine` adds one step of iterative refinement, its residual summed in double.
   template <typename Team>
-  FNGD_INLINE int solve(const Team& team, const T* k, int64_t row_stride, int64_t col_stride, T damping, const T* rhs,
-                        int64_t rhs_stride, T* x) {
-    load(team, k, row_stride, col_stride, damping, rhs, rhs_stride);
+  FNGD_INLINE int solve(const Team& team, const System<T>& system, bool refine, T* x) const {
+    load(team, system);
     team.sync();
     const int info = factor(team);
     if (info == 0) back_substitute(team);
-    for (int i = team.rank(); i < n; i += team.size()) x[i] = info == 0 ? solution[i] : static_cast<T>(NAN);
+    for (int i = team.rank(); i < n; i += team.size()) x[i] = info == 0 ? right[i] : static_cast<T>(NAN);
+    if (refine && info == 0) {
+      team.sync();
+      multiply(team, system.k, x, [&](int i, double sum) {
+        const double product = double(system.scale) * sum + double(system.damping) * double(x[i]);
+        right[i] = static_cast<T>(double(system.right(i)) - product);
+      });
+      team.sync();
+      forward_substitute(team);
+      back_substitute(team);
+      for (int i = team.rank(); i < n; i += team.size()) x[i] += right[i];
+    }
     return info;
   }
 
@@ -70,8 +85,62 @@ class DampedCholesky {
   // Element (i, j) is at row(i)[j * TILE]; the next row of the same tile is next to it.
   FNGD_INLINE T* row(int i) const { return lower + tile_offset(i / TILE) + i % TILE; }
 
-  static FNGD_INLINE void read(Pack& pack, const T* from) { memcpy(&pack, from, sizeof(Pack)); }
-  static FNGD_INLINE void write(T* to, const Pack& pack) { memcpy(to, &pack, sizeof(Pack)); }
+  // A single T is not copied by memcpy, which would go byte by byte where the compiler cannot see the alignment.
+  static FNGD_INLINE void read(Pack& pack, const T* from) {
+    if constexpr (LANES == 1) {
+      pack = *from;
+    } else {
+      memcpy(&pack, from, sizeof(Pack));
+    }
+  }
+
+  static FNGD_INLINE void write(T* to, const Pack& pack) {
+    if constexpr (LANES == 1) {
+      *to = pack;
+    } else {
+      memcpy(to, &pack, sizeof(Pack));
+    }
+  }
+
+  // COLS rows of a column, on a GPU in loads of 16 bytes.
+  static FNGD_INLINE void read_rows(T (&rows)[COLS], const T* column) {
+#if defined(__CUDACC__)
+    using Wide = std::conditional_t<sizeof(T) == 4, float4, double2>;
+    FNGD_UNROLL
+    for (int c = 0; c < COLS; c += sizeof(Wide) / sizeof(T)) {
+      const Wide wide = *reinterpret_cast<const Wide*>(column + c);
+      memcpy(rows + c, &wide, sizeof(Wide));
+    }
+#else
+    FNGD_UNROLL
+    for (int c = 0; c < COLS; ++c) rows[c] = column[c];
+#endif
+  }
+
+  // ROWS rows of a column times x.
+  static FNGD_INLINE T dot(const T* column, const T (&x)[ROWS]) {
+    Pack product{};
+    if constexpr (LANES == 1) {
+      T rows[COLS];
+      read_rows(rows, column);
+      FNGD_UNROLL
+      for (int r = 0; r < ROWS; ++r) product += rows[r] * x[r];
+    } else {
+      Pack left, unknowns;
+      FNGD_UNROLL
+      for (int r = 0; r < ROWS; r += LANES) {
+        read(left, column + r);
+        read(unknowns, x + r);
+        product += left * unknowns;
+      }
+    }
+    return sum(product);
+  }
+
+  static FNGD_INLINE void copy(T* to, const T* from) {
+    FNGD_UNROLL
+    for (int r = 0; r < ROWS; ++r) to[r] = from[r];
+  }
 
   static FNGD_INLINE T sum(const Pack& pack) {
     T lane[LANES];
@@ -84,28 +153,53 @@ class DampedCholesky {
     return lane[0];
   }
 
+  static FNGD_INLINE T inverse_sqrt(T value) {
+#if defined(__CUDA_ARCH__)
+    // The processor's estimate and a Newton step: a square root and a division would hold up every panel.
+    const T estimate = rsqrt(value);
+    return estimate + T(0.5) * estimate * (T(1) - value * estimate * estimate);
+#else
+    return T(1) / std::sqrt(value);
+#endif
+  }
+
   template <typename Team>
-  FNGD_INLINE void load(const Team& team, const T* k, int64_t row_stride, int64_t col_stride, T damping, const T* rhs,
-                        int64_t rhs_stride) {
-    for (int i = 0; i < padded; ++i) {
-      const T* from = k + i * row_stride;
-      T* to = row(i);
-      const int below = i < n ? i : 0, end = (i / TILE + 1) * TILE;
-      for (int j = team.rank(); j < below; j += team.size()) to[int64_t{j} * TILE] = from[j * col_stride];
-      for (int j = below + team.rank(); j < end; j += team.size()) to[int64_t{j} * TILE] = T(0);
+  FNGD_INLINE void load(const Team& team, const System<T>& system) const {
+    // A group takes a row of a tile. In a warp of 8 groups of 4, a load then touches 8 cache lines and a store meets
+    // 4-way bank conflicts, where whole rows or whole columns would cost 32 of one or the other.
+    constexpr int GROUP = Team::GROUP;
+    const Symmetric<T>& k = system.k;
+    for (int top = 0; top < padded; top += TILE) {
+      for (int item = team.rank(); item < (top + TILE) * GROUP; item += team.size()) {
+        const int i = top + item / GROUP % TILE, first = item / (GROUP * TILE) * TILE + item % GROUP;
+        T* to = row(i) + int64_t{first} * TILE;
+        if (first < top && i < n) {
+          const T* from = &k(i, first);
+          T values[TILE / GROUP];
+          FNGD_UNROLL
+          for (int c = 0; c < TILE / GROUP; ++c) values[c] = from[c * GROUP * k.col_stride];
+          FNGD_UNROLL
+          for (int c = 0; c < TILE / GROUP; ++c) to[c * GROUP * TILE] = system.scale * values[c];
+        } else {
+          for (int c = 0; c < TILE; c += GROUP) {
+            const int j = first + c;
+            T value = j == i ? T(1) : T(0);
+            if (i < n && j <= i) value = system.scale * k(i, j) + (j == i ? system.damping : T(0));
+            to[c * TILE] = value;
+          }
+        }
+      }
     }
-    team.sync();
     for (int i = team.rank(); i < padded; i += team.size()) {
-      residual[i] = i < n ? (rhs ? rhs[i * rhs_stride] : T(1)) : T(0);
-      row(i)[int64_t{i} * TILE] = i < n ? k[i * (row_stride + col_stride)] + damping : T(1);
+      right[i] = i < n ? system.right(i) : T(0);
       solution[i] = T(0);
       inverse_diagonal[i] = T(1);
     }
   }
 
-  // L in place of K + damping I, and solution = L^-1 rhs.
+  // L in place of scale K + damping I, and solution = L^-1 right.
   template <typename Team>
-  FNGD_INLINE int factor(const Team& team) {
+  FNGD_INLINE int factor(const Team& team) const {
     T block[COLS][COLS], inverse[COLS], forward[COLS];
     for (int j = 0; j < n; j += COLS) {
       const int first = j / LANES + team.rank(), last = padded / LANES;
@@ -116,7 +210,7 @@ class DampedCholesky {
       const T* diagonal = row(j) + int64_t{j} * TILE;
       FNGD_UNROLL
       for (int r = 0; r < COLS; ++r) {
-        forward[r] = residual[j + r];
+        forward[r] = right[j + r];
         FNGD_UNROLL
         for (int c = 0; c <= r; ++c) block[r][c] = diagonal[c * TILE + r];
       }
@@ -124,7 +218,7 @@ class DampedCholesky {
       for (int c = 0; c < COLS; ++c) {
         const T pivot = block[c][c];
         if (!(pivot > T(0) && pivot < T(INFINITY))) return j + c + 1;
-        inverse[c] = T(1) / std::sqrt(pivot);
+        inverse[c] = inverse_sqrt(pivot);
         forward[c] *= inverse[c];
         FNGD_UNROLL
         for (int r = c + 1; r < COLS; ++r) {
@@ -165,8 +259,10 @@ class DampedCholesky {
       Pack sums[COLS] = {};
       for (int k = begin; k < end; ++k) {
         read(left, rows + int64_t{k} * TILE);
+        T values[COLS];
+        read_rows(values, panel + int64_t{k} * TILE);
         FNGD_UNROLL
-        for (int c = 0; c < COLS; ++c) sums[c] += left * panel[int64_t{k} * TILE + c];
+        for (int c = 0; c < COLS; ++c) sums[c] += left * values[c];
       }
       FNGD_UNROLL
       for (int c = 0; c < COLS; ++c) columns[c] -= sums[c];
@@ -175,14 +271,14 @@ class DampedCholesky {
     for (int c = 0; c < COLS; ++c) write(target + c * TILE, columns[c]);
   }
 
-  // The same columns and rows times the inverse of the panel's diagonal block; their share leaves the residual.
+  // The same columns and rows times the inverse of the panel's diagonal block; their share leaves `right`.
   FNGD_INLINE void finish(int i, int j, const T (&block)[COLS][COLS], const T (&inverse)[COLS],
                           const T (&forward)[COLS]) const {
     T* target = row(i) + int64_t{j} * TILE;
     Pack columns[COLS], rest;
     FNGD_UNROLL
     for (int c = 0; c < COLS; ++c) read(columns[c], target + c * TILE);
-    read(rest, residual + i);
+    read(rest, right + i);
     FNGD_UNROLL
     for (int c = 0; c < COLS; ++c) {
       columns[c] *= inverse[c];
@@ -192,43 +288,62 @@ class DampedCholesky {
     }
     FNGD_UNROLL
     for (int c = 0; c < COLS; ++c) write(target + c * TILE, columns[c]);
-    write(residual + i, rest);
+    write(right + i, rest);
   }
 
-  // solution = L^-T solution, tile by tile from the last.
+  // solution = L^-1 right, block by block from the first; uses `right` up.
+  template <typename Team>
+  FNGD_INLINE void forward_substitute(const Team& team) const {
+    for (int begin = 0; begin < padded; begin += ROWS) {
+      const T* diagonal = row(begin) + int64_t{begin} * TILE;
+      T y[ROWS];
+      copy(y, right + begin);
+      FNGD_UNROLL
+      for (int c = 0; c < ROWS; ++c) {
+        y[c] *= inverse_diagonal[begin + c];
+        FNGD_UNROLL
+        for (int r = c + 1; r < ROWS; ++r) y[r] -= diagonal[c * TILE + r] * y[c];
+      }
+      if (team.rank() == 0) copy(solution + begin, y);
+      for (int i = begin + ROWS + team.rank() * LANES; i < padded; i += team.size() * LANES) {
+        const T* columns = row(i) + int64_t{begin} * TILE;
+        Pack rest, column;
+        read(rest, right + i);
+        FNGD_UNROLL
+        for (int c = 0; c < ROWS; ++c) {
+          read(column, columns + c * TILE);
+          rest -= column * y[c];
+        }
+        write(right + i, rest);
+      }
+      team.sync();
+    }
+  }
+
+  // right = L^-T solution, block by block from the last; uses `solution` up.
   template <typename Team>
   FNGD_INLINE void back_substitute(const Team& team) const {
-    for (int begin = padded - TILE; begin >= 0; begin -= TILE) {
-      if (team.rank() == 0) {
-        const T* diagonal = row(begin) + int64_t{begin} * TILE;
-        T x[TILE];
-        memcpy(x, solution + begin, sizeof(x));
+    for (int begin = padded - ROWS; begin >= 0; begin -= ROWS) {
+      // The other threads have no column left to subtract from.
+      if (team.rank() == 0 || team.rank() < begin) {
+        const T *rows = row(begin), *diagonal = rows + int64_t{begin} * TILE;
+        T x[ROWS];
+        copy(x, solution + begin);
         FNGD_UNROLL
-        for (int r = TILE - 1; r >= 0; --r) {
+        for (int r = ROWS - 1; r >= 0; --r) {
           x[r] *= inverse_diagonal[begin + r];
           FNGD_UNROLL
           for (int c = 0; c < r; ++c) x[c] -= diagonal[c * TILE + r] * x[r];
         }
-        memcpy(solution + begin, x, sizeof(x));
-      }
-      team.sync();
-      const T* rows = row(begin);
-      for (int j = team.rank(); j < begin; j += team.size()) {
-        Pack product{}, left, right;
-        FNGD_UNROLL
-        for (int r = 0; r < TILE; r += LANES) {
-          read(left, rows + int64_t{j} * TILE + r);
-          read(right, solution + begin + r);
-          product += left * right;
-        }
-        solution[j] -= sum(product);
+        if (team.rank() == 0) copy(right + begin, x);
+        for (int j = team.rank(); j < begin; j += team.size()) solution[j] -= dot(rows + int64_t{j} * TILE, x);
       }
       team.sync();
     }
   }
 
   int n, padded;
-  T *lower, *residual, *solution, *inverse_diagonal;
+  T *lower, *right, *solution, *inverse_diagonal;
 };
 
 }  // namespace fngd

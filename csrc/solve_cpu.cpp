@@ -1,4 +1,4 @@
-// The damped solve on the CPU: one matrix per thread, on the widest vectors the processor has.
+// Damped solves and coefficients on the CPU: one matrix per thread, on the widest vectors the processor has.
 #include "solve_params.h"
 
 #include <memory>
@@ -8,8 +8,6 @@
 #include <omp.h>
 #endif
 
-#include "solve.h"
-
 namespace fngd {
 namespace {
 
@@ -17,26 +15,18 @@ constexpr int CACHE_LINE = 64;
 constexpr int PANEL_COLUMNS = 8;
 
 struct OneThread {
+  static constexpr int GROUP = 1;
   FNGD_INLINE int rank() const { return 0; }
   FNGD_INLINE int size() const { return 1; }
   FNGD_INLINE void sync() const {}
+  FNGD_INLINE double add(double value) const { return value; }
 };
 
 template <typename T, typename Pack>
 using Solver = DampedCholesky<T, Pack, CACHE_LINE / sizeof(T), PANEL_COLUMNS>;
 
-template <typename T, typename Pack>
-FNGD_INLINE void solve_matrix(const SolveParams& p, int64_t b, T* scratch) {
-  const T* k = static_cast<const T*>(p.k) + b * p.k_batch_stride;
-  const T* rhs = p.rhs ? static_cast<const T*>(p.rhs) + b * p.rhs_batch_stride : nullptr;
-  const T damping = static_cast<const T*>(p.damping)[b * p.damping_stride];
-  p.info[b] = Solver<T, Pack>(p.n, scratch)
-                  .solve(OneThread(), k, p.k_row_stride, p.k_col_stride, damping, rhs, p.rhs_row_stride,
-                         static_cast<T*>(p.x) + b * p.n);
-}
-
-template <typename T>
-using Entry = void (*)(const SolveParams&, int64_t, T*);
+template <typename T, typename Params>
+using Entry = void (*)(const Params&, int64_t, T*);
 
 #if defined(__GNUC__)
 
@@ -46,43 +36,48 @@ struct Vector {
 };
 
 // 16 bytes are what every x86-64 and ARMv8 processor has.
-template <typename T>
-void solve_baseline(const SolveParams& p, int64_t b, T* scratch) {
-  solve_matrix<T, typename Vector<T, 16>::type>(p, b, scratch);
+template <typename T, typename Params>
+void run_baseline(const Params& p, int64_t b, T* scratch) {
+  run<Solver<T, typename Vector<T, 16>::type>>(OneThread(), p, b, scratch);
 }
 
 #if defined(__x86_64__)
 
-template <typename T>
-__attribute__((target("avx2,fma"))) void solve_avx2(const SolveParams& p, int64_t b, T* scratch) {
-  solve_matrix<T, typename Vector<T, 32>::type>(p, b, scratch);
+template <typename T, typename Params>
+__attribute__((target("avx2,fma"))) void run_avx2(const Params& p, int64_t b, T* scratch) {
+  run<Solver<T, typename Vector<T, 32>::type>>(OneThread(), p, b, scratch);
 }
 
-template <typename T>
-__attribute__((target("avx512f"))) void solve_avx512(const SolveParams& p, int64_t b, T* scratch) {
-  solve_matrix<T, typename Vector<T, 64>::type>(p, b, scratch);
+template <typename T, typename Params>
+__attribute__((target("avx512f"))) void run_avx512(const Params& p, int64_t b, T* scratch) {
+  run<Solver<T, typename Vector<T, 64>::type>>(OneThread(), p, b, scratch);
 }
 
-template <typename T>
-Entry<T> choose() {
-  if (__builtin_cpu_supports("avx512f")) return solve_avx512<T>;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return solve_avx2<T>;
-  return solve_baseline<T>;
+template <typename T, typename Params>
+Entry<T, Params> choose() {
+  if (__builtin_cpu_supports("avx512f")) return run_avx512<T, Params>;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return run_avx2<T, Params>;
+  return run_baseline<T, Params>;
 }
 
 #else
 
-template <typename T>
-Entry<T> choose() {
-  return solve_baseline<T>;
+template <typename T, typename Params>
+Entry<T, Params> choose() {
+  return run_baseline<T, Params>;
 }
 
 #endif
 #else
 
-template <typename T>
-Entry<T> choose() {
-  return solve_matrix<T, T>;
+template <typename T, typename Params>
+void run_scalar(const Params& p, int64_t b, T* scratch) {
+  run<Solver<T, T>>(OneThread(), p, b, scratch);
+}
+
+template <typename T, typename Params>
+Entry<T, Params> choose() {
+  return run_scalar<T, Params>;
 }
 
 #endif
@@ -93,9 +88,9 @@ struct AlignedDelete {
 
 }  // namespace
 
-template <typename T>
-void solve_cpu(const SolveParams& params, int threads) {
-  static const Entry<T> solve = choose<T>();
+template <typename T, typename Params>
+void run_cpu(const Params& params, int threads) {
+  static const Entry<T, Params> run_one = choose<T, Params>();
   const int64_t size = Solver<T, T>::scratch_size(params.n);
   std::unique_ptr<void, AlignedDelete> memory(
       ::operator new(threads * size * sizeof(T), std::align_val_t{CACHE_LINE}));
@@ -103,17 +98,19 @@ void solve_cpu(const SolveParams& params, int threads) {
 #if defined(_OPENMP)
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
 #endif
-  for (int64_t b = 0; b < params.batch; ++b) {
+  for (int64_t b = 0; b < params.size; ++b) {
 #if defined(_OPENMP)
     T* mine = scratch + omp_get_thread_num() * size;
 #else
     T* mine = scratch;
 #endif
-    solve(params, b, mine);
+    run_one(params, b, mine);
   }
 }
 
-template void solve_cpu<float>(const SolveParams&, int);
-template void solve_cpu<double>(const SolveParams&, int);
+template void run_cpu<float>(const SolveParams&, int);
+template void run_cpu<double>(const SolveParams&, int);
+template void run_cpu<float>(const CoefficientsParams&, int);
+template void run_cpu<double>(const CoefficientsParams&, int);
 
 }  // namespace fngd

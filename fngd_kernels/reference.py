@@ -137,6 +137,22 @@ def solve(k: Tensor, damping: float | Tensor, rhs: Tensor | None = None) -> Tens
     return torch.linalg.solve(k + damping * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device), rhs)
 
 
+def coefficients(k: Tensor, damping: float, damping_mode: str = "trace", normalize: str = "mean") -> Tensor:
+    """Return the weights s (..., N) of the samples for k (..., N, N): v from (lam I + N K) v = 1, scaled."""
+    n, trace = k.shape[-1], k.diagonal(dim1=-2, dim2=-1).sum(-1)
+    unit = {"trace": n * trace, "mean_eig": trace, "absolute": torch.ones_like(trace)}[damping_mode]
+    lam = damping * unit
+    v = solve(n * k, lam)
+    if normalize == "mean":
+        return v / v.mean(-1, keepdim=True)
+    if normalize == "lambda":
+        return v * lam[..., None]
+    if normalize == "graft":
+        natural = torch.einsum("...i,...ij,...j->...", v, k, v)
+        return v * (k.sum((-2, -1)) / natural).sqrt()[..., None]
+    return v
+
+
 def _wide(t: Tensor) -> Tensor:
     """Return t in at least float32."""
     return t.to(torch.promote_types(t.dtype, torch.float32))

@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.float64)
 def route(request, monkeypatch):
     """Run the test through the native kernel, then through torch.linalg."""
     if request.param == "library":
-        monkeypatch.setattr(solve_module, "NATIVE_MAX_ORDER", -1)
+        monkeypatch.setattr(solve_module, "NATIVE_MAX_ORDER", {})
     elif not native.AVAILABLE:
         pytest.skip("the native extension is not built")
     return request.param
@@ -171,6 +171,36 @@ def test_float32_error_of_the_coefficients(route, n, damping):
         assert error.max() <= 6e-6
 
 
+@pytest.mark.parametrize("n", [32, 64, 128, 256])
+@pytest.mark.parametrize(("damping", "factor"), [(1e-6, 2), (1e-5, 10), (1e-4, 100)])
+def test_refinement_lowers_the_error_at_small_damping(route, n, damping, factor):
+    # Half the rank: the damping alone keeps these matrices from being singular, at 1e-6 by a few ulp.
+    k = gram(6, n, rank=n // 2, dtype=torch.float32)
+    exact = fk.reference.solve(k.double(), torch.tensor(damping, dtype=k.dtype).double())
+    plain, refined = (fk.solve(k, damping, refine=refine) for refine in (False, True))
+    errors = [((x - exact).abs().amax(-1) / exact.abs().amax(-1)).mean() for x in (plain, refined)]
+    assert errors[1] <= errors[0] / factor
+
+
+def test_refinement_at_the_default_damping_reaches_the_rounding_of_x(route):
+    k = gram(4, 96, rank=48, dtype=torch.float32)
+    rhs = torch.randn(4, 96)
+    exact = fk.reference.solve(k.double(), torch.tensor(0.1).double(), rhs.double())
+    error = (fk.solve(k, 0.1, rhs, refine=True) - exact).abs().amax(-1) / exact.abs().amax(-1)
+    assert (error <= 2 * EPS[k.dtype]).all()
+
+
+def test_refinement_leaves_failures_and_the_upper_triangle_alone(route):
+    k = gram(3, 20, dtype=torch.float32)
+    expected = fk.solve(k, 0.1, refine=True)
+    k[1, 7, 7] = -1
+    k = k.tril() + torch.full_like(k, math.nan).triu(1)
+    x, info = fk.solve(k, 0.1, refine=True, return_info=True)
+    assert info.tolist() == [0, 8, 0]
+    assert x[1].isnan().all()
+    assert torch.equal(x[::2], expected[::2])
+
+
 def test_two_threads_give_the_same_bits(route):
     k = gram(7, 65, dtype=torch.float32)
     k[3, 5, 5] = -1
@@ -191,7 +221,7 @@ def test_no_gradient_is_recorded(route):
 
 
 def test_large_orders_go_to_the_library():
-    n = solve_module.NATIVE_MAX_ORDER + 1
+    n = solve_module.NATIVE_MAX_ORDER["cpu"] + 1
     k = torch.diag(torch.linspace(1, 2, n))
     torch.testing.assert_close(fk.solve(k, 1.0), 1 / (1 + torch.linspace(1, 2, n)))
 
@@ -243,7 +273,8 @@ def test_the_operator_itself_never_reads_out_of_bounds(k, damping, rhs, name):
 def test_opcheck(shape, with_rhs):
     k = gram(*shape[:-1], dtype=torch.float64)
     rhs = torch.ones(shape[:-1], dtype=k.dtype) if with_rhs else None
-    torch.library.opcheck(torch.ops.fngd.solve.default, (k, torch.full(shape[:-2], 0.1, dtype=k.dtype), rhs))
+    damping = torch.full(shape[:-2], 0.1, dtype=k.dtype)
+    torch.library.opcheck(torch.ops.fngd.solve.default, (k, damping, rhs, with_rhs))
 
 
 def test_compiles_in_one_graph(route):

@@ -6,26 +6,42 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .. import native  # noqa: F401 - registers the CPU kernel
+from .. import native  # noqa: F401 - registers the native kernels
 from .checks import check_same
 from .library import LIBRARY, call, register
 
-NATIVE_MAX_ORDER = 2048
-"""Larger matrices go to torch.linalg, which puts every core on one matrix; the native kernel puts one."""
+NATIVE_MAX_ORDER = {"cpu": 2048, "cuda": 1024}
+"""Larger matrices go to torch.linalg, which puts the whole device on one matrix; the native kernels put one
+core or one thread block."""
 
-LIBRARY.define("solve(Tensor k, Tensor damping, Tensor? rhs) -> (Tensor x, Tensor info)")
+LIBRARY.define("solve(Tensor k, Tensor damping, Tensor? rhs, bool refine=False) -> (Tensor x, Tensor info)")
 
 
 @overload
 def solve(
-    k: Tensor, damping: float | Tensor, rhs: Tensor | None = ..., *, return_info: Literal[False] = ...
+    k: Tensor,
+    damping: float | Tensor,
+    rhs: Tensor | None = ...,
+    *,
+    refine: bool = ...,
+    return_info: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
 def solve(
-    k: Tensor, damping: float | Tensor, rhs: Tensor | None = ..., *, return_info: Literal[True]
+    k: Tensor,
+    damping: float | Tensor,
+    rhs: Tensor | None = ...,
+    *,
+    refine: bool = ...,
+    return_info: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def solve(
-    k: Tensor, damping: float | Tensor, rhs: Tensor | None = None, *, return_info: bool = False
+    k: Tensor,
+    damping: float | Tensor,
+    rhs: Tensor | None = None,
+    *,
+    refine: bool = False,
+    return_info: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Solve damped symmetric positive definite systems.
 
@@ -34,6 +50,7 @@ def solve(
     k: (..., N, N) float32 or float64, symmetric, any strides; the upper triangle has no influence
     damping: a finite number >= 0, or (...) of k's dtype, one per matrix
     rhs: (..., N) of k's dtype, ones by default
+    refine: whether to correct x once by its residual, summed in float64; for float32 and small damping
     return_info: whether to return info beside x
 
     Returns: (..., N), x; with return_info also info (...) int32: 0 where solved, j > 0 where the leading
@@ -43,9 +60,14 @@ def solve(
     Source: the Woodbury form of the damped empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).
     """
     damping = _check(k, damping, rhs)
-    run = _solve_library if k.shape[-1] > NATIVE_MAX_ORDER else torch.ops.fngd.solve.default
-    x, info = call(run, k, damping, rhs)
+    run = torch.ops.fngd.solve.default if suits_native(k) else _solve_library
+    x, info = call(run, k, damping, rhs, refine)
     return (x, info) if return_info else x
+
+
+def suits_native(k: Tensor) -> bool:
+    """Return whether matrices of this order are left to the native kernel, where their device has one."""
+    return k.shape[-1] <= NATIVE_MAX_ORDER.get(k.device.type, 0)
 
 
 def _check(k: Tensor, damping: float | Tensor, rhs: Tensor | None) -> Tensor:
@@ -66,7 +88,9 @@ def _check(k: Tensor, damping: float | Tensor, rhs: Tensor | None) -> Tensor:
     return damping
 
 
-def _solve_library(k: Tensor, damping: Tensor, rhs: Tensor | None) -> tuple[Tensor, Tensor]:
+def _solve_library(
+    k: Tensor, damping: Tensor, rhs: Tensor | None, refine: bool = False
+) -> tuple[Tensor, Tensor]:
     """Solve with torch.linalg; native kernels registered for a device take precedence over this."""
     n = k.shape[-1]
     if k.numel() == 0:
@@ -82,10 +106,16 @@ def _solve_library(k: Tensor, damping: Tensor, rhs: Tensor | None) -> tuple[Tens
     if rhs is None:
         rhs = torch.ones_like(k[..., 0])
     x = torch.cholesky_solve(rhs[..., None], lower)[..., 0]
+    if refine:
+        full, wide = k.tril().double() + k.tril(-1).mT, x.double()
+        residual = rhs - (full @ wide[..., None])[..., 0] - damping[..., None].double() * wide
+        x = x + torch.cholesky_solve(residual.to(k.dtype)[..., None], lower)[..., 0]
     return x.where(solved[..., None], math.nan), info.where(~solved, 0)
 
 
-def _solve_fake(k: Tensor, damping: Tensor, rhs: Tensor | None) -> tuple[Tensor, Tensor]:
+def _solve_fake(
+    k: Tensor, damping: Tensor, rhs: Tensor | None, refine: bool = False
+) -> tuple[Tensor, Tensor]:
     return k.new_empty(k.shape[:-1]), k.new_empty(k.shape[:-2], dtype=torch.int32)
 
 

@@ -1,7 +1,8 @@
-// The solver's core with teams of several threads and packs of several widths, against a plain double Cholesky.
-// Prints one line per failure; the exit status is the number of failures, at most 1.
-#include "../../csrc/solve.h"
+// The solver's core and the coefficients with teams of several threads, groups and packs of several widths, against a
+// plain double Cholesky. Prints one line per failure; the exit status is 1 where there was one.
+#include "../../csrc/coefficients.h"
 
+#include <algorithm>
 #include <barrier>
 #include <cstdio>
 #include <limits>
@@ -13,16 +14,34 @@ namespace {
 
 int failures = 0;
 
+// What a team's threads share; groups add up through `slots`.
+struct Shared {
+  explicit Shared(int threads) : barrier(threads), slots(threads) {}
+  std::barrier<> barrier;
+  std::vector<double> slots;
+};
+
+template <int WIDTH>
 class ThreadTeam {
  public:
-  ThreadTeam(int rank, int size, std::barrier<>& barrier) : rank_(rank), size_(size), barrier_(&barrier) {}
+  static constexpr int GROUP = WIDTH;
+  ThreadTeam(int rank, int size, Shared& shared) : rank_(rank), size_(size), shared_(&shared) {}
   int rank() const { return rank_; }
   int size() const { return size_; }
-  void sync() const { barrier_->arrive_and_wait(); }
+  void sync() const { shared_->barrier.arrive_and_wait(); }
+  double add(double value) const {
+    if constexpr (GROUP == 1) return value;
+    sync();
+    shared_->slots[rank_] = value;
+    sync();
+    double sum = 0;
+    for (int i = 0; i < GROUP; ++i) sum += shared_->slots[rank_ / GROUP * GROUP + i];
+    return sum;
+  }
 
  private:
   int rank_, size_;
-  std::barrier<>* barrier_;
+  Shared* shared_;
 };
 
 template <typename T, int LANES>
@@ -84,89 +103,174 @@ Problem<T> make_problem(int n) {
   return p;
 }
 
-template <typename T, int LANES, int TILE, int COLS>
-int run(const Problem<T>& p, int threads, std::vector<T>& x) {
+// How a matrix is worked on. On CUDA: one lane, tiles of 128 bytes, panels of 8 columns, groups of 4 threads.
+template <typename Number, int LANES, int TILE, int COLS, int WIDTH>
+struct Shape {
+  using T = Number;
   using Solver = fngd::DampedCholesky<T, typename Vector<T, LANES>::type, TILE, COLS>;
+  using Team = ThreadTeam<WIDTH>;
+  static constexpr int GROUP = WIDTH;
+};
+
+void fail(const char* what, int n, int threads, double got) {
+  std::printf("%s: n=%d threads=%d: %g\n", what, n, threads, got);
+  ++failures;
+}
+
+// Runs job(team, solver) in every thread of a team, and returns the info that all of them agree on.
+template <typename Shape, typename Job>
+int run(int n, int threads, Job job) {
+  using T = typename Shape::T;
   const T nan = std::numeric_limits<T>::quiet_NaN(), guard = T(12345);
-  const int64_t size = Solver::scratch_size(p.n);
-  std::vector<T> scratch(size + 64, nan);
-  for (int i = 0; i < 64; ++i) scratch[size + i] = guard;
-  x.assign(p.n, nan);
+  const int64_t size = Shape::Solver::scratch_size(n);
+  // Aligned as the launchers align it.
+  std::vector<T> memory(size + 128, nan);
+  T* scratch = memory.data();
+  while (reinterpret_cast<uintptr_t>(scratch) % 64 != 0) ++scratch;
+  std::fill(scratch + size, scratch + size + 64, guard);
   std::vector<int> info(threads, -1);
-  std::barrier<> barrier(threads);
+  Shared shared(threads);
   std::vector<std::thread> team;
   for (int rank = 0; rank < threads; ++rank) {
     team.emplace_back([&, rank] {
-      info[rank] = Solver(p.n, scratch.data())
-                       .solve(ThreadTeam(rank, threads, barrier), p.k.data(), p.n, 1, p.damping, p.rhs.data(), 1,
-                              x.data());
+      info[rank] = job(typename Shape::Team(rank, threads, shared), typename Shape::Solver(n, scratch));
     });
   }
   for (std::thread& thread : team) thread.join();
-  for (int i = 0; i < 64; ++i) {
-    if (scratch[size + i] != guard) {
-      std::printf("n=%d lanes=%d tile=%d cols=%d threads=%d: wrote past the scratch\n", p.n, LANES, TILE, COLS, threads);
-      ++failures;
-      break;
-    }
-  }
-  for (int value : info) {
-    if (value != info[0]) {
-      std::printf("n=%d threads=%d: the team disagrees on info\n", p.n, threads);
-      ++failures;
-    }
-  }
+  if (std::count(scratch + size, scratch + size + 64, guard) != 64) fail("wrote past the scratch", n, threads, 0);
+  if (std::count(info.begin(), info.end(), info[0]) != threads) fail("the team disagrees on info", n, threads, 0);
   return info[0];
 }
 
-template <typename T, int LANES, int TILE, int COLS>
-void check(const Problem<T>& p) {
-  double scale = 0;
-  for (double value : p.exact) scale = std::max(scale, std::abs(value));
-  std::vector<T> alone, together;
-  for (int threads : {1, 2, 5, 33}) {
-    const int info = run<T, LANES, TILE, COLS>(p, threads, together);
-    if (threads == 1) alone = together;
-    double error = 0;
-    // The condition number is below 30, so this is the rounding of n terms and no more.
-    for (int i = 0; i < p.n; ++i) error = std::max(error, std::abs(together[i] - p.exact[i]) / scale);
-    const bool same = std::memcmp(alone.data(), together.data(), p.n * sizeof(T)) == 0;
-    if (info != 0 || !(error <= 64 * std::numeric_limits<T>::epsilon()) || !same) {
-      std::printf("n=%d bytes=%zu lanes=%d tile=%d cols=%d threads=%d: info %d, error %g, same bits %d\n", p.n,
-                  sizeof(T), LANES, TILE, COLS, threads, info, error, same);
-      ++failures;
+template <typename T>
+fngd::Symmetric<T> symmetric(const Problem<T>& p) {
+  return {p.k.data(), p.n, 1, p.n};
+}
+
+template <typename Shape, typename T>
+int solve(const Problem<T>& p, int threads, bool refine, std::vector<T>& x) {
+  x.assign(p.n, std::numeric_limits<T>::quiet_NaN());
+  const fngd::System<T> system{symmetric(p), T(1), p.damping, p.rhs.data(), 1};
+  return run<Shape>(p.n, threads, [&](auto team, auto solver) { return solver.solve(team, system, refine, x.data()); });
+}
+
+double distance(const auto& values, const std::vector<double>& exact) {
+  double scale = 0, error = 0;
+  for (double value : exact) scale = std::max(scale, std::abs(value));
+  for (size_t i = 0; i < exact.size(); ++i) error = std::max(error, std::abs(values[i] - exact[i]));
+  return error / scale;
+}
+
+// Team sizes, as multiples of the group.
+std::vector<int> sizes(int group) {
+  return group == 1 ? std::vector<int>{1, 2, 17} : std::vector<int>{group, 3 * group};
+}
+
+template <typename Shape, typename T>
+void check_solve(const Problem<T>& p) {
+  constexpr double eps = std::numeric_limits<T>::epsilon();
+  // The condition number is below 30: the rounding of n terms and no more, and of x alone where a residual in double
+  // corrected float.
+  const double rounding = 64, refined = sizeof(T) == 4 ? 1 : rounding;
+  std::vector<T> first, x;
+  for (bool refine : {false, true}) {
+    first.clear();
+    for (int threads : sizes(Shape::GROUP)) {
+      const int info = solve<Shape>(p, threads, refine, x);
+      if (first.empty()) first = x;
+      const double error = distance(x, p.exact) / eps;
+      if (info != 0) fail("info", p.n, threads, info);
+      if (!(error <= (refine ? refined : rounding))) fail(refine ? "refined error" : "error", p.n, threads, error);
+      if (std::memcmp(first.data(), x.data(), p.n * sizeof(T)) != 0) fail("other bits", p.n, threads, 0);
     }
   }
 }
 
-template <typename T, int LANES, int TILE, int COLS>
-void check_failure(Problem<T> p) {
+template <typename Shape, typename T>
+void check_failure(const Problem<T>& p) {
   for (int minor : {1, 8, 9, p.n}) {
     Problem<T> broken = p;
     broken.k[(minor - 1) * (p.n + 1)] = T(-1);
     std::vector<T> x;
-    const int info = run<T, LANES, TILE, COLS>(broken, 3, x);
-    bool all_nan = true;
-    for (T value : x) all_nan = all_nan && value != value;
-    if (info != minor || !all_nan) {
-      std::printf("n=%d: expected info %d and NaN, got %d, NaN %d\n", p.n, minor, info, all_nan);
-      ++failures;
+    const int info = solve<Shape>(broken, 3 * Shape::GROUP, true, x);
+    if (info != minor) fail("info of an indefinite matrix", p.n, minor, info);
+    if (!std::all_of(x.begin(), x.end(), [](T value) { return value != value; })) fail("not NaN", p.n, minor, 0);
+  }
+}
+
+// s by its definition: (lam I + N K) v = 1 in double, then the scale.
+template <typename T>
+std::vector<double> coefficients_exactly(const Problem<T>& p, double damping, fngd::DampingMode mode,
+                                         fngd::Normalization normalization) {
+  const int n = p.n;
+  double trace = 0;
+  for (int i = 0; i < n; ++i) trace += p.k[i * n + i];
+  const double units[] = {trace * n, trace, 1};
+  const double lam = damping * units[static_cast<int>(mode)];
+  Problem<double> scaled{n, lam, {}, std::vector<double>(n, 1), {}};
+  for (T value : p.k) scaled.k.push_back(double(value) * n);
+  std::vector<double> v = solve_exactly(scaled);
+  double mean = 0, plain = 0, natural = 0;
+  for (int i = 0; i < n; ++i) {
+    mean += v[i] / n;
+    for (int j = 0; j < n; ++j) {
+      const double k = p.k[std::max(i, j) * n + std::min(i, j)];
+      plain += k;
+      natural += v[i] * k * v[j];
+    }
+  }
+  const double factors[] = {1 / mean, lam, 1, std::sqrt(plain / natural)};
+  for (double& value : v) value *= factors[static_cast<int>(normalization)];
+  return v;
+}
+
+template <typename Shape, typename T>
+int coefficients(const Problem<T>& p, int threads, double damping, int mode, int normalization, std::vector<T>& s) {
+  s.assign(p.n, std::numeric_limits<T>::quiet_NaN());
+  return run<Shape>(p.n, threads, [&](auto team, auto solver) {
+    return fngd::coefficients(team, solver, symmetric(p), damping, fngd::DampingMode(mode),
+                              fngd::Normalization(normalization), s.data());
+  });
+}
+
+template <typename Shape, typename T>
+void check_coefficients(const Problem<T>& p) {
+  std::vector<T> first, s;
+  for (int mode : {0, 1, 2}) {
+    for (int normalization : {0, 1, 2, 3}) {
+      const auto exact =
+          coefficients_exactly(p, 0.125, fngd::DampingMode(mode), fngd::Normalization(normalization));
+      first.clear();
+      for (int threads : sizes(Shape::GROUP)) {
+        const int info = coefficients<Shape>(p, threads, 0.125, mode, normalization, s);
+        if (first.empty()) first = s;
+        const double error = distance(s, exact) / std::numeric_limits<T>::epsilon();
+        if (info != 0) fail("info of coefficients", p.n, threads, info);
+        if (!(error <= 256)) fail("coefficients", p.n, threads, error);
+        if (std::memcmp(first.data(), s.data(), p.n * sizeof(T)) != 0) fail("other bits", p.n, threads, 0);
+      }
     }
   }
 }
 
 template <typename T>
 void check_all() {
+  using Cuda = Shape<T, 1, 128 / sizeof(T), 8, 4>;
+  using Vectors = Shape<T, 32 / sizeof(T), 64 / sizeof(T), 8, 1>;
   for (int n : {1, 2, 7, 8, 9, 31, 64, 65, 129}) {
     const Problem<T> p = make_problem<T>(n);
-    check<T, 1, 32, 8>(p);
-    check<T, 1, 16, 4>(p);
-    check<T, 16 / sizeof(T), 64 / sizeof(T), 8>(p);
-    check<T, 32 / sizeof(T), 64 / sizeof(T), 8>(p);
-    check<T, 64 / sizeof(T), 64 / sizeof(T), 8>(p);
+    check_solve<Cuda>(p);
+    check_solve<Vectors>(p);
+    check_solve<Shape<T, 1, 16, 4, 1>>(p);
+    check_solve<Shape<T, 16 / sizeof(T), 64 / sizeof(T), 8, 1>>(p);
+    check_solve<Shape<T, 64 / sizeof(T), 64 / sizeof(T), 8, 1>>(p);
   }
-  check_failure<T, 1, 32, 8>(make_problem<T>(65));
-  check_failure<T, 32 / sizeof(T), 64 / sizeof(T), 8>(make_problem<T>(65));
+  check_failure<Cuda>(make_problem<T>(65));
+  check_failure<Vectors>(make_problem<T>(65));
+  for (int n : {1, 8, 37}) {
+    check_coefficients<Cuda>(make_problem<T>(n));
+    check_coefficients<Vectors>(make_problem<T>(n));
+  }
 }
 
 }  // namespace

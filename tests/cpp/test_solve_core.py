@@ -1,4 +1,4 @@
-"""The core of the solve, csrc/solve.h, alone: on the host with teams of threads, and compiled for a GPU."""
+"""The solver's core and the coefficients: on the host with teams of threads, and as CUDA code."""
 
 import shutil
 import subprocess
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+CSRC = HERE.parent.parent / "csrc"
 CXX = shutil.which("g++") or shutil.which("clang++")
 NVCC = shutil.which("nvcc")
 
@@ -53,10 +54,27 @@ def test_teams_of_threads_have_no_data_race(tmp_path):
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_compiles_as_device_code_without_spills(tmp_path, arch):
+@pytest.mark.parametrize(
+    ("arch", "shared_memory", "orders"),
+    [("sm_80", 163 << 10, (256, 192)), ("sm_90", 227 << 10, (320, 224)), ("sm_100", 227 << 10, (320, 224))],
+)
+def test_cuda_kernels_compile_without_spills_and_fit_shared_memory(tmp_path, arch, shared_memory, orders):
     command = [str(NVCC), "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-Xptxas", "-v"]
-    command += ["-o", str(tmp_path / "solve.cubin"), str(HERE / "solve_device.cu")]
-    built = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command += ["-o", str(tmp_path / "solve.cubin"), str(CSRC / "solve_cuda.cu")]
+    built = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert built.returncode == 0, built.stderr
-    assert built.stderr.count("0 bytes spill stores, 0 bytes spill loads") == 2, built.stderr
+    assert "warning" not in built.stderr
+    # float and double, solve and coefficients, scratch in shared and in global memory
+    assert built.stderr.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 8, (
+        built.stderr
+    )
+    assert " bytes smem" not in built.stderr, "the shared memory is all dynamic"
+    for size, order in zip((4, 8), orders, strict=True):
+        assert scratch_bytes(order, size) <= shared_memory < scratch_bytes(order + 128 // size, size)
+
+
+def scratch_bytes(order: int, size: int) -> int:
+    """Return what DampedCholesky::scratch_size asks for on CUDA: triangular tiles and three vectors."""
+    tile = 128 // size
+    tiles = -(-order // tile)
+    return (tile * tile * tiles * (tiles + 1) // 2 + 3 * tiles * tile) * size

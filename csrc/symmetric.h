@@ -1,0 +1,63 @@
+// A symmetric matrix, and its product with a vector by a team of threads; host and device share this file.
+//
+// A team has rank(), size() and sync(), and groups of GROUP neighbouring threads that walk along a row together: add(v)
+// is the sum of v over the group. On a CPU it is one thread, on a GPU a thread block.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FNGD_INLINE __host__ __device__ __forceinline__
+#define FNGD_UNROLL _Pragma("unroll")
+#elif defined(__clang__)
+#define FNGD_INLINE inline __attribute__((always_inline))
+#define FNGD_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+// Forced, because only inlined code takes on the instruction set of the function that calls it.
+#define FNGD_INLINE inline __attribute__((always_inline))
+#define FNGD_UNROLL _Pragma("GCC unroll 16")
+#else
+#define FNGD_INLINE __forceinline
+#define FNGD_UNROLL
+#endif
+
+namespace fngd {
+
+// A symmetric matrix of which the lower triangle alone is read.
+template <typename T>
+struct Symmetric {
+  const T* data;
+  int64_t row_stride, col_stride;
+  int n;
+
+  // Expects j <= i.
+  FNGD_INLINE const T& operator()(int i, int j) const { return data[i * row_stride + j * col_stride]; }
+};
+
+// write(i, sum_j K_ij x_j) for every row, summed in double; without x for a vector of ones.
+template <typename Team, typename T, typename Write>
+FNGD_INLINE void multiply(const Team& team, const Symmetric<T>& k, const T* x, Write write) {
+  // A thread alone takes several rows, so that it walks down a column in whole cache lines.
+  constexpr int GROUP = Team::GROUP, ROWS = GROUP == 1 ? 8 : 1;
+  const int group = team.rank() / GROUP, groups = team.size() / GROUP, last = k.n - 1;
+  for (int begin = 0; begin < k.n; begin += groups * ROWS) {
+    const int first = begin + group * ROWS;
+    double sums[ROWS] = {};
+    if (first < k.n) {
+      for (int j = team.rank() % GROUP; j < k.n; j += GROUP) {
+        FNGD_UNROLL
+        for (int r = 0; r < ROWS; ++r) {
+          const int i = first + r < last ? first + r : last;
+          sums[r] += double(i < j ? k(j, i) : k(i, j)) * (x ? double(x[j]) : 1.0);
+        }
+      }
+    }
+    FNGD_UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      const double sum = team.add(sums[r]);
+      if (first + r < k.n && team.rank() % GROUP == 0) write(first + r, sum);
+    }
+  }
+}
+
+}  // namespace fngd

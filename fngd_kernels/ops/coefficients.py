@@ -1,0 +1,90 @@
+"""From Gram matrices to the weight of every sample: one damped solve per layer."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .library import LIBRARY, call, register
+from .solve import solve, suits_native
+
+DAMPING_MODES = ("trace", "mean_eig", "absolute")
+NORMALIZATIONS = ("mean", "lambda", "raw", "graft")
+
+LIBRARY.define(
+    "coefficients(Tensor k, float damping, str damping_mode, str normalize) -> (Tensor s, Tensor info)"
+)
+
+
+def coefficients(
+    k: Tensor, damping: float, damping_mode: str = "trace", normalize: str = "mean"
+) -> tuple[Tensor, Tensor]:
+    """Return the weights s of the samples in the natural gradient sum_n s_n C_n, one row per layer.
+
+    With g_n = N C_n and F = (1/N) sum_n g_n g_n^T, (F + lam I)^-1 gbar = sum_n v_n C_n, (lam I + N K) v = 1.
+    s is v up to scale: `mean` v / mean(v); `lambda` lam v; `raw` v; `graft` v of the plain gradient's length.
+
+    k: (L, N, N) float32 or float64, K_ij = <C_i, C_j> of each layer; the upper triangle has no influence
+    damping: lam in the unit of damping_mode: `trace` tr(K') / N, `mean_eig` tr(K') / N^2, `absolute` 1,
+        with K' = N^2 K the Gram matrix of the g_n; a finite number >= 0
+    normalize: one of NORMALIZATIONS
+
+    Returns: s (L, N) in k's dtype, not differentiable, and info (L,) int32: 0 where solved, or where the
+        gradient is zero (tr(K) = 0, s = 1). Elsewhere s is 1, and info is j <= N where the leading minor of
+        order j of the damped matrix is not positive definite or not finite, N + 1 where tr(K) is not positive
+        and finite, mean(v) <= 0, or s is not finite.
+    Raises: ValueError, TypeError when shape or dtype do not fit, or an argument is not one of those named.
+    Source: Ou et al. 2024 (arXiv 2403.03473), Sherman-Morrison-Woodbury in push-through form.
+    """
+    if k.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"k: expected float32 or float64, got {k.dtype}")
+    if k.ndim != 3 or k.shape[-1] != k.shape[-2]:
+        raise ValueError(f"k: expected shape (L, N, N), got {tuple(k.shape)}")
+    if not (damping >= 0 and math.isfinite(damping)):
+        raise ValueError(f"damping: expected a finite number >= 0, got {damping}")
+    if damping_mode not in DAMPING_MODES:
+        raise ValueError(f"damping_mode: expected one of {DAMPING_MODES}, got {damping_mode!r}")
+    if normalize not in NORMALIZATIONS:
+        raise ValueError(f"normalize: expected one of {NORMALIZATIONS}, got {normalize!r}")
+    run = torch.ops.fngd.coefficients.default if suits_native(k) else _coefficients_library
+    return call(run, k, damping, damping_mode, normalize)
+
+
+def _coefficients_library(
+    k: Tensor, damping: float, damping_mode: str, normalize: str
+) -> tuple[Tensor, Tensor]:
+    """Compute with torch's operators; native kernels registered for a device take precedence over this."""
+    samples = k.shape[-1]
+    if k.numel() == 0:
+        return k.new_empty(k.shape[:-1]), k.new_zeros(k.shape[:1], dtype=torch.int32)
+    trace = k.diagonal(dim1=-2, dim2=-1).sum(-1)
+    zero, usable = trace == 0, (trace > 0) & torch.isfinite(trace)
+    trace = torch.where(usable, trace, 1)
+    # Solved for K / tr(K), so that neither the size of the gradient nor a loss scale reaches the Cholesky.
+    relative = {
+        "trace": torch.full_like(trace, damping),
+        "mean_eig": torch.full_like(trace, damping / samples),
+        "absolute": damping / (samples * trace),
+    }[damping_mode]
+    x, info = solve(k / trace[:, None, None], relative, return_info=True)
+    mean = x.mean(-1)
+    if normalize == "mean":
+        s = x / mean[:, None]
+    elif normalize == "lambda":
+        s = x * relative[:, None]
+    elif normalize == "raw":
+        s = x / (samples * trace[:, None])
+    else:
+        full = k.tril() + k.tril(-1).mT
+        plain, natural = full.sum((-2, -1)), torch.einsum("li,lij,lj->l", x, full, x)
+        s = x * (plain / natural).sqrt()[:, None]
+    accepted = usable & (mean > 0) & torch.isfinite(mean) & torch.isfinite(s).all(-1)
+    info = torch.where(usable & (info > 0), info, torch.where(accepted | zero, 0, samples + 1).int())
+    return torch.where(accepted[:, None], s, 1), info
+
+
+def _coefficients_fake(k: Tensor, damping: float, damping_mode: str, normalize: str) -> tuple[Tensor, Tensor]:
+    return k.new_empty(k.shape[:-1]), k.new_empty(k.shape[:1], dtype=torch.int32)
+
+
+register("coefficients", _coefficients_library, _coefficients_fake)

@@ -1,0 +1,239 @@
+"""The weights of the samples, against a float64 solve, on the native and the library route."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import fngd_kernels as fk
+from fngd_kernels import native
+from fngd_kernels.ops import coefficients as module
+from fngd_kernels.ops import solve as solve_module
+from fngd_kernels.ops.coefficients import DAMPING_MODES, NORMALIZATIONS, coefficients
+
+DTYPES = (torch.float32, torch.float64)
+
+
+@pytest.fixture(params=["native", "library"])
+def route(request, monkeypatch):
+    """Run the test through the native kernel, then through torch.linalg."""
+    if request.param == "library":
+        monkeypatch.setattr(solve_module, "NATIVE_MAX_ORDER", {})
+    elif not native.AVAILABLE:
+        pytest.skip("the native extension is not built")
+    return request.param
+
+
+def gram(layers: int, n: int, *, rank: int | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return Gram matrices (L, N, N) of contributions that do not average to zero."""
+    c = torch.randn(layers, n, rank or 2 * n, dtype=torch.float64) + 0.2
+    return (c @ c.mT / n).to(dtype)
+
+
+def exact(k: Tensor, damping: float, damping_mode: str, normalize: str) -> Tensor:
+    """Solve (lam I + N K) v = 1 in float64, layer by layer, and scale v."""
+    n, rows = k.shape[-1], []
+    for layer in k.double():
+        trace = n**2 * layer.trace()
+        lam = damping * {"trace": trace / n, "mean_eig": trace / n**2, "absolute": 1.0}[damping_mode]
+        v = torch.linalg.solve(lam * torch.eye(n, dtype=torch.float64) + n * layer, layer.new_ones(n))
+        scale = {
+            "mean": 1 / v.mean(),
+            "lambda": lam,
+            "raw": 1.0,
+            "graft": (layer.sum() / (v @ layer @ v)).sqrt(),
+        }[normalize]
+        rows.append(v * scale)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("damping_mode", DAMPING_MODES)
+def test_every_mode_and_normalization(route, damping_mode, normalize, dtype):
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-11
+    for n in (1, 2, 33, 64):
+        k = gram(3, n, dtype=dtype)
+        s, info = coefficients(k, 0.1, damping_mode, normalize)
+        assert s.shape == (3, n)
+        assert s.dtype == dtype
+        assert info.dtype == torch.int32
+        assert info.tolist() == [0, 0, 0]
+        expected = exact(k, 0.1, damping_mode, normalize)
+        assert ((s - expected).abs().amax(-1) <= tolerance * expected.abs().amax(-1)).all()
+
+
+@pytest.mark.parametrize("n", [129, 256, 513])
+def test_float32_error_at_the_default_damping(route, n):
+    k = gram(2, n, rank=n // 2, dtype=torch.float32)
+    expected = exact(k, 0.1, "trace", "mean")
+    s, info = coefficients(k, 0.1)
+    assert info.tolist() == [0, 0]
+    assert ((s - expected).abs().amax(-1) <= 6e-6 * expected.abs().amax(-1)).all()
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e15, 1e30])
+def test_the_size_of_the_gradient_does_not_matter(route, scale, normalize):
+    k = gram(2, 20)
+    small, info = coefficients((k * scale).float(), 0.1, "trace", normalize)
+    expected = exact(k * scale, 0.1, "trace", normalize)
+    assert info.tolist() == [0, 0]
+    assert ((small - expected).abs().amax(-1) <= 1e-4 * expected.abs().amax(-1)).all()
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-40, 1e36])
+def test_at_the_ends_of_float32_weights_are_finite(route, scale):
+    k = (torch.eye(5, dtype=torch.float64).expand(2, 5, 5) * scale).float()
+    s, info = coefficients(k, 0.1)
+    assert info.tolist() == [0, 0]
+    torch.testing.assert_close(s, torch.ones(2, 5))
+
+
+def test_a_zero_gradient_counts_as_solved_with_plain_weights(route):
+    k = gram(3, 6)
+    k[1] = 0
+    s, info = coefficients(k, 0.0, "absolute", "raw")
+    assert info.tolist() == [0, 0, 0]
+    assert torch.equal(s[1], torch.ones(6, dtype=k.dtype))
+    assert not torch.equal(s[0], torch.ones(6, dtype=k.dtype))
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("row", "column", "value", "code"),
+    [(6, 2, math.nan, 7), (6, 2, math.inf, 7), (8, 8, math.nan, 21), (8, 8, math.inf, 21), (4, 4, -1e-3, 5)],
+)
+def test_a_failed_layer_takes_plain_weights_and_leaves_the_others_alone(
+    route, row, column, value, code, dtype, normalize
+):
+    k = gram(3, 20, dtype=dtype)
+    clean, _ = coefficients(k, 1e-3, "mean_eig", normalize)
+    k[1, row, column] = value
+    s, info = coefficients(k, 1e-3, "mean_eig", normalize)
+    assert info.tolist() == [0, code, 0]
+    assert torch.equal(s[1], torch.ones(20, dtype=dtype))
+    assert torch.equal(s[::2], clean[::2])
+
+
+def test_a_negative_trace_is_no_gram_matrix(route):
+    s, info = coefficients(-torch.eye(4)[None], 0.1)
+    assert info.tolist() == [5]
+    assert torch.equal(s, torch.ones(1, 4))
+
+
+def test_without_damping_duplicate_samples_fail_and_with_damping_they_are_equal(route):
+    k = gram(2, 10, dtype=torch.float64).repeat_interleave(2, -1).repeat_interleave(2, -2)
+    s, info = coefficients(k, 0.1)
+    assert info.tolist() == [0, 0]
+    torch.testing.assert_close(s[:, ::2], s[:, 1::2], rtol=1e-12, atol=1e-12)
+    identical = torch.ones(1, 4, 4)
+    assert coefficients(identical, 0.0)[1].tolist() == [2]
+
+
+@pytest.mark.parametrize("layout", ["every second", "expanded", "transposed", "upper triangle poisoned"])
+def test_strides(route, layout):
+    wide = gram(4, 30)
+    k = {
+        "every second": wide[::2, ::2, ::2],
+        "expanded": wide[0].expand(3, 30, 30),
+        "transposed": wide.mT,
+        "upper triangle poisoned": wide.tril() + torch.full_like(wide, math.nan).triu(1),
+    }[layout]
+    for normalize in NORMALIZATIONS:
+        s, info = coefficients(k, 0.1, "trace", normalize)
+        full = k.tril() + k.tril(-1).mT
+        torch.testing.assert_close(s, exact(full, 0.1, "trace", normalize), rtol=1e-11, atol=1e-13)
+        assert not info.any()
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 3), (3, 0, 0)])
+def test_empty(route, shape):
+    s, info = coefficients(torch.empty(shape), 0.1)
+    assert s.shape == shape[:2]
+    assert info.tolist() == [0] * shape[0]
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("damping_mode", DAMPING_MODES)
+def test_reference_is_the_definition(damping_mode, normalize):
+    k = gram(2, 12)
+    torch.testing.assert_close(
+        fk.reference.coefficients(k, 0.3, damping_mode, normalize),
+        exact(k, 0.3, damping_mode, normalize),
+        rtol=1e-11,
+        atol=1e-13,
+    )
+
+
+def test_two_threads_give_the_same_bits():
+    k = gram(7, 65, dtype=torch.float32)
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(coefficients(k, 0.1, "trace", "graft")[0])
+    torch.set_num_threads(1)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.ones(3, 3), 0.1), ValueError, r"k: expected shape \(L, N, N\), got \(3, 3\)"),
+        ((torch.ones(1, 2, 3), 0.1), ValueError, r"k: expected shape \(L, N, N\), got \(1, 2, 3\)"),
+        ((torch.ones(1, 2, 2).half(), 0.1), TypeError, "k: expected float32 or float64, got torch.float16"),
+        ((torch.ones(1, 2, 2), -1.0), ValueError, "damping: expected a finite number >= 0, got -1.0"),
+        ((torch.ones(1, 2, 2), math.nan), ValueError, "damping: expected a finite number >= 0, got nan"),
+        ((torch.ones(1, 2, 2), 0.1, "tr"), ValueError, "damping_mode: expected one of .*, got 'tr'"),
+        ((torch.ones(1, 2, 2), 0.1, "trace", "l2"), ValueError, "normalize: expected one of .*, got 'l2'"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments, error, message):
+    with pytest.raises(error, match=message):
+        coefficients(*arguments)
+
+
+@pytest.mark.skipif(not native.AVAILABLE, reason="the native extension is not built")
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ((torch.ones(1, 2, 3), 0.1, "trace", "mean"), "k"),
+        ((torch.ones(1, 2, 2), 0.1, "tr", "mean"), "damping_mode"),
+        ((torch.ones(1, 2, 2), 0.1, "trace", "l2"), "normalize"),
+    ],
+)
+def test_the_operator_itself_checks_its_arguments(arguments, name):
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        torch.ops.fngd.coefficients(*arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(dtype):
+    torch.library.opcheck(
+        torch.ops.fngd.coefficients.default, (gram(2, 5, dtype=dtype), 0.1, "mean_eig", "graft")
+    )
+
+
+def test_compiles_in_one_graph_and_records_no_gradient(route):
+    k = gram(2, 5).requires_grad_()
+    run = torch.compile(lambda k: coefficients(k, 0.1), backend="eager", fullgraph=True)
+    s, info = run(k)
+    assert not s.requires_grad
+    torch.testing.assert_close(s, exact(k.detach(), 0.1, "trace", "mean"), rtol=1e-11, atol=1e-13)
+    assert not info.any()
+
+
+@pytest.mark.skipif(not native.AVAILABLE, reason="the native extension is not built")
+def test_both_forms_report_the_same(monkeypatch):
+    k = gram(6, 24, dtype=torch.float32)
+    k[1] = 0
+    k[2, 5, 5] = -1
+    k[3, 9, 2] = math.nan
+    k[4, 0, 0] = math.inf
+    for damping_mode in DAMPING_MODES:
+        for normalize in NORMALIZATIONS:
+            s, info = coefficients(k, 0.1, damping_mode, normalize)
+            library = module._coefficients_library(k, 0.1, damping_mode, normalize)
+            torch.testing.assert_close((s, info), library, rtol=2e-5, atol=0)
