@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fngd
 from bench.networks import Batch, Network
 from bench.timing import Step
+from fngd import graphs
 
 # the same for all and small enough to leave the numbers in the range where training happens
 BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -33,12 +34,18 @@ def unmarked(_: str) -> AbstractContextManager[None]:
 def base_optimizer(model: nn.Module, base: str, mode: str, **options: Any) -> torch.optim.Optimizer:
     """Return the base optimizer by itself; `options` are its own."""
     kind, defaults = BASES[base]
-    return kind(model.parameters(), **defaults, **_capturable(base, mode), **options)
+    if (base, mode) == ("adamw", "graphed"):
+        options["capturable"] = True
+    return kind(model.parameters(), **defaults, **options)
 
 
-def fngd_optimizer(model: nn.Module, base: str, mode: str, *, share: str) -> fngd.FNGD:
+def fngd_optimizer(model: nn.Module, base: str, mode: str, **options: Any) -> fngd.FNGD:
     """Return FNGD over the base optimizer: share="sample" for the steady state, "none" to solve each time."""
-    return fngd.FNGD(model, base=base, share=share, **BASES[base][1], **_capturable(base, mode))
+    options = BASES[base][1] | options
+    if mode == "graphed":
+        device = next(model.parameters()).device
+        options["lr"] = torch.tensor(options["lr"], device=device)
+    return fngd.FNGD(model, base=base, **options)
 
 
 def make_step(
@@ -53,10 +60,10 @@ def make_step(
 
     The first one solves where the optimizer is FNGD, so that only its steady state is compiled or captured.
     """
-    step = training_step(partial(network.objective, model), optimizer, phase)
+    step: Callable[..., Tensor | None] = training_step(partial(network.objective, model), optimizer, phase)
     ids = list(range(len(batch[0])))
 
-    def named(*batch: Tensor) -> Tensor:
+    def named(*batch: Tensor) -> Tensor | None:
         if isinstance(optimizer, fngd.FNGD):
             with phase("set_samples"):
                 optimizer.set_samples(ids)
@@ -66,9 +73,10 @@ def make_step(
     if mode == "compiled":
         model.compile()
     elif mode == "graphed" and isinstance(optimizer, fngd.FNGD):
-        from fngd.graphs import GraphedStep
-
-        step = GraphedStep(optimizer, step)
+        step = fngd.GraphedStep(optimizer, step)
+        # the last of these captures
+        for _ in range(graphs.WARM_UP + 1):
+            named(*batch)
     elif mode == "graphed":
         step = capture(step, batch)
     return partial(named, *batch)
@@ -93,7 +101,7 @@ def training_step(
     return step
 
 
-def capture(step: Callable[..., Tensor], batch: Batch) -> Callable[..., Tensor]:
+def capture(step: Callable[..., Tensor | None], batch: Batch) -> Callable[..., Tensor | None]:
     """Return `step` as a CUDA graph that copies its batch into buffers of its own and is replayed."""
     buffers = [x.clone() for x in batch]
     side = torch.cuda.Stream()
@@ -106,7 +114,7 @@ def capture(step: Callable[..., Tensor], batch: Batch) -> Callable[..., Tensor]:
     with torch.cuda.graph(graph):
         loss = step(*buffers)
 
-    def replay(*batch: Tensor) -> Tensor:
+    def replay(*batch: Tensor) -> Tensor | None:
         for buffer, x in zip(buffers, batch, strict=True):
             buffer.copy_(x)
         graph.replay()
@@ -124,7 +132,8 @@ def contenders(
         f"{base} fused": lambda model: base_optimizer(model, base, mode, fused=True),
         "fngd steady": lambda model: fngd_optimizer(model, base, mode, share="sample"),
     }
-    if mode == "eager":
+    # a compiled network solves eagerly
+    if mode != "compiled":
         optimizers["fngd solving"] = lambda model: fngd_optimizer(model, base, mode, share="none")
 
     def make(optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> Step:
@@ -132,7 +141,3 @@ def contenders(
         return make_step(network, batch, model, optimizer(model), mode, phase)
 
     return {name: partial(make, optimizer) for name, optimizer in optimizers.items()}
-
-
-def _capturable(base: str, mode: str) -> dict[str, Any]:
-    return {"capturable": True} if (base, mode) == ("adamw", "graphed") else {}

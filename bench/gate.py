@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fngd
-from bench.contenders import make_step
+from bench.contenders import fngd_optimizer, make_step
 from bench.networks import Batch, Network
 
 DAMPING = 0.1
@@ -70,7 +70,7 @@ def _changes(network: Network, batch: Batch, mode: str) -> dict[str, Tensor]:
     models = [network.build(batch[0].device) for _ in range(2)]
     # the momentum buffer then holds the last gradient, which a graph's step has deleted
     options: dict[str, Any] = {"lr": 0.0, "momentum": 1e-9}
-    weighted = fngd.FNGD(models[0], damping=DAMPING, share="sample", **options)
+    weighted = fngd_optimizer(models[0], "sgd", mode, share="sample", **options)
     plain = torch.optim.SGD(models[1].parameters(), **options)
     for model, optimizer in zip(models, (weighted, plain), strict=True):
         step = make_step(network, batch, model, optimizer, mode)

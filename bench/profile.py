@@ -21,7 +21,6 @@ from bench.timing import Step, synchronise
 from bench.trace import OTHER, PHASES, STEP, Summary
 
 WARMUP = 3
-STEPS = 10
 TOP = 12
 
 Calls = dict[str, tuple[float, ...]]
@@ -45,10 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kernels: dict[str, Calls] = {}
     for contender in (base, *(other for other in made if other.startswith("fngd"))):
         path = options.output / f"{name}-{contender.replace(' ', '-')}.json.gz"
-        profiler = _profiled(made[contender](), device)
+        profiler = _profiled(made[contender](), options.steps, device)
         profiler.export_chrome_trace(str(path))
         summaries[contender] = trace.summarize(trace.load(path))
-        operators[contender], kernels[contender] = _calls(profiler, device)
+        operators[contender], kernels[contender] = _calls(profiler, options.steps, device)
 
     sides = ("host", "device") if device.type == "cuda" else ("host",)
     where = environment.describe(device)
@@ -73,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (options.output / f"{name}.json").write_text(json.dumps(report, indent=1))
 
 
-def _profiled(step: Step, device: torch.device) -> profile:
+def _profiled(step: Step, steps: int, device: torch.device) -> profile:
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -81,14 +80,14 @@ def _profiled(step: Step, device: torch.device) -> profile:
         step()
     synchronise(device)
     with profile(activities=activities) as profiler:
-        for _ in range(STEPS):
+        for _ in range(steps):
             with record_function(STEP):
                 step()
         synchronise(device)
     return profiler
 
 
-def _calls(profiler: profile, device: torch.device) -> tuple[Calls, Calls]:
+def _calls(profiler: profile, steps: int, device: torch.device) -> tuple[Calls, Calls]:
     """Return operators, with their own time on the host and on a device, and the kernels of a device."""
     operators: Calls = {}
     kernels: Calls = {}
@@ -96,7 +95,7 @@ def _calls(profiler: profile, device: torch.device) -> tuple[Calls, Calls]:
         if event.is_user_annotation or event.key in (STEP, *PHASES):
             continue
         calls, host, work = (
-            value / STEPS
+            value / steps
             for value in (event.count, event.self_cpu_time_total / 1e3, event.self_device_time_total / 1e3)
         )
         if event.device_type != DeviceType.CPU:
@@ -152,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--mode", choices=MODES, default="eager")
     parser.add_argument("--base", choices=BASES, default="sgd")
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--output", type=Path, default=Path("runs/profile"))
     return parser
 

@@ -66,7 +66,7 @@ def test_tables_put_the_largest_difference_first():
 
 
 def test_profile_on_the_cpu(tmp_path, capsys):
-    profile.main(["--device=cpu", "--network=transformer", f"--output={tmp_path}"])
+    profile.main(["--device=cpu", "--network=transformer", "--steps=2", f"--output={tmp_path}"])
     printed = capsys.readouterr().out
     assert (tmp_path / "transformer-eager-sgd.md").read_text() in printed
     report = json.loads((tmp_path / "transformer-eager-sgd.json").read_text())
