@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fngd
-from bench import environment, gate, record, steps
+from bench import contenders, environment, gate, record, solves, steps
 from bench.memory import peak_memory
 from bench.networks import Network
 from bench.timing import Timing, round_robin
@@ -128,6 +128,17 @@ def test_steps_on_the_cpu(network, tmp_path):
             assert row["extra_bytes"] == row["peak_bytes"] - mine[row["baseline"]]["peak_bytes"]
 
 
+def test_graphed_steps_without_a_device(monkeypatch, tmp_path):
+    # off CUDA, GraphedStep runs every step as it is; so does this stand-in for the base optimizer's graph
+    monkeypatch.setattr(contenders, "capture", lambda step, _: step)
+    path = tmp_path / "rows.jsonl"
+    arguments = ["--device=cpu", "--mode=graphed", "--base=sgd", "--network=transformer", "--rounds=1"]
+    assert steps.main([*arguments, f"--output={path}"]) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["contender"] for row in rows] == ["sgd", "sgd fused", "fngd steady", "fngd solving"]
+    assert {row["peak_bytes"] for row in rows} == {None}
+
+
 def test_a_contender_that_fails_is_left_out(monkeypatch, tmp_path, capsys):
     def refuse(*_, **__):
         raise RuntimeError("no such kernel")
@@ -183,3 +194,25 @@ def test_the_gpu_script_wants_a_gpu(part, tmp_path):
     done = subprocess.run([GPU_SCRIPT, part, tmp_path], env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert "AssertionError" in done.stderr
+
+
+def test_solves_on_the_cpu(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    arguments = ["--device=cpu", "--batches", "3", "--orders", "17", "--rounds=2", f"--output={path}"]
+    assert solves.main(arguments) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    names = [f"{kind} 3 x 17 {dtype}" for kind in solves.NAMES for dtype in solves.DTYPES for _ in range(2)]
+    assert [row["network"] for row in rows] == names
+    assert all(row["residual"] <= 32 * torch.finfo(torch.float32).eps for row in rows)
+    assert all(row["ratio"] == 1 for row in rows if row["contender"] == row["baseline"])
+
+
+@pytest.mark.parametrize("kind", solves.NAMES)
+def test_wrong_solves_get_no_figure(kind, tmp_path, monkeypatch, capsys):
+    right = {"solve": solves.fk.solve, "coefficients": solves.coefficients}
+    monkeypatch.setattr(solves.fk, "solve", lambda *a: right["solve"](*a) * (1 + 1e-4))
+    monkeypatch.setattr(solves, "coefficients", lambda k, *a: right["coefficients"](1.001 * k + 0.001, *a))
+    path = tmp_path / "rows.jsonl"
+    assert solves.main(["--device=cpu", "--batches", "2", "--orders", "8", f"--output={path}"]) == 4
+    assert f"FAILED {kind} 2 x 8 float32: AssertionError" in capsys.readouterr().out
+    assert not path.exists()
