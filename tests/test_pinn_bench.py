@@ -87,27 +87,44 @@ def test_burgers_solution_agrees_with_finite_differences():
 
 
 @pytest.mark.parametrize("name", EQUATIONS)
-def test_points_lie_where_they_belong(name):
+def test_points_lie_in_the_box_and_follow_the_seed(name):
     problem = problems.load(name)
-    points = problem.points(1)
+    points, other, again = problem.points(1), problem.points(2), problem.points(1)
     low, high = torch.tensor(problem.low), torch.tensor(problem.high)
-    for x in points.values():
+    for block, x in points.items():
         if x.ndim == 2:
             assert ((x >= low) & (x <= high)).all()
-    if "boundary" in points:
-        on_wall = (points["boundary"] == low) | (points["boundary"] == high)
-        assert on_wall.any(dim=1).all()
-        # every one of the walls has its share
-        assert on_wall.sum(dim=0).min() >= len(on_wall) // len(low)
-    if "walls" in points:
-        assert points["walls"][:, 0].abs().unique().numel() == len(
-            {abs(problem.low[0]), abs(problem.high[0])}
-        )
+            assert not torch.equal(x, other[block])
+        assert torch.equal(x, again[block])
+    if "initial" in points:
         assert (points["initial"][:, 1] == 0).all()
-    other, again = problem.points(2), problem.points(1)
-    block = "interior" if "interior" in points else "x"
-    assert not torch.equal(points[block], other[block])
-    assert torch.equal(points[block], again[block])
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "axes"),
+    [
+        ("poisson-2d", "boundary", 2),
+        ("poisson-5d", "boundary", 5),
+        ("poisson-10d", "boundary", 10),
+        ("helmholtz", "boundary", 2),
+        ("heat", "walls", 1),
+        ("burgers", "walls", 1),
+        ("inverse-diffusion", "walls", 1),
+    ],
+)
+def test_boundary_points_spread_over_every_wall(name, block, axes):
+    problem = problems.load(name)
+    x = problem.points(1)[block]
+    low, high = torch.tensor(problem.low), torch.tensor(problem.high)
+    for axis in range(axes):
+        for wall in (low[axis], high[axis]):
+            rows = x[x[:, axis] == wall]
+            assert len(rows) >= len(x) // (2 * axes)
+            along = torch.arange(len(low)) != axis
+            relative = ((rows - low) / (high - low))[:, along]
+            assert relative.min(dim=0).values.max() < 0.25
+            assert relative.max(dim=0).values.min() > 0.75
+            assert (relative.mean(dim=0) - 0.5).abs().max() < 0.1
 
 
 def test_tables_are_split_and_standardised():

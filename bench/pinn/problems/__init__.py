@@ -29,7 +29,7 @@ _EMBEDDED: dict[str, Callable[[], Problem]] = {
     "poisson-5d": lambda: Poisson5d(interior=700, boundary=300),
     "poisson-10d": lambda: Poisson10d(interior=600, boundary=400),
     "heat": lambda: Heat(interior=600, initial=80, walls=80),
-    "helmholtz": lambda: Helmholtz(interior=900, boundary=160),
+    "helmholtz": lambda: Helmholtz(interior=700, boundary=160),
     "burgers": lambda: Burgers(interior=800, initial=80, walls=80),
     "inverse-diffusion": lambda: InverseDiffusion(interior=600, initial=60, walls=60, measurements=100),
     "diabetes": diabetes,

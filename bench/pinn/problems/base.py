@@ -73,11 +73,12 @@ class Equation(Problem):
         return low + (high - low) * engine.draw(count, dtype=torch.float64)
 
     def draw_walls(self, count: int, seed: int, axes: range) -> Tensor:
-        """(count,d) points, in turns on the lower and the upper wall of each of `axes`."""
+        """(count,d) points, equally many on the lower and the upper wall of each of `axes`."""
         x = self.draw(count, seed)
-        for wall in range(2 * len(axes)):
+        # runs of Sobol points: every n-th of them would not spread over the wall
+        for wall, part in enumerate(x.tensor_split(2 * len(axes))):
             axis = axes[wall // 2]
-            x[wall :: 2 * len(axes), axis] = (self.low, self.high)[wall % 2][axis]
+            part[:, axis] = (self.low, self.high)[wall % 2][axis]
         return x
 
     def pairs(self, count: int, seed: int) -> Pairs:

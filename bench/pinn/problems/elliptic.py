@@ -109,13 +109,13 @@ class Poisson10d(_Elliptic):
 
 
 class Helmholtz(_Elliptic):
-    """u = sin(pi x) sin(4 pi y), k = 1, in [-1, 1]^2 (Wang, Teng, Perdikaris 2021)."""
+    """u = sin(pi x) sin(4 pi y), k = 2 pi, in the unit square."""
 
     name = "helmholtz"
     title = "Helmholtz"
     widths = (2, 32, 32, 1)
-    low, high = (-1.0, -1.0), (1.0, 1.0)
-    squared_wave_number = 1.0
+    low, high = (0.0, 0.0), (1.0, 1.0)
+    squared_wave_number = 4 * math.pi**2
     boundary_weight = 100.0
 
     @override
