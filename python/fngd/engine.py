@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from fngd_kernels.ops.coefficients import coefficients
 from fngd_kernels.ops.nodes import Gradients
 
 from .capture import Layer
-from .coefficients import coefficients
 from .rules import Use, added
 from .sharing import Batch, Sharing
 from .stopwatch import Stopwatch
@@ -141,8 +141,8 @@ class Engine:
             for members in groups.values():
                 layers, matrices = zip(*members, strict=True)
                 k = torch.stack(matrices)
-                s, solved = coefficients(k, self.damping, self.damping_mode, self.normalize)
-                self.failed_solves += (~solved).sum().to(self.failed_solves.device)
+                s, info = coefficients(k, self.damping, self.damping_mode, self.normalize)
+                self.failed_solves += (info > 0).sum().to(self.failed_solves.device)
                 solutions.append(([layer.index for layer in layers], k, s))
                 for layer, row in zip(layers, s.unbind(0), strict=True):
                     layer.solves += 1

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fngd_kernels.ops.coefficients import DAMPING_MODES, NORMALIZATIONS
 from fngd_kernels.ops.finite import found_non_finite
 
 from .capture import WISHES, find_layers, release, route
-from .coefficients import DAMPING_MODES, NORMALIZATIONS
 from .engine import Engine
 from .sharing import SHARES, Sharing
 
