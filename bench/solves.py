@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fngd_kernels.ops.coefficients import coefficients
 from tabulate import tabulate
 from torch import Tensor
 
 import fngd_kernels as fk
 from bench import environment, record
 from bench.timing import Timing, round_robin
+from fngd_kernels.ops.coefficients import coefficients
 
 DAMPING = 0.1
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -107,8 +107,8 @@ def unevenness(k: Tensor, s: Tensor) -> float:
     k, s = k.double(), s.double()
     damping = DAMPING * k.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
     left = (k @ s[..., None])[..., 0] + damping * s
-    mean = left.mean(-1, keepdim=True)
-    return max(float((left / mean - 1).abs().max()), float((s.mean(-1) - 1).abs().max()))
+    uneven = (left / left.mean(-1, keepdim=True) - 1).square().mean(-1).sqrt()
+    return float(torch.maximum(uneven, (s.mean(-1) - 1).abs()).max())
 
 
 def rows(case: Case, timings: Mapping[str, Timing], errors: Mapping[str, float]) -> list[dict[str, Any]]:
