@@ -516,22 +516,6 @@ def test_layer_grams_on_a_routed_model_leave_the_optimizer_untouched():
     assert list(grams) == ["0", "2"]
 
 
-@pytest.mark.parametrize("normalized", [False, True])
-def test_the_steady_state_compiles_without_graph_breaks(normalized):
-    model, x, y = make("group-norm" if normalized else "mlp", N)
-    opt = fngd.FNGD(model, lr=0.0, norms="weighted")
-    train(model, opt, x, y, 1, torch.arange(N))
-    train(model, opt, x, y, 1, torch.arange(N))
-    expected = [p.grad.clone() for p in model.parameters()]
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for _ in range(3):
-            train(compiled, opt, x, y, 1, torch.randperm(N).sort().values)
-    for p, gradient in zip(model.parameters(), expected, strict=True):
-        torch.testing.assert_close(p.grad, gradient)
-
-
 # ---- bad input
 # --------------------------------------------------------------------------------------------------
 

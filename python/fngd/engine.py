@@ -70,7 +70,8 @@ class Engine:
                 "`fngd.track(loader, optimizer)`, or call optimizer.set_samples(ids) before the forward, "
                 "or choose share='none', 'position' or 'mean'"
             )
-        if batch.size not in (None, samples):
+        # Spelled out: torch.compile is wrong about `in` where a size is symbolic.
+        if batch.size is not None and batch.size != samples:
             layer.note = f"its input has {samples} rows, the batch has {batch.size} samples"
             return layer.plain(x)
         scale = self.sharing.weights(batch, layer.index, samples)
@@ -78,7 +79,7 @@ class Engine:
             return self._capture(layer, batch, x)
         return layer.rule.forward(layer.module, x, scale, None)
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason="a batch that is solved for runs eagerly; see fngd.FNGD.solving")
     def _capture(self, layer: Layer, batch: Batch, x: Tensor) -> Tensor:
         self._captures = True
         layer.open_uses += 1

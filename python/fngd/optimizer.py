@@ -175,13 +175,15 @@ class FNGD(Optimizer):
 
     @property
     def solving(self) -> bool:
-        """Whether the next forward is solved for. torch.compile cannot trace that: run the model itself then.
+        """Whether the next forward is solved for: it runs eagerly, where torch.compile is used.
 
             compiled = torch.compile(model, fullgraph=True)
             for x, y in loader:
                 loss = loss_fn((model if opt.solving else compiled)(x), y)
 
-        With fullgraph=False the compiled model may run every step.
+        Without this the compiler refuses such a batch (fullgraph=True), or breaks the graph at every layer,
+        after which a forward that loops over its layers stays uncompiled (fullgraph=False). With sample ids
+        every batch size is compiled once.
         """
         return self._sharing.solving
 
