@@ -76,8 +76,8 @@ std::tuple<Tensor, Tensor> solve(const Tensor& k, const Tensor& damping, const s
   check_solve(k, damping, rhs);
   const int64_t n = k.size(-1), size = damping.numel();
   const Tensor x = at::empty(k.sizes().slice(0, k.dim() - 1), k.options());
-  const Tensor info = at::zeros(k.sizes().slice(0, k.dim() - 2), k.options().dtype(at::kInt));
-  if (x.numel() == 0) return {x, info};
+  const Tensor info = at::empty(k.sizes().slice(0, k.dim() - 2), k.options().dtype(at::kInt));
+  if (x.numel() == 0) return {x, info.zero_()};
 
   // Views unless the batch dimensions cannot be merged.
   const Tensor dampings = damping.reshape({size}), targets = rhs ? rhs->reshape({size, n}) : Tensor();
@@ -113,8 +113,9 @@ std::tuple<Tensor, Tensor> coefficients(const Tensor& k, double damping, std::st
   params.mode = parse<fngd::DampingMode>("damping_mode", damping_mode, kDampingModes);
   params.normalization = parse<fngd::Normalization>("normalize", normalize, kNormalizations);
   const Tensor s = at::empty({k.size(0), k.size(1)}, k.options());
-  const Tensor info = at::zeros({k.size(0)}, k.options().dtype(at::kInt));
-  if (s.numel() > 0) run(k, s, info, params);
+  const Tensor info = at::empty({k.size(0)}, k.options().dtype(at::kInt));
+  if (s.numel() == 0) return {s, info.zero_()};
+  run(k, s, info, params);
   return {s, info};
 }
 

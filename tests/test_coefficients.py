@@ -13,6 +13,7 @@ from fngd_kernels.ops import solve as solve_module
 from fngd_kernels.ops.coefficients import DAMPING_MODES, NORMALIZATIONS, coefficients
 
 DTYPES = (torch.float32, torch.float64)
+WITHOUT_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.fixture(params=["native", "library"])
@@ -237,3 +238,73 @@ def test_both_forms_report_the_same(monkeypatch):
             s, info = coefficients(k, 0.1, damping_mode, normalize)
             library = module._coefficients_library(k, 0.1, damping_mode, normalize)
             torch.testing.assert_close((s, info), library, rtol=2e-5, atol=0)
+
+
+@pytest.mark.gpu
+@WITHOUT_GPU
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 2, 31, 64, 129, 256, 320, 321, 513, 1024, 1025])
+def test_every_mode_and_normalization_on_a_device(n, dtype):
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    k = gram(3, n, dtype=dtype)
+    for damping_mode in DAMPING_MODES:
+        for normalize in NORMALIZATIONS:
+            s, info = coefficients(k.cuda(), 0.1, damping_mode, normalize)
+            expected = exact(k, 0.1, damping_mode, normalize)
+            assert info.tolist() == [0, 0, 0]
+            assert ((s.cpu() - expected).abs().amax(-1) <= tolerance * expected.abs().amax(-1)).all()
+
+
+@pytest.mark.gpu
+@WITHOUT_GPU
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_failures_zeros_and_strides_on_a_device(dtype):
+    wide = gram(6, 70, dtype=dtype)
+    k = wide[:, ::2, ::2]
+    k[1] = 0
+    k[2, 5, 5] = -1
+    k[3, 9, 2] = math.nan
+    k[4, 0, 0] = math.inf
+    for normalize in NORMALIZATIONS:
+        expected, codes = coefficients(k, 0.1, "trace", normalize)
+        s, info = coefficients(wide.cuda()[:, ::2, ::2], 0.1, "trace", normalize)
+        assert info.tolist() == codes.tolist()
+        tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+        assert ((s.cpu() - expected).abs().amax(-1) <= tolerance * expected.abs().amax(-1)).all()
+
+
+@pytest.mark.gpu
+@WITHOUT_GPU
+@pytest.mark.parametrize("n", [96, 512])
+def test_coefficients_in_a_cuda_graph(n):
+    k = gram(4, n, dtype=torch.float32).cuda()
+    coefficients(k, 0.1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        s, info = coefficients(k, 0.1, "trace", "graft")
+    for failed in (0, 1, 0):
+        k.copy_(gram(4, n, dtype=torch.float32))
+        k[2, 50, 50] *= -1 if failed else 1
+        graph.replay()
+        expected, codes = coefficients(k, 0.1, "trace", "graft")
+        assert (info > 0).tolist() == [False, False, bool(failed), False]
+        assert torch.equal(info, codes)
+        assert torch.equal(s, expected)
+
+
+@pytest.mark.gpu
+@WITHOUT_GPU
+def test_one_launch_and_no_wait_for_the_device():
+    k = gram(20, 64, dtype=torch.float32).cuda()
+    coefficients(k, 0.1)
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=activities) as profile:
+            coefficients(k, 0.1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(kernels) == 1, kernels
+    assert "run_kernel" in kernels[0]

@@ -13,6 +13,7 @@ from fngd_kernels.ops import solve as solve_module
 ORDERS = (1, 2, 3, 31, 64, 65, 129, 256, 513, 1024)
 EPS = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 DTYPES = (torch.float32, torch.float64)
+WITHOUT_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.fixture(params=["native", "library"])
@@ -283,3 +284,64 @@ def test_compiles_in_one_graph(route):
     x, info = run(k)
     torch.testing.assert_close(x, fk.solve(k, 0.1), rtol=1e-13, atol=1e-13)
     assert info.tolist() == [0, 0]
+
+
+@pytest.mark.gpu
+@WITHOUT_GPU
+@pytest.mark.skipif(not native.AVAILABLE, reason="the native extension is not built")
+def test_cuda_tensors_have_a_native_kernel():
+    for name in ("fngd::solve", "fngd::coefficients"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+
+
+@pytest.mark.gpu
+@WITHOUT_GPU
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 2, 31, 64, 129, 256, 320, 321, 513, 1024, 1025])
+def test_residual_on_a_device(n, dtype):
+    k, damping = gram(3, n, dtype=dtype), torch.tensor([0.0, 0.1, 10.0], dtype=dtype)
+    rhs = torch.randn(3, n, dtype=dtype)
+    for refine in (False, True):
+        x, info = fk.solve(k.cuda(), damping.cuda(), rhs.cuda(), refine=refine, return_info=True)
+        assert info.tolist() == [0, 0, 0]
+        # Twice the host's bound: the device takes its own reciprocal square root.
+        assert backward_error(k, damping, x.cpu(), rhs) <= 8 * EPS[dtype]
+
+
+@pytest.mark.gpu
+@WITHOUT_GPU
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [70, 400])
+def test_failures_and_strides_on_a_device(n, dtype):
+    wide = gram(5, 2 * n, dtype=dtype).cuda()
+    k = wide[:, 1::2, 1::2]
+    clean = fk.solve(k, 0.1)
+    broken = wide.clone()[:, 1::2, 1::2]
+    broken[1, 40, 40] = -1
+    broken[3, 69, 3] = math.nan
+    x, info = fk.solve(broken, 0.1, return_info=True)
+    assert info.tolist() == [0, 41, 0, 70, 0]
+    assert x[[1, 3]].isnan().all()
+    assert torch.equal(x[[0, 2, 4]], clean[[0, 2, 4]])
+    transposed = fk.solve(k.mT, 0.1)
+    assert backward_error(
+        k.mT.cpu(), torch.full((5,), 0.1).to(dtype), transposed.cpu(), torch.ones(5, n)
+    ) <= (8 * EPS[dtype])
+
+
+@pytest.mark.gpu
+@WITHOUT_GPU
+@pytest.mark.parametrize("n", [96, 512])
+def test_solve_in_a_cuda_graph(n):
+    k, damping = gram(4, n, dtype=torch.float32).cuda(), torch.full((4,), 0.1, device="cuda")
+    fk.solve(k, damping)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x, info = fk.solve(k, damping, refine=True, return_info=True)
+    for seed, failed in ((1, 0), (2, 1), (3, 0)):
+        fresh = gram(4, n, dtype=torch.float32, seed=seed)
+        fresh[2, 50, 50] *= -1 if failed else 1
+        k.copy_(fresh)
+        graph.replay()
+        assert info.tolist() == [0, 0, 51 * failed, 0]
+        assert torch.equal(x.nan_to_num(), fk.solve(k, damping, refine=True).nan_to_num())
