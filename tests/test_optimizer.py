@@ -228,6 +228,153 @@ def test_a_batch_that_is_not_finite_never_reaches_the_parameters(share, poison):
     assert opt.stats()["skipped_steps"] == 1
 
 
+FUSED = [
+    ("sgd", {"momentum": 0.9, "nesterov": True}),
+    ("sgd", {}),
+    ("adamw", {"amsgrad": True}),
+    (torch.optim.Adagrad, {}),
+]
+
+
+@pytest.mark.parametrize(("base", "options"), FUSED, ids=str)
+@pytest.mark.parametrize("bad_step", [0, 2])
+def test_a_fused_base_leaves_out_steps_on_the_device(monkeypatch, base, options, bad_step):
+    monkeypatch.setattr(torch, "empty_like", lambda t, **kwargs: torch.full_like(t, float("nan"), **kwargs))
+    model, x, y = make("mlp", N, torch.float32)
+    twin = copy.deepcopy(model)
+    opt = fngd.FNGD(model, lr=0.05, base=base, share="none", fused=True, **options)
+    synchronising = fngd.FNGD(twin, lr=0.05, base=base, share="none", fused=False, **options)
+    bad = x.clone()
+    bad[2, 1] = float("nan")
+    for step in range(4):
+        batch = bad if step == bad_step else x
+        train(model, opt, batch, y, 1)
+        train(twin, synchronising, batch, y, 1)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    assert opt._step_supports_amp_scaling
+    assert not synchronising._step_supports_amp_scaling
+    assert opt.stats()["skipped_steps"] == synchronising.stats()["skipped_steps"] == 1
+    assert opt.state_dict()["fngd"]["skipped_steps"] == 1
+
+
+def test_momentum_of_a_parameter_that_joins_later_begins_at_zero():
+    model, x, y = make("mlp", N, torch.float32)
+    twin = copy.deepcopy(model)
+    options = {"lr": 0.1, "momentum": 0.9, "share": "none"}
+    opt, reference = fngd.FNGD(model, fused=True, **options), fngd.FNGD(twin, foreach=False, **options)
+    for net, optimizer in ((model, opt), (twin, reference)):
+        net[2].requires_grad_(False)
+        train(net, optimizer, x, y, 2)
+        net[2].requires_grad_(True)
+        train(net, optimizer, x, y, 2)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_dampened_momentum_keeps_the_test_of_the_host():
+    model, x, y = make("mlp", N, torch.float32)
+    twin = copy.deepcopy(model)
+    options = {"momentum": 0.9, "dampening": 0.5, "fused": True}
+    opt = fngd.FNGD(model, lr=0.1, share="none", damping=1e12, **options)
+    train(model, opt, x, y, 3)
+    train(twin, torch.optim.SGD(twin.parameters(), lr=0.1, **options), x, y, 3)
+    assert not opt._step_supports_amp_scaling
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_grad_scaler(fused, unscaled):
+    model, x, y = make("mlp", N, torch.float32)
+    twin = copy.deepcopy(model)
+    opt = fngd.FNGD(model, lr=0.1, momentum=0.9, share="none", damping=1e12, fused=fused)
+    reference = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+
+    def train_scaled(net, optimizer):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, backoff_factor=2.0**-62, growth_interval=2)
+        scales = []
+        for _ in range(6):
+            optimizer.zero_grad()
+            scaler.scale(16 * F.cross_entropy(net(x), y)).backward()
+            if unscaled:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            scales.append(scaler.get_scale())
+        return scales
+
+    assert train_scaled(model, opt) == train_scaled(twin, reference)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert opt.stats()["skipped_steps"] == int(fused)  # otherwise the scaler does not even call step
+
+
+def test_a_state_of_a_fused_run_continues_without_fused_and_back():
+    model, x, y = make("mlp", N, torch.float32)
+    options = {"lr": 0.1, "momentum": 0.9, "share": "none"}
+    opt = fngd.FNGD(model, fused=True, **options)
+    train(model, opt, x, y, 2)
+    fused = copy.deepcopy(opt.state_dict())
+    opt.param_groups[0]["fused"] = False
+    train(model, opt, x, y, 2)
+    opt.load_state_dict(fused)
+    losses = train(model, opt, x, y, 2)
+    assert opt._step_supports_amp_scaling
+    assert losses.isfinite().all()
+
+
+@pytest.mark.parametrize("share", ["position", "mean"])
+def test_means_take_in_no_batch_that_is_not_finite(share):
+    model, x, y = make("mlp", N, torch.float32)
+    opt = fngd.FNGD(model, lr=0.0, share=share)
+    train(model, opt, x, y, 1)
+    expected = opt._sharing.table.values.clone()
+    train(model, opt, x * float("inf"), y, 1)
+    assert torch.equal(opt._sharing.table.values, expected)
+    train(model, opt, x, y, 1)
+    torch.testing.assert_close(opt._sharing.table.values, expected)
+
+
+def test_only_samples_of_finite_batches_are_known():
+    model, x, y = make("mlp", N, torch.float32)
+    opt = fngd.FNGD(model, lr=0.0)
+    opt.start_epoch(2 * N)
+    train(model, opt, x, y, 1, torch.arange(N))
+    train(model, opt, x * float("nan"), y, 1, torch.arange(N, 2 * N))
+    assert len(opt._sharing.table._pending) == 2
+    opt.set_samples(range(N))
+    assert not opt.solving
+    assert not opt._sharing.table._pending
+    opt.set_samples(range(N, 2 * N))
+    assert opt.solving
+    train(model, opt, x, y, 1, torch.arange(N, 2 * N))
+    assert opt.state_dict()["fngd"]["seen"].all()
+    opt.set_samples(range(N, 2 * N))
+    assert not opt.solving
+
+
+def test_hooked_layers_of_a_batch_are_known_together():
+    model, x, y = make("mlp", N)
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: None)
+    opt = fngd.FNGD(model, lr=0.0)
+    train(model, opt, x, y, 1, torch.arange(N))
+    assert len(opt._sharing.table._pending) == 1
+    assert opt.stats()["seen_samples"] == N
+
+
+def test_a_refresh_forgets_pending_samples():
+    model, x, y = make("mlp", N)
+    opt = fngd.FNGD(model, lr=0.0, refresh_every=1)
+    for _ in range(2):
+        opt.start_epoch(N)
+        train(model, opt, x, y, 1, torch.arange(N))
+    opt.start_epoch(N)
+    assert opt.stats()["seen_samples"] == 0
+
+
 def test_a_gram_without_a_positive_pivot_falls_back_to_the_plain_gradient():
     model, x, y = make("mlp", N)
     x, y = x[:1].repeat(N, 1), y[:1].repeat(N)  # rank one, and no damping
