@@ -35,7 +35,7 @@ def test_every_thread_of_the_grid(tmp_path):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_compiles_without_spills(tmp_path, arch):
     command = [str(NVCC), "-std=c++17", "-O3", "-DFNGD_WITH_CUDA", f"-arch={arch}", "-cubin", "-Xptxas", "-v"]
-    command += ["-o", str(tmp_path / "finite.cubin"), str(HERE.parents[1] / "csrc" / "finite.cu")]
+    command += ["-o", str(tmp_path / "finite.cubin"), str(HERE.parents[1] / "csrc" / "finite_cuda.cu")]
     built = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert built.returncode == 0, built.stderr
     assert built.stderr.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 1, (
