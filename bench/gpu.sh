@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Build, check, time and profile the package on a machine with a CUDA device:
-#     bench/gpu.sh kernels|steps|profile|check|all [RESULTS_FOLDER]
+#     bench/gpu.sh kernels|steps|compiled|profile|check|all [RESULTS_FOLDER]
 # kernels  each kernel against float64, then timed over real layer shapes        -> kernels.jsonl
-# steps    whole training steps and batched solves against torch's own           -> gpu.jsonl
+# steps    training steps, eager and as CUDA graphs; batched solves               -> gpu.jsonl
+# compiled training steps under torch.compile                                    -> gpu.jsonl
 # profile  where the time of a step goes: tables and Chrome traces               -> profile/
 # check    tests that need a device; compute-sanitizer's memcheck and racecheck
 # Needs torch with CUDA, triton, nvcc and a C++ compiler; no network. A part takes 9 minutes at most: each stage
@@ -10,9 +11,9 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 case ${1-} in
-    kernels | steps | profile | check) parts=("$1") ;;
-    all) parts=(kernels steps profile check) ;;
-    *) sed -n '2,9s/^# \?//p' "$0" >&2 && exit 2 ;;
+    kernels | steps | compiled | profile | check) parts=("$1") ;;
+    all) parts=(kernels steps compiled profile check) ;;
+    *) sed -n '2,10s/^# \?//p' "$0" >&2 && exit 2 ;;
 esac
 results=$(mkdir -p "${2:-bench/results}" && cd "${2:-bench/results}" && pwd)
 logs=$results/logs
@@ -63,22 +64,32 @@ kernels() {
 }
 
 steps() {
-    local network
-    # A process for each network: a kernel that faults takes its process with it, not the other's figures.
-    for network in resnet transformer; do
-        stage "steps-$network" 170 "$python" -m bench.steps --device cuda --size gpu --network "$network" \
-            --seconds 130 --output "$results/gpu.jsonl"
-        cat "$logs/steps-$network.log"
-    done
+    time_steps 170 eager graphed
     stage solves 60 "$python" -m bench.solves --device cuda --output "$results/gpu.jsonl"
     cat "$logs/solves.log"
 }
 
+compiled() { time_steps 200 compiled; }
+
+# time_steps SECONDS MODE...: a network each SECONDS at most
+time_steps() {
+    local seconds=$1 name network
+    shift
+    # A process for each network: a kernel that faults takes its process with it, not the other's figures.
+    for network in resnet transformer; do
+        name=steps-$network-$1
+        stage "$name" "$seconds" "$python" -m bench.steps --device cuda --size gpu --network "$network" \
+            --mode "$@" --seconds $((seconds - 40)) --output "$results/gpu.jsonl"
+        cat "$logs/$name.log"
+    done
+}
+
 profile() {
-    local mode network
+    local mode network seconds=45
     for mode in eager graphed compiled; do
+        [[ $mode == compiled ]] && seconds=115
         for network in resnet transformer; do
-            stage "profile-$network-$mode" 65 "$python" -m bench.profile --device cuda --size gpu \
+            stage "profile-$network-$mode" "$seconds" "$python" -m bench.profile --device cuda --size gpu \
                 --network "$network" --mode "$mode" --output "$results/profile"
         done
     done
