@@ -1,9 +1,9 @@
-# make train | pinn | test | lint | bench; each sets up .venv by itself. PYTHON chooses the interpreter, ARGS is passed on.
+# make train | pinn | test | lint | bench | profile; each sets up .venv by itself. PYTHON chooses the interpreter, ARGS is passed on.
 PYTHON ?= python3
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: setup train pinn test lint bench clean
+.PHONY: setup train pinn test lint bench profile clean
 
 setup: .venv/ready
 
@@ -30,6 +30,9 @@ lint: setup
 
 bench: setup
 	$(PY) -m pytest bench --benchmark-enable $(ARGS)
+
+profile: setup
+	$(PY) -m bench.profile $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info fngd_kernels/*.so
