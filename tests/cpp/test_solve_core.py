@@ -49,7 +49,7 @@ def test_teams_of_threads_have_no_data_race(tmp_path):
     if built.returncode or subprocess.run([program]).returncode:
         pytest.skip("the compiler has no working thread sanitizer")
     assert compile_host(tmp_path / "solve_team", "-fsanitize=thread").returncode == 0
-    done = subprocess.run([tmp_path / "solve_team"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([tmp_path / "solve_team", "races"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
