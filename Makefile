@@ -1,4 +1,5 @@
-# make train | pinn | test | lint | bench | profile; each sets up .venv by itself. PYTHON chooses the interpreter, ARGS is passed on.
+# make train | pinn | test | lint | bench | profile; each sets up .venv by itself.
+# PYTHON chooses the interpreter, ARGS is passed on.
 PYTHON ?= python3
 PY := .venv/bin/python
 ARGS ?=

@@ -6,7 +6,8 @@ import argparse
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,21 +36,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.network:
         network = MIXED[name][options.size]
         batch = network.draw(device)
-        try:
-            gate.check(network, batch)
-        except Exception as error:
-            # no figure without its gate; the other network still gets its own
+        # no figure without its gate; the other network still gets its own
+        if not _passes(f"{network.name}, gate", partial(gate.check, network, batch)):
             missing += 1
-            print(f"FAILED {network.name}, gate: {type(error).__name__}: {error}", flush=True)
             continue
         print(f"{network.name}: gate passed after {time.monotonic() - start:.0f} s", flush=True)
+        gated = {"eager": True}
         for mode, base in itertools.product(modes, options.base):
             case = {"network": network.name, "mode": mode, "base": base}
             if time.monotonic() - start > options.seconds:
                 missing += 1
                 print(f"no time left for {', '.join(case.values())}")
                 continue
-            steps, failed = _prepared(network, batch, base, mode)
+            # every model counts against the number of times that torch compiles the same code
+            torch.compiler.reset()
+            if mode not in gated:
+                gate_of_mode = partial(gate.check_mode, network, batch, mode)
+                gated[mode] = _passes(f"{network.name}, {mode}, gate", gate_of_mode)
+            steps, failed = _prepared(network, batch, base, mode, weighted=gated[mode])
             missing += failed
             if not any(contender.startswith(base) for contender in steps):
                 continue
@@ -59,23 +63,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return missing
 
 
-def _prepared(network: Network, batch: Batch, base: str, mode: str) -> tuple[dict[str, Step], int]:
-    """Return the contenders' steps, warmed up, and how many failed: these are named and left out."""
-    # every model counts against the number of times that torch compiles the same code
-    torch.compiler.reset()
+def _passes(what: str, check: Callable[[], None]) -> bool:
+    try:
+        check()
+    except Exception as error:
+        print(f"FAILED {what}: {type(error).__name__}: {error}", flush=True)
+        return False
+    return True
+
+
+def _prepared(
+    network: Network, batch: Batch, base: str, mode: str, *, weighted: bool
+) -> tuple[dict[str, Step], int]:
+    """Return the contenders' steps, warmed up, and how many are missing: those that fail are named.
+
+    weighted: whether FNGD is among them
+    """
     steps: dict[str, Step] = {}
     made = contenders(network, batch, base, mode)
-    for name, make in made.items():
-        try:
-            if name == "fngd steady" and mode != "eager":
-                gate.check_mode(network, batch, mode)
-            step = make()
-            for _ in range(WARMUP):
-                step()
-        except Exception as error:
-            print(f"FAILED {network.name}, {mode}, {name}: {type(error).__name__}: {error}", flush=True)
-        else:
-            steps[name] = step
+
+    def prepare(name: str) -> None:
+        step = made[name]()
+        for _ in range(WARMUP):
+            step()
+        steps[name] = step
+
+    for name in made:
+        if weighted or name.startswith(base):
+            _passes(f"{network.name}, {mode}, {base}, {name}", partial(prepare, name))
     return steps, len(made) - len(steps)
 
 

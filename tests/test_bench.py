@@ -148,7 +148,21 @@ def test_a_contender_that_fails_is_left_out(monkeypatch, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     arguments = ["--device=cpu", "--mode=eager", "--base=sgd", "--network=transformer", "--rounds=1"]
     assert steps.main([*arguments, f"--output={path}"]) == 2
-    assert "eager, fngd steady: RuntimeError: no such kernel" in capsys.readouterr().out
+    assert "eager, sgd, fngd steady: RuntimeError: no such kernel" in capsys.readouterr().out
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["contender"] for row in rows] == ["sgd", "sgd fused"]
+
+
+def test_a_mode_that_fails_its_gate_has_figures_of_the_base_alone(monkeypatch, tmp_path, capsys):
+    def fail(*_):
+        raise AssertionError("graphed step: weighted gradient of head.weight is 100% off")
+
+    monkeypatch.setattr(contenders, "capture", lambda step, _: step)
+    monkeypatch.setattr(steps.gate, "check_mode", fail)
+    path = tmp_path / "rows.jsonl"
+    arguments = ["--device=cpu", "--mode=graphed", "--base=sgd", "--network=transformer", "--rounds=1"]
+    assert steps.main([*arguments, f"--output={path}"]) == 2
+    assert "graphed, gate: AssertionError: graphed step" in capsys.readouterr().out
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["contender"] for row in rows] == ["sgd", "sgd fused"]
 
