@@ -1,8 +1,10 @@
 """FNGD as a torch optimizer: trajectories, phases, reports, state, bad input."""
 
 import copy
+import functools
 import io
 import pickle
+import warnings
 import weakref
 
 import pytest
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fngd
+from fngd.table import Table
 from networks import make
 
 N = 8
@@ -365,6 +368,17 @@ def test_hooked_layers_of_a_batch_are_known_together():
     assert opt.stats()["seen_samples"] == N
 
 
+def test_pending_samples_are_settled_before_they_become_many(monkeypatch):
+    monkeypatch.setattr(Table, "MOST_PENDING", 3)
+    model, x, y = make("mlp", N)
+    opt = fngd.FNGD(model, lr=0.0)
+    pending = []
+    for first in range(0, 5 * N, N):
+        train(model, opt, x, y, 1, range(first, first + N))
+        pending.append(len(opt._sharing.table._pending))
+    assert pending == [1, 2, 0, 1, 2]
+
+
 def test_a_refresh_forgets_pending_samples():
     model, x, y = make("mlp", N)
     opt = fngd.FNGD(model, lr=0.0, refresh_every=1)
@@ -394,6 +408,18 @@ def test_zero_gradients_are_no_failure():
     (F.cross_entropy(model(x), y) * 0).backward()
     assert opt.stats()["failed_solves"] == 0
     assert all((p.grad == 0).all() for p in model.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_on_cuda_the_update_is_fused_unless_another_is_named(base):
+    build = functools.partial(fngd.FNGD, nn.Linear(2, 2).cuda(), base=base, share="none")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # each takes the model over from the one before
+        assert build().param_groups[0]["fused"]
+        assert not build(foreach=True).param_groups[0]["fused"]
+        assert not build(differentiable=True).param_groups[0]["fused"]
 
 
 # ---- state
