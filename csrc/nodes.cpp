@@ -20,6 +20,13 @@
 
 namespace py = pybind11;
 
+// In scale.cpp.
+namespace fngd {
+bool scales_fused(const at::Tensor& e, const at::Tensor& s);
+std::tuple<at::Tensor, at::Tensor> scale_bias(
+    const at::Tensor& e, const at::Tensor& s, int64_t channel, bool scaled, bool bias);
+}  // namespace fngd
+
 namespace {
 
 using at::Tensor;
@@ -96,10 +103,30 @@ Tensor scaled(const Tensor& x, const OptionalTensor& scale) {
   if (!scale) {
     return x;
   }
+  if (x.dim() > 1 && fngd::scales_fused(x, *scale)) {
+    return std::get<0>(fngd::scale_bias(x, *scale, 1, true, false));
+  }
   std::vector<int64_t> shape(x.dim(), 1);
   shape[0] = -1;
   return (x * scale->view(shape)).to(x.scalar_type());
 }
+
+// The factors of the weighted weight gradient, one of them scaled, and the gradient of the bias; in fused passes.
+struct Weighted {
+  Weighted(const Tensor& input, const Tensor& gradient, const Tensor& scale, int64_t channel, bool need_w, bool need_b)
+      : a(input), e(gradient) {
+    // Scaling the input reads it once more than scaling the gradient does, where the gradient is summed for the bias.
+    const bool scale_input = need_w && (need_b ? 2 : 1) * a.numel() < e.numel();
+    if (scale_input) a = scaled(input, scale);
+    if (need_b || !scale_input) {
+      const auto [scaled_e, sum] = fngd::scale_bias(gradient, scale, channel, need_w && !scale_input, need_b);
+      if (scaled_e.defined()) e = scaled_e;
+      bias = sum;
+    }
+  }
+
+  Tensor a, e, bias;
+};
 
 Tensor flat(const Tensor& x) {
   return x.dim() == 2 ? x : x.flatten(0, -2);
@@ -109,6 +136,10 @@ Tensor flat(const Tensor& x) {
 
 // a (N, ..., I), e (N, ..., O)
 Gradients linear_gradients(const Tensor& a, const Tensor& e, const OptionalTensor& scale, bool need_w, bool need_b) {
+  if (scale && fngd::scales_fused(e, *scale)) {
+    const Weighted weighted(a, e, *scale, e.dim() - 1, need_w, need_b);
+    return {need_w ? flat(weighted.e).t().matmul(flat(weighted.a)) : Tensor(), weighted.bias};
+  }
   Gradients result;
   if (!scale || e.size(-1) <= a.size(-1)) {
     const Tensor weighted = flat(scaled(e, scale));
@@ -198,12 +229,17 @@ struct ConvGeometry {
 Gradients conv_gradients(
     const ConvGeometry& geometry, const Tensor& a, const Tensor& e, const Tensor& weight, const OptionalTensor& scale,
     bool need_w, bool need_b) {
+  const std::array<bool, 3> weight_only{false, true, false};
+  if (scale && fngd::scales_fused(e, *scale)) {
+    const Weighted weighted(a, e, *scale, 1, need_w, need_b);
+    return {
+        need_w ? std::get<1>(geometry.backward(weighted.e, weighted.a, weight, weight_only)) : Tensor(), weighted.bias};
+  }
   Gradients result;
   const bool scale_input = scale && !need_b && a.numel() < e.numel();
   const Tensor weighted = scale_input ? e : scaled(e, scale);
   if (need_w) {
-    result.first = std::get<1>(
-        geometry.backward(weighted, scale_input ? scaled(a, scale) : a, weight, {false, true, false}));
+    result.first = std::get<1>(geometry.backward(weighted, scale_input ? scaled(a, scale) : a, weight, weight_only));
   }
   if (need_b) {
     result.second = weighted.transpose(0, 1).flatten(1).sum(1);
@@ -297,8 +333,15 @@ struct Rows : Function<Rows> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& outputs) {
     const SinkPtr sink = saved_sink(ctx);
-    const Tensor gradient = sink ? (*sink)(Tensor(), outputs[0], false).first
-                                 : scaled(outputs[0], saved_scale(ctx->get_saved_variables())).sum(0);
+    const Tensor& e = outputs[0];
+    if (sink) {
+      return {(*sink)(Tensor(), e, false).first, Tensor(), Tensor(), Tensor()};
+    }
+    const OptionalTensor scale = saved_scale(ctx->get_saved_variables());
+    const Tensor gradient = scale && fngd::scales_fused(e, *scale)
+                                ? std::get<1>(fngd::scale_bias(e.unsqueeze(-1).flatten(1), *scale, 1, false, true))
+                                      .view(e.sizes().slice(1))
+                                : scaled(e, scale).sum(0);
     return {gradient, Tensor(), Tensor(), Tensor()};
   }
 };

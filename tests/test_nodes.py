@@ -4,8 +4,11 @@ autocast."""
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import gradcheck, gradgradcheck
 
+import oracles
 from fngd_kernels import native
 from fngd_kernels.ops import nodes
 
@@ -44,6 +47,8 @@ def conv_case(dimensions):
     x, weight, geometry = CONVOLUTIONS[dimensions]
     return nodes.conv, geometry, double(*x), double(*weight), double(weight[0])
 
+
+WITHOUT_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 CASES = {"linear": linear_case, **{f"conv{d}": lambda d=d: conv_case(d) for d in CONVOLUTIONS}}
 
@@ -206,6 +211,26 @@ def test_compiled_without_graph_breaks(case):
 
 @pytest.mark.skipif(not native.AVAILABLE, reason="torch ops of the native nodes")
 @pytest.mark.parametrize("case", CASES)
+def test_a_compiled_backward_is_made_of_torch_operations(case):
+    """So that the compiler fuses the scaling into its neighbours."""
+    node, geometry, x, weight, bias = CASES[case]()
+    called = set()
+
+    def keep(graph, _):
+        called.update(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    scale = torch.rand(len(x), dtype=torch.float64)
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward), bw_compiler=keep)
+    compiled = torch.compile(lambda *args: node(*args, **geometry).sum(), backend=backend, fullgraph=True)
+    compiled(x, weight, bias, scale).backward()
+    assert "aten.mul.Tensor" in called
+    assert not [name for name in called if name.startswith("fngd")]
+
+
+@pytest.mark.skipif(not native.AVAILABLE, reason="torch ops of the native nodes")
+@pytest.mark.parametrize("case", CASES)
 def test_operators_are_registered_correctly(case):
     node, geometry, x, weight, bias = CASES[case]()
     scale = torch.rand(len(x), dtype=torch.float64)
@@ -236,3 +261,108 @@ def test_autocast_casts_as_torch_does(case, captured, implementation):
     else:
         torch.testing.assert_close(dw, gradients[1])
         torch.testing.assert_close(db, gradients[2])
+
+
+# Whichever operand is smaller is scaled: wide and narrow outputs.
+GPU_CASES = {
+    **{f"linear {i} to {o}": (nodes.linear, {}, (9, 5, i), (o, i)) for i, o in ((24, 8), (8, 40), (7, 3))},
+    "linear without positions": (nodes.linear, {}, (129, 16), (8, 16)),
+    **{f"conv{d}": (nodes.conv, geometry, x, w) for d, (x, w, geometry) in CONVOLUTIONS.items()},
+    "wide conv": (
+        nodes.conv,
+        {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1},
+        (5, 3, 8, 8),
+        (16, 3, 3, 3),
+    ),
+}
+
+
+def on_gpu(case, dtype, last):
+    """A node's call, its leaves, its output's gradient, the weights, and what the leaves' gradients are."""
+    node, geometry, x_shape, weight_shape = GPU_CASES[case]
+    x, weight = torch.randn(x_shape).to(dtype), torch.randn(weight_shape).to(dtype)
+    bias, scale = torch.randn(weight_shape[0]).to(dtype), torch.rand(x_shape[0]) + 0.5
+    exact = [t.double().requires_grad_() for t in (x, weight, bias)]
+    y = torch_function(node, geometry)(*exact)
+    gradient = torch.randn(y.shape).to(dtype)
+    (dx,) = torch.autograd.grad(y, exact[0], gradient.double(), retain_graph=True)
+    weighted = gradient.double() * scale.double().view(-1, *[1] * (y.ndim - 1))
+    expected = [dx, *torch.autograd.grad(y, exact[1:], weighted)]
+    x, weight, bias, gradient = (t.cuda() for t in (x, weight, bias, gradient))
+    if last:
+        x, gradient = (t.to(memory_format=torch.channels_last) for t in (x, gradient))
+    leaves, scale = [t.requires_grad_() for t in (x, weight, bias)], scale.cuda()
+    return (lambda: node(*leaves, scale, **geometry)), leaves, gradient, scale, expected
+
+
+@pytest.mark.gpu
+@WITHOUT_GPU
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("case", GPU_CASES)
+@pytest.mark.parametrize("wanted", [(0, 1, 2), (1,), (2,)])
+def test_cuda_gradients_equal_float64(case, last, dtype, wanted):
+    if last and len(GPU_CASES[case][2]) != 4:
+        pytest.skip("channels last has four dimensions")
+    call, leaves, gradient, _, expected = on_gpu(case, dtype, last)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        actual = torch.autograd.grad(call(), [leaves[i] for i in wanted], gradient)
+    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}[dtype]
+    for i, result in zip(wanted, actual, strict=True):
+        assert result.dtype == dtype
+        assert oracles.relative_error(result.cpu(), expected[i]) < bound
+
+
+@pytest.mark.gpu
+@WITHOUT_GPU
+def test_cuda_embedding_and_rows():
+    weight, scale = torch.randn(7, 16), torch.rand(4)
+    ids, gradient = torch.randint(7, (4, 3)), torch.randn(4, 3, 16)
+    exact = weight.double().requires_grad_()
+    (expected,) = torch.autograd.grad(
+        F.embedding(ids, exact), exact, (gradient * scale[:, None, None]).double()
+    )
+    leaf = weight.cuda().requires_grad_()
+    y = nodes.embedding(ids.cuda(), leaf, scale.cuda())
+    (dw,) = torch.autograd.grad(y, leaf, gradient.cuda())
+    assert oracles.relative_error(dw.cpu(), expected) < 1e-5
+    parameter = torch.randn(3, 16, device="cuda").requires_grad_()
+    (dp,) = torch.autograd.grad(nodes.rows(parameter, 4, scale.cuda()), parameter, gradient.cuda())
+    assert oracles.relative_error(dp.cpu(), torch.einsum("n,nij->ij", scale, gradient)) < 1e-5
+
+
+@pytest.mark.gpu
+@WITHOUT_GPU
+@pytest.mark.parametrize("case", ["linear 8 to 40", "wide conv"])
+def test_cuda_gradients_can_be_differentiated(case):
+    call, (x, weight, bias), gradient, scale, _ = on_gpu(case, torch.float64, False)
+    function = torch_function(*GPU_CASES[case][:2])
+    (dw,) = torch.autograd.grad(call(), weight, gradient, create_graph=True)
+    (actual,) = torch.autograd.grad(dw.square().sum(), x)
+    weighted = gradient * scale.double().view(-1, *[1] * (gradient.ndim - 1))
+    (dw,) = torch.autograd.grad(function(x, weight, bias), weight, weighted, create_graph=True)
+    (expected,) = torch.autograd.grad(dw.square().sum(), x)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.gpu
+@WITHOUT_GPU
+@pytest.mark.parametrize("case", GPU_CASES)
+def test_captured_in_a_cuda_graph(case):
+    call, leaves, gradient, scale, _ = on_gpu(case, torch.float64, False)
+
+    def step():
+        return torch.autograd.grad(call(), leaves, gradient)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = step()
+    scale.copy_(2 * torch.rand(len(scale)))  # read from its static buffer
+    graph.replay()
+    for actual, direct in zip(captured, step(), strict=True):
+        torch.testing.assert_close(actual, direct)

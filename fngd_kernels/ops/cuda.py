@@ -17,11 +17,11 @@ from ..fused.gram_embedding import gram_embedding_diag as fused_gram_embedding_d
 from ..fused.gram_explicit import gram_explicit
 from ..fused.gram_hadamard import gram_hadamard
 from ..fused.gram_pairs import gram_pairs, gram_pairs_diag
-from ..fused.scale_bias import scale_bias
 from ..library import combine as library
 from .gram import library_gram, library_gram_conv, library_gram_embedding
 from .gram_diag import library_gram_diag, library_gram_embedding_diag
 from .library import LIBRARY
+from .scale_bias import scale_bias
 
 
 def gram(a: Tensor, e: Tensor, bias: bool, workspace: int, precision: str | None = None) -> Tensor:
@@ -114,7 +114,7 @@ def combine_conv(
     geometry = (weight_shape, stride, padding, dilation, groups)
     if not _fused(x, e):
         return library.combine_conv(x, e, s, *geometry, bias)
-    scaled, bias_gradient = scale_bias(e, s, bias)
+    scaled, bias_gradient = scale_bias(e, s, 1, True, bias)
     weight, _ = library.conv_weight_gradient(x, scaled, *geometry, False)
     return [weight] if bias_gradient is None else [weight, bias_gradient]
 

@@ -1,0 +1,37 @@
+"""The gradient at a layer's output, scaled per sample, and its weighted sum over samples and positions."""
+
+import torch
+from torch import Tensor
+
+from .. import native  # noqa: F401 - registers the CUDA kernel
+from ..library.products import accumulation_dtype
+from .library import LIBRARY, register
+
+LIBRARY.define("scale_bias(Tensor e, Tensor s, int channel, bool scaled, bool bias) -> (Tensor, Tensor)")
+
+Results = tuple[Tensor | None, Tensor | None]
+
+
+def scale_bias(e: Tensor, s: Tensor, channel: int, scaled: bool, bias: bool) -> Results:
+    """Return s_n e_n and b = sum_n s_n sum_p E_np, each only if it is asked for.
+
+    e: (N, ...) float; s: (N,) float; channel: the dimension of e, after the first, that b keeps
+
+    Returns: the shape and layout of e, each product rounded once to e's dtype; (channels,) of e's dtype, the
+        sum of the products before they are rounded
+    """
+    return torch.ops.fngd.scale_bias.default(e, s, channel, scaled, bias)
+
+
+def _scale_bias(e: Tensor, s: Tensor, channel: int, scaled: bool, bias: bool) -> Results:
+    dtype = accumulation_dtype(e.dtype)
+    product = e.to(dtype) * s.to(dtype).view(-1, *[1] * (e.ndim - 1))
+    others = [axis for axis in range(e.ndim) if axis != channel]
+    return product.to(e.dtype) if scaled else None, product.sum(others).to(e.dtype) if bias else None
+
+
+def _fake(e: Tensor, s: Tensor, channel: int, scaled: bool, bias: bool) -> Results:
+    return torch.empty_like(e) if scaled else None, e.new_empty(e.shape[channel]) if bias else None
+
+
+register("scale_bias", _scale_bias, _fake)
