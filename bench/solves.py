@@ -135,6 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     calls = 20 if device.type == "cuda" else 1
     where = environment.describe(device) | {"cuda": torch.version.cuda}
+    output = options.output or record.RESULTS / ("gpu.jsonl" if device.type == "cuda" else "cpu.jsonl")
     failed = 0
     done: list[dict[str, Any]] = []
     for kind, dtype, batch, order in itertools.product(NAMES, DTYPES, options.batches, options.orders):
@@ -149,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"FAILED {kind} {batch} x {order} {dtype}: {type(error).__name__}: {error}", flush=True)
             continue
         measured = rows(case, timings, errors)
-        record.append(options.output, [{**row, **where} for row in measured])
+        record.append(output, [{**row, **where} for row in measured])
         done += measured
     print(tabulate(done, headers="keys", floatfmt=".4g"))
     return failed
@@ -161,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--orders", nargs="+", type=int, default=ORDERS)
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--output", type=Path, default=record.RESULTS / "gpu.jsonl")
+    parser.add_argument("--output", type=Path, help="default: gpu.jsonl or cpu.jsonl among the results")
     return parser
 
 

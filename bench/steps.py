@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     modes = options.mode or [mode for mode in MODES if mode != "graphed" or device.type == "cuda"]
     rounds, calls = options.rounds, 10 if device.type == "cuda" else 1
     where = environment.describe(device) | {"cuda": torch.version.cuda}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    output = options.output or record.RESULTS / ("gpu.jsonl" if device.type == "cuda" else "cpu.jsonl")
     start, missing = time.monotonic(), 0
     for name in options.network:
         network = MIXED[name][options.size]
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not any(contender.startswith(base) for contender in steps):
                 continue
             measured = _measured(steps, base, device, rounds=rounds, calls=calls, memory=mode != "graphed")
-            record.append(options.output, [{**case, **row, **where} for row in measured])
+            record.append(output, [{**case, **row, **where} for row in measured])
             print(f"\n{', '.join(case.values())}\n{tabulate(measured, 'keys', floatfmt='.4g')}", flush=True)
     return missing
 
@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mode", nargs="+", choices=MODES, help="default: all that the device has")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after that time")
-    parser.add_argument("--output", type=Path, default=record.RESULTS / "gpu.jsonl")
+    parser.add_argument("--output", type=Path, help="default: gpu.jsonl or cpu.jsonl among the results")
     return parser
 
 
