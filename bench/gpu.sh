@@ -105,7 +105,7 @@ check() {
     mapfile -t marked < <(grep -lr --include='test_*.py' 'mark\.gpu' tests)
     ((${#marked[@]})) && stage tests-gpu 120 "${pytest[@]}" -m gpu "${marked[@]}"
     command -v compute-sanitizer >/dev/null || return
-    mapfile -t native < <(printf '%s\n' "${marked[@]}" | grep -E 'solve|coefficients|scale|finite')
+    mapfile -t native < <(printf '%s\n' "${marked[@]}" | grep -E 'solve|coefficients|scaling|finite')
     ((${#native[@]})) && sanitize racecheck 120 "${pytest[@]}" -m gpu "${native[@]}"
     # Without the caching allocator, which would hide accesses past the end of a tensor, and which graphs need.
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
