@@ -94,7 +94,6 @@ class Burgers(_Evolution):
     widths = (2, 32, 32, 1)
     low, high = (-1.0, 0.0), (1.0, 1.0)
     viscosity = 0.1 / math.pi
-    boundary_weight = 10.0
 
     def solution(self, x: Tensor) -> Tensor:
         """Cole-Hopf transform, its Gaussian integrals by the trapezoidal rule, exact to rounding."""
