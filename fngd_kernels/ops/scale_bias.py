@@ -1,5 +1,7 @@
 """The gradient at a layer's output, scaled per sample, and its weighted sum over samples and positions."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,8 @@ from .library import LIBRARY, register
 
 LIBRARY.define("scale_bias(Tensor e, Tensor s, int channel, bool scaled, bool bias) -> (Tensor, Tensor)")
 
-Results = tuple[Tensor | None, Tensor | None]
+Results = tuple[Any, Any]
+"""Tensors, None where one is not asked for."""
 
 
 def scale_bias(e: Tensor, s: Tensor, channel: int, scaled: bool, bias: bool) -> Results:
