@@ -27,11 +27,6 @@ def found_non_finite(tensors: Sequence[Tensor]) -> Tensor:
     return torch.ops.fngd.found_non_finite.default(tensors)
 
 
-def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Return whether every element of every tensor is finite, () bool."""
-    return found_non_finite(tensors)[0] == 0
-
-
 def _found_non_finite(tensors: Sequence[Tensor]) -> Tensor:
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
