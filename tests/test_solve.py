@@ -299,11 +299,11 @@ def test_cuda_tensors_have_a_native_kernel():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 2, 31, 64, 129, 256, 320, 321, 513, 1024, 1025])
 def test_residual_on_a_device(n, dtype):
-    k, damping = gram(3, n, dtype=dtype), torch.tensor([0.0, 0.1, 10.0], dtype=dtype)
-    rhs = torch.randn(3, n, dtype=dtype)
+    k, damping = gram(2, n, dtype=dtype), torch.tensor([0.0, 0.1], dtype=dtype)
+    rhs = torch.randn(2, n, dtype=dtype)
     for refine in (False, True):
         x, info = fk.solve(k.cuda(), damping.cuda(), rhs.cuda(), refine=refine, return_info=True)
-        assert info.tolist() == [0, 0, 0]
+        assert info.tolist() == [0, 0]
         # Twice the host's bound: the device takes its own reciprocal square root.
         assert backward_error(k, damping, x.cpu(), rhs) <= 8 * EPS[dtype]
 
@@ -323,10 +323,8 @@ def test_failures_and_strides_on_a_device(n, dtype):
     assert info.tolist() == [0, 41, 0, 70, 0]
     assert x[[1, 3]].isnan().all()
     assert torch.equal(x[[0, 2, 4]], clean[[0, 2, 4]])
-    transposed = fk.solve(k.mT, 0.1)
-    assert backward_error(
-        k.mT.cpu(), torch.full((5,), 0.1).to(dtype), transposed.cpu(), torch.ones(5, n)
-    ) <= (8 * EPS[dtype])
+    transposed, damping = fk.solve(k.mT, 0.1).cpu(), torch.full((5,), 0.1, dtype=dtype)
+    assert backward_error(k.mT.cpu(), damping, transposed, torch.ones(5, n)) <= 8 * EPS[dtype]
 
 
 @pytest.mark.gpu
