@@ -1,0 +1,78 @@
+"""Time a step of every optimizer over SGD's: `python -m bench.peers --device cuda --size gpu`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+from bench import environment, gate, networks, record
+from bench.networks import Network
+from bench.peers import METHODS, available
+from bench.peers.steps import BASELINE, contenders, measure, rows
+from bench.timing import Step
+
+# every method once: a step of FNGD exact is the solving step of FNGD shared
+DEFAULT = tuple(name for name, method in METHODS.items() if method.solves != "always")
+NETWORKS: dict[str, dict[str, Network]] = {
+    "tiny": {name: sizes["small"] for name, sizes in networks.MIXED.items()},
+    "small": {"resnet": networks.RESNET, "transformer": networks.TRANSFORMER},
+    "gpu": {name: sizes["gpu"] for name, sizes in networks.MIXED.items()},
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Append the rows of each network as they come; return how many contenders failed."""
+    options = _parser().parse_args(arguments)
+    device = torch.device(options.device)
+    names, absent = available(tuple(dict.fromkeys((BASELINE, *(options.method or DEFAULT)))))
+    for reason in absent:
+        print(f"skipped {reason}")
+    where = environment.describe(device)
+    failed = 0
+    for key in options.network or ("resnet", "transformer"):
+        network = NETWORKS[options.size][key]
+        batch = network.draw(device)
+        gate.check(network, batch)
+        print(f"{network.name}: gate passed", flush=True)
+        steps: dict[str, Step] = {}
+        for name, make in contenders(network, batch, names).items():
+            start = time.monotonic()
+            try:
+                steps[name] = make()
+            except Exception as error:
+                # one library that fails here must not cost the others their figures
+                failed += 1
+                print(f"FAILED {name}: {type(error).__name__}: {error}", flush=True)
+            else:
+                print(f"  {name}: ready after {time.monotonic() - start:.1f} s", flush=True)
+        periods = {name: METHODS[name.removesuffix(" solving")].period for name in steps}
+        timings, peaks = measure(steps, periods, batch, rounds=options.rounds)
+        measured = rows(timings, peaks, epochs=options.epochs)
+        record.append(
+            options.output,
+            [{"network": network.name, "size": options.size, **row, **where} for row in measured],
+        )
+        print(tabulate(measured, "keys", floatfmt=".4g"), flush=True)
+    return failed
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", choices=tuple(NETWORKS), default="small")
+    parser.add_argument("--network", nargs="+", choices=("resnet", "transformer"), help="default: both")
+    parser.add_argument("--method", nargs="+", choices=tuple(METHODS), help="default: all that can run here")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=30, help="FNGD's average is over so many epochs")
+    parser.add_argument("--output", type=Path, default=record.RESULTS / "peers.jsonl")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main() > 0)
