@@ -176,6 +176,3 @@ def test_of_repeated_measurements_the_last_counts():
         "50.00",
     ]
     assert summary.geometric_mean([1, 100]) == pytest.approx(10)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would run for minutes")
