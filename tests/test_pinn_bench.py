@@ -362,6 +362,12 @@ def test_interrupted_command_tells_how_to_go_on(tmp_path, capsys, monkeypatch):
     assert len(stored(tmp_path)) == 4
 
 
+def test_half_a_line_is_named(tmp_path, capsys):
+    (tmp_path / "runs.jsonl").write_text('{"run": {"prob')
+    assert cli(tmp_path, "--problem", "fit-1d", "--method", "adam") == 2
+    assert "output: line 1 of" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -15,6 +15,8 @@ from bench.pinn.methods import METHODS
 from bench.pinn.problems import Equation, Problem
 from bench.pinn.study import Final, Study, conduct
 
+# whose error is drawn over the plane
+DRAWN = ("adam", "adam-lbfgs", "gauss-newton")
 SETTINGS = min(len(method.settings) for method in METHODS.values())
 
 
@@ -96,10 +98,13 @@ def _show(problem: Problem, finals: dict[str, Final], archive: Archive, bar: tqd
     figures.save_curves(archive.folder / f"{problem.name}.png", problem.title, finals)
     if isinstance(problem, Equation) and len(problem.low) == 2:
         networks = {}
-        for name, final in finals.items():
+        for name in [name for name in DRAWN if name in finals]:
             networks[name] = problem.network()
-            networks[name].load_state_dict(torch.load(archive.network_path(final.runs[0]), weights_only=True))
-        figures.save_fields(archive.folder / f"{problem.name}-fields.png", problem.title, problem, networks)
+            path = archive.network_path(finals[name].runs[0])
+            networks[name].load_state_dict(torch.load(path, weights_only=True))
+        if networks:
+            path = archive.folder / f"{problem.name}-fields.png"
+            figures.save_fields(path, problem.title, problem, networks)
 
 
 def _problem_names(options: argparse.Namespace) -> tuple[str, ...]:

@@ -16,16 +16,24 @@ History = list[Record]
 
 
 class Archive:
-    """Runs in `folder`/runs.jsonl, the networks they trained in `folder`/networks."""
+    """Runs in `folder`/runs.jsonl, the networks they trained in `folder`/networks.
+
+    Raises: ValueError for a file that holds anything else, such as half a line.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._path = folder / "runs.jsonl"
         self._histories: dict[str, History] = {}
         if self._path.exists():
-            for line in self._path.read_text().splitlines():
-                row = json.loads(line)
-                self._histories[_key(Run(**row["run"]))] = [Record(**entry) for entry in row["history"]]
+            for number, line in enumerate(self._path.read_text().splitlines(), start=1):
+                try:
+                    row = json.loads(line)
+                    self._histories[_key(Run(**row["run"]))] = [Record(**entry) for entry in row["history"]]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(
+                        f"output: line {number} of {self._path} is not a run ({error})"
+                    ) from error
 
     def history(self, run: Run) -> History | None:
         """What was recorded of `run`; None when it is not here."""

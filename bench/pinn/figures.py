@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +33,20 @@ PLOTTED_POINTS = 200
 
 
 def save_curves(path: Path, title: str, finals: Mapping[str, Final]) -> None:
-    """Draw the final runs: line = median over the seeds, band = lowest to highest."""
+    """Draw the final runs that did not diverge: line = median over the seeds, band = lowest to highest."""
     figure = _figure(11, 7.5)
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
     for method, final in finals.items():
         label = f"{METHODS[method].label} ({describe(final.setting)})"
         for row, quantity in enumerate(("test_error", "loss")):
             for column, clock in enumerate(("seconds", "step")):
-                draw(axes[row, column], method, final.histories, clock, quantity, label)
+                draw(axes[row, column], method, final.ended, clock, quantity, label)
     axes[0, 0].set_ylabel("relative L2 error at fresh points")
     axes[1, 0].set_ylabel("loss at the training points")
     axes[1, 0].set_xlabel("seconds of training (evaluation excluded)")
     axes[1, 1].set_xlabel("steps")
-    axes[0, 1].legend(fontsize="small")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
 
@@ -81,33 +82,22 @@ def save_side_by_side(
 
 
 def draw(
-    axis: Axes, method: str, histories: tuple[History, ...], clock: str, quantity: str, label: str
+    axis: Axes, method: str, histories: Sequence[History], clock: str, quantity: str, label: str
 ) -> None:
-    """Draw one quantity of the runs of a method over one clock, on logarithmic axes."""
-    clocks, curves = [], []
-    for history in histories:
-        moving = [entry for entry in history if entry.step > 0]
-        if moving:
-            clocks.append(np.array([getattr(entry, clock) for entry in moving], dtype=float))
-            curves.append(np.array([getattr(entry, quantity) for entry in moving]))
-    if not clocks:
+    """Draw a quantity of the runs of a method over a clock that all of them cover, on logarithmic axes."""
+    if not histories:
         return
-    shared = np.geomspace(min(c[0] for c in clocks), max(c[-1] for c in clocks), PLOTTED_POINTS)
-    # a run that has ended, or has not begun, has no value
-    values = np.stack(
-        [
-            np.interp(np.log(shared), np.log(c), v, left=np.nan, right=np.nan)
-            for c, v in zip(clocks, curves, strict=True)
-        ]
-    )
-    defined = ~np.isnan(values).all(axis=0)
-    shared, values = shared[defined], values[:, defined]
+    moving = [[entry for entry in history if entry.step > 0] for history in histories]
+    clocks = [np.array([getattr(entry, clock) for entry in entries], dtype=float) for entries in moving]
+    curves = [np.array([getattr(entry, quantity) for entry in entries]) for entries in moving]
+    shared = np.geomspace(max(c[0] for c in clocks), min(c[-1] for c in clocks), PLOTTED_POINTS)
+    values = np.stack([np.interp(np.log(shared), np.log(c), v) for c, v in zip(clocks, curves, strict=True)])
     style = STYLES[method]
-    axis.plot(shared, np.nanmedian(values, axis=0), label=label, linewidth=1.8, **style)
+    axis.plot(shared, np.median(values, axis=0), label=label, linewidth=1.8, **style)
     axis.fill_between(
         shared,
-        np.nanmin(values, axis=0),
-        np.nanmax(values, axis=0),
+        np.min(values, axis=0),
+        np.max(values, axis=0),
         color=style["color"],
         alpha=0.15,
         linewidth=0,

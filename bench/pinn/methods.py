@@ -178,6 +178,6 @@ METHODS = {
         regression_only=True,
     ),
     "gauss-newton": Method(
-        "GaussNewton", tuple({"damping": damping} for damping in (0.01, 0.1, 1.0, 10.0)), _gauss_newton
+        "GaussNewton", tuple({"damping": damping} for damping in (0.1, 1.0, 10.0, 100.0)), _gauss_newton
     ),
 }

@@ -10,7 +10,7 @@ from tabulate import tabulate
 from bench.pinn.archive import History
 from bench.pinn.methods import METHODS
 from bench.pinn.problems import Problem
-from bench.pinn.study import Final, describe, diverged, outcome
+from bench.pinn.study import Final, describe, outcome
 
 BASELINES = ("adam", "adam-lbfgs")
 
@@ -33,7 +33,7 @@ def table(problem: Problem, finals: Mapping[str, Final]) -> str:
         if "adam" in baselines and not problem.early_stopping:
             target = statistics.median(errors["adam"])
             row["seconds to Adam's error"] = _time_to(target, final)
-        ended = _ended(final)
+        ended = final.ended
         row["steps"] = spread([history[-1].step for history in ended])
         if problem.coefficient is not None:
             found = [history[-1].coefficient_error for history in ended]
@@ -63,16 +63,8 @@ def time_to(target: float, history: History) -> float | None:
     return next((entry.seconds for entry in history if entry.test_error <= target), None)
 
 
-def _ended(final: Final) -> list[History]:
-    return [
-        history
-        for run, history in zip(final.runs, final.histories, strict=True)
-        if not diverged(run, history)
-    ]
-
-
 def _errors(problem: Problem, final: Final) -> list[float]:
-    return [outcome(problem, history).test_error for history in _ended(final)]
+    return [outcome(problem, history).test_error for history in final.ended]
 
 
 def _ratio(baseline: Sequence[float], errors: Sequence[float]) -> str:

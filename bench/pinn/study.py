@@ -44,6 +44,12 @@ class Final:
         """The tuned setting."""
         return self.runs[0].setting
 
+    @property
+    def ended(self) -> list[History]:
+        """Histories of the runs that did not diverge."""
+        pairs = zip(self.runs, self.histories, strict=True)
+        return [history for run, history in pairs if not diverged(run, history)]
+
 
 def conduct(study: Study, problem: Problem, archive: Archive, bar: tqdm) -> dict[str, Final]:
     """Do what of the study is not yet in `archive`; methods that cannot run are named and left out."""
