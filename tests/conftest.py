@@ -12,3 +12,12 @@ torch.set_num_threads(1)
 def _seed():
     """Every test draws the same numbers, alone or in the suite."""
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """Leave out what needs a device where there is none."""
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)

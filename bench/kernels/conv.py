@@ -11,6 +11,7 @@ from bench.kernels import plain
 from bench.kernels.case import Case, Contender, Inputs, Setting
 from bench.kernels.roofline import Work
 from bench.kernels.shapes import Conv
+from fngd_kernels.ops.scale_bias import scale_bias
 
 
 def conv_cases(setting: Setting, layer: Conv) -> Iterator[Case]:
@@ -54,11 +55,10 @@ def _gram(setting: Setting, layer: Conv, inputs: Inputs, moved: int) -> Case:
 
 def _scale_bias(setting: Setting, layer: Conv, inputs: Inputs, moved: int) -> Case:
     work = Work((), moved)
-    contenders = {"plain": Contender(plain.scale_bias, work, "plain")}
-    if setting.fused:
-        from fngd_kernels.fused.scale_bias import scale_bias
-
-        contenders["fused"] = Contender(lambda e, s: scale_bias(e, s, True), work)
+    contenders = {
+        "fngd": Contender(lambda e, s: scale_bias(e, s, 1, True, True), work),
+        "plain": Contender(plain.scale_bias, work, "plain"),
+    }
     return setting.case(
         "scale_bias", layer, lambda: (inputs()[1], setting.coefficients()), plain.scale_bias, contenders
     )
@@ -84,14 +84,6 @@ def _combine(setting: Setting, layer: Conv, inputs: Inputs, moved: int) -> Case:
             lambda x, e, s: plain.unweighted_conv(x, e, layer, True), work, "unweighted"
         ),
     }
-    if setting.fused:
-        from fngd_kernels.fused.scale_bias import scale_bias
-
-        def fused(x: Tensor, e: Tensor, s: Tensor) -> tuple[Tensor, Tensor | None]:
-            scaled, bias = scale_bias(e, s, True)
-            return plain.unweighted_conv(x, scaled, layer, False)[0], bias
-
-        contenders["fused scaling"] = Contender(fused, work)
     return setting.case(
         "combine_conv", layer, lambda: (*inputs(), setting.coefficients()), scaled, contenders
     )

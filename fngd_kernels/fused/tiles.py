@@ -74,11 +74,6 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
         (80, 2): Tile({"BR": 16, "BD": 128}, 4, 1, _COMPILED),
         (80, 4): Tile({"BR": 16, "BD": 128}, 4, 1, _COMPILED),
     },
-    "scale_bias": {
-        (80, 2): Tile({"BOP": 2048}, 4, 3, _COMPILED),
-        (80, 4): Tile({"BOP": 2048}, 4, 3, _COMPILED),
-    },
-    "scale_bias_sum": {(80, 4): Tile({"BM": 128, "BO": 32}, 4, 1, _COMPILED)},
     "contributions": {
         (80, 2): Tile({"BO": 128, "BI": 128, "BT": 32}, 8, 4, _COMPILED),
         (80, 4): Tile({"BO": 128, "BI": 128, "BT": 16}, 8, 3, _COMPILED),

@@ -121,15 +121,6 @@ def combine_embedding(dtype: torch.dtype, precision: str) -> None:
     combine_embedding(ids, meta(64, 128, 77, dtype=dtype), s, 1001, None)
 
 
-def scale_bias(dtype: torch.dtype, precision: str) -> None:
-    from fngd_kernels.fused.scale_bias import scale_bias
-
-    e = meta(64, 128, 28, 28, dtype=dtype)
-    # Contiguous, channels last, and a slice of rows and columns.
-    for layout in (e, e.to(memory_format=torch.channels_last), e[:, :, 1:-1, 1:-1]):
-        scale_bias(layout, meta(64, dtype=FLOAT32), True)
-
-
 # Each author adds the launches of a kernel: what a real layer would ask for.
 CASES: dict[str, Callable[[torch.dtype, str], None]] = {
     "combine": combine,
@@ -139,7 +130,6 @@ CASES: dict[str, Callable[[torch.dtype, str], None]] = {
     "gram_embedding": gram_embedding,
     "gram_hadamard": gram_hadamard,
     "gram_pairs": gram_pairs,
-    "scale_bias": scale_bias,
 }
 
 
