@@ -13,7 +13,6 @@ from fngd_kernels.ops import solve as solve_module
 from fngd_kernels.ops.coefficients import DAMPING_MODES, NORMALIZATIONS, coefficients
 
 DTYPES = (torch.float32, torch.float64)
-WITHOUT_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.fixture(params=["native", "library"])
@@ -241,7 +240,6 @@ def test_both_forms_report_the_same(monkeypatch):
 
 
 @pytest.mark.gpu
-@WITHOUT_GPU
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 2, 31, 64, 129, 256, 320, 321, 513, 1024, 1025])
 def test_every_mode_and_normalization_on_a_device(n, dtype):
@@ -256,7 +254,6 @@ def test_every_mode_and_normalization_on_a_device(n, dtype):
 
 
 @pytest.mark.gpu
-@WITHOUT_GPU
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_failures_zeros_and_strides_on_a_device(dtype):
     wide = gram(6, 70, dtype=dtype)
@@ -274,7 +271,6 @@ def test_failures_zeros_and_strides_on_a_device(dtype):
 
 
 @pytest.mark.gpu
-@WITHOUT_GPU
 @pytest.mark.parametrize("n", [96, 512])
 def test_coefficients_in_a_cuda_graph(n):
     k = gram(4, n, dtype=torch.float32).cuda()
@@ -293,7 +289,6 @@ def test_coefficients_in_a_cuda_graph(n):
 
 
 @pytest.mark.gpu
-@WITHOUT_GPU
 def test_one_launch_and_no_wait_for_the_device():
     k = gram(20, 64, dtype=torch.float32).cuda()
     coefficients(k, 0.1)

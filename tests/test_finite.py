@@ -6,7 +6,6 @@ import torch
 from fngd_kernels.ops.finite import _found_non_finite, found_non_finite
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-WITHOUT_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 POISONS = [float("nan"), float("inf"), -float("inf")]
 
 
@@ -50,7 +49,6 @@ def test_opcheck_and_bad_arguments():
 
 
 @pytest.mark.gpu
-@WITHOUT_GPU
 def test_on_a_device_as_on_the_host():
     for dtype in DTYPES:
         for size in (1, 5, 129, 40_000):
@@ -67,7 +65,6 @@ def test_on_a_device_as_on_the_host():
 
 
 @pytest.mark.gpu
-@WITHOUT_GPU
 def test_many_tensors_strides_and_devices():
     tensors = [torch.randn(n % 7, 5, device="cuda").to(DTYPES[n % 4]) for n in range(300)]
     assert found_non_finite(tensors).item() == 0
@@ -80,7 +77,6 @@ def test_many_tensors_strides_and_devices():
 
 
 @pytest.mark.gpu
-@WITHOUT_GPU
 def test_captured_in_a_graph():
     x = torch.ones(1000, device="cuda")
     found_non_finite([x])

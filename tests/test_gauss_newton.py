@@ -312,7 +312,6 @@ def test_single_precision_solves_in_double():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 1e-2)])
 def test_a_step_on_a_device(dtype, tolerance):
     reference, x = mlp(2, 32, 32, 1), points(100, 2)

@@ -48,8 +48,6 @@ def conv_case(dimensions):
     return nodes.conv, geometry, double(*x), double(*weight), double(weight[0])
 
 
-WITHOUT_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 CASES = {"linear": linear_case, **{f"conv{d}": lambda d=d: conv_case(d) for d in CONVOLUTIONS}}
 
 
@@ -296,7 +294,6 @@ def on_gpu(case, dtype, last):
 
 
 @pytest.mark.gpu
-@WITHOUT_GPU
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("case", GPU_CASES)
@@ -314,7 +311,6 @@ def test_cuda_gradients_equal_float64(case, last, dtype, wanted):
 
 
 @pytest.mark.gpu
-@WITHOUT_GPU
 def test_cuda_embedding_and_rows():
     weight, scale = torch.randn(7, 16), torch.rand(4)
     ids, gradient = torch.randint(7, (4, 3)), torch.randn(4, 3, 16)
@@ -332,7 +328,6 @@ def test_cuda_embedding_and_rows():
 
 
 @pytest.mark.gpu
-@WITHOUT_GPU
 @pytest.mark.parametrize("case", ["linear 8 to 40", "wide conv"])
 def test_cuda_gradients_can_be_differentiated(case):
     call, (x, weight, bias), gradient, scale, _ = on_gpu(case, torch.float64, False)
@@ -346,7 +341,6 @@ def test_cuda_gradients_can_be_differentiated(case):
 
 
 @pytest.mark.gpu
-@WITHOUT_GPU
 @pytest.mark.parametrize("case", GPU_CASES)
 def test_captured_in_a_cuda_graph(case):
     call, leaves, gradient, scale, _ = on_gpu(case, torch.float64, False)

@@ -13,7 +13,6 @@ from fngd_kernels.ops import solve as solve_module
 ORDERS = (1, 2, 3, 31, 64, 65, 129, 256, 513, 1024)
 EPS = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 DTYPES = (torch.float32, torch.float64)
-WITHOUT_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.fixture(params=["native", "library"])
@@ -287,7 +286,6 @@ def test_compiles_in_one_graph(route):
 
 
 @pytest.mark.gpu
-@WITHOUT_GPU
 @pytest.mark.skipif(not native.AVAILABLE, reason="the native extension is not built")
 def test_cuda_tensors_have_a_native_kernel():
     for name in ("fngd::solve", "fngd::coefficients"):
@@ -295,7 +293,6 @@ def test_cuda_tensors_have_a_native_kernel():
 
 
 @pytest.mark.gpu
-@WITHOUT_GPU
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 2, 31, 64, 129, 256, 320, 321, 513, 1024, 1025])
 def test_residual_on_a_device(n, dtype):
@@ -309,7 +306,6 @@ def test_residual_on_a_device(n, dtype):
 
 
 @pytest.mark.gpu
-@WITHOUT_GPU
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [70, 400])
 def test_failures_and_strides_on_a_device(n, dtype):
@@ -328,7 +324,6 @@ def test_failures_and_strides_on_a_device(n, dtype):
 
 
 @pytest.mark.gpu
-@WITHOUT_GPU
 @pytest.mark.parametrize("n", [96, 512])
 def test_solve_in_a_cuda_graph(n):
     k, damping = gram(4, n, dtype=torch.float32).cuda(), torch.full((4,), 0.1, device="cuda")
