@@ -255,7 +255,7 @@ def test_a_fused_base_leaves_out_steps_on_the_device(monkeypatch, base, options,
         train(twin, synchronising, batch, y, 1)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q)
-    assert opt._step_supports_amp_scaling
+    assert opt._step_supports_amp_scaling or base is torch.optim.Adagrad  # not yet in torch 2.11
     assert not synchronising._step_supports_amp_scaling
     assert opt.stats()["skipped_steps"] == synchronising.stats()["skipped_steps"] == 1
     assert opt.state_dict()["fngd"]["skipped_steps"] == 1

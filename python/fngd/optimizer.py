@@ -100,6 +100,7 @@ class FNGD(Optimizer):
         except TypeError as error:
             raise TypeError(f"options of base {base_class.__name__}: {error}") from error
         super().__init__(self._base.param_groups, self._base.defaults)
+        self.state.update(self._base.state)  # Adagrad's begins in its constructor
         self._link()
 
         optimized = [p for group in self.param_groups for p in group["params"]]
