@@ -78,6 +78,7 @@ def test_a_batch_with_one_unseen_sample_is_solved():
     assert opt.stats()["solved_batches"] == 1
     train(model, opt, x[:4], y[:4], 1, torch.tensor([0, 1, 2, 9]))
     assert opt.stats()["solved_batches"] == 2
+    assert opt.stats()["solve_seconds"] > 0
     assert opt.stats()["seen_samples"] == 5
 
 

@@ -193,6 +193,9 @@ class FNGD(Optimizer):
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Apply the base optimizer's rule to the gradients; a step whose gradient is not finite is left out.
 
+        With fused=True nothing waits for the device, and a GradScaler leaves unscaling to the update, so that
+        `.grad` keeps its scale.
+
         closure: re-evaluates the model and returns the loss; called once.
         """
         loss = None
@@ -275,7 +278,9 @@ class FNGD(Optimizer):
         return report
 
     def stats(self) -> dict[str, Any]:
-        """Return counters of batches, solves and steps, the coefficients' spread, seconds and bytes."""
+        """Return counters of batches, solves and steps, the coefficients' spread, seconds in batched solves,
+        and bytes; waits for the device.
+        """
         return self._engine.stats() | {"skipped_steps": int(self._skipped_steps)}
 
 
