@@ -36,6 +36,26 @@ class Reused(nn.Module):
         return self.head(torch.tanh(self.linear(torch.tanh(self.linear(x)))))
 
 
+class Transformer(nn.Module):
+    """torch's encoder and decoder on (N, T, 4): attention of a sequence to itself and to another one."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        options = {"dim_feedforward": 5, "dropout": 0.0, "batch_first": batch_first}
+        encoder = nn.TransformerEncoderLayer(4, 2, norm_first=True, **options)
+        decoder = nn.TransformerDecoderLayer(4, 2, **options)
+        self.encoder = nn.TransformerEncoder(encoder, 1, nn.LayerNorm(4), enable_nested_tensor=False)
+        self.decoder = nn.TransformerDecoder(decoder, 1)
+        self.head = nn.Linear(4, 3)
+        self.batch_first = batch_first
+
+    def forward(self, x):
+        source, target = x if self.batch_first else x.transpose(0, 1), x[:, :2].sin()
+        target = target if self.batch_first else target.transpose(0, 1)
+        y = self.decoder(target, self.encoder(source))
+        return self.head(y.mean(1 if self.batch_first else 0))
+
+
 def _conv(module, positions):
     return nn.Sequential(module, nn.Tanh(), nn.Flatten(), nn.Linear(module.out_channels * positions, 3))
 
@@ -82,6 +102,8 @@ NETWORKS = {
     ),
     "rms-norm": (lambda: nn.Sequential(nn.Linear(6, 5), nn.RMSNorm(5), nn.Linear(5, 3)), _images(6)),
     "reused": (Reused, _images(2, 4, 4)),
+    "transformer": (lambda: Transformer(batch_first=True), _images(3, 4)),
+    "transformer-time-first": (lambda: Transformer(batch_first=False), _images(3, 4)),
 }
 
 

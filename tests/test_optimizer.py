@@ -543,7 +543,7 @@ class Zoo(nn.Module):
     def __init__(self):
         super().__init__()
         self.inner = nn.Linear(4, 4)
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True, add_bias_kv=True)
         self.tied = nn.Linear(4, 4, bias=False)
         self.tied_twin = nn.Linear(4, 4, bias=False)
         self.tied_twin.weight = self.tied.weight
@@ -572,7 +572,7 @@ def test_coverage_names_every_parameter_and_uncovered_ones_get_plain_gradients()
     assert coverage.keys() == dict(model.named_parameters(remove_duplicate=False)).keys()
     expected = {
         "inner.weight": "linear",
-        "attention.in_proj_weight": "plain: no rule for MultiheadAttention",
+        "attention.in_proj_weight": "plain: MultiheadAttention with add_bias_kv or add_zero_attn",
         "attention.out_proj.weight": "plain: MultiheadAttention reads its weight without calling it",
         "tied.weight": "plain: shares a parameter with tied_twin",
         "norm.weight": 'plain: normalisation (norms="plain")',
@@ -593,7 +593,7 @@ def test_coverage_names_every_parameter_and_uncovered_ones_get_plain_gradients()
 
 
 def test_strict_refuses_what_no_rule_serves():
-    with pytest.raises(ValueError, match=r"strict.*attention: no rule for MultiheadAttention"):
+    with pytest.raises(ValueError, match=r"strict.*attention: MultiheadAttention with add_bias_kv"):
         fngd.FNGD(Zoo(), strict=True)
 
 

@@ -5,12 +5,13 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .rules import Rule, rule_for
+from .rules import InputProjection, Rule, attention, rule_for
 
 SKIPPED = "skipped"
 NORMALISATION = 'normalisation (norms="plain")'
@@ -21,9 +22,11 @@ WISHES = (SKIPPED, NORMALISATION)
 class Layer:
     """A module served by a rule: one block of parameters, one row of the coefficient table."""
 
-    def __init__(self, name: str, module: nn.Module, rule: Rule, index: int) -> None:
-        self.module: Any = module
+    def __init__(self, name: str, owner: nn.Module, rule: Rule, index: int) -> None:
+        self.owner = owner  # whose calls are routed
+        self.module: Any = InputProjection(owner) if isinstance(owner, nn.MultiheadAttention) else owner
         self.name, self.rule, self.index = name, rule, index
+        self.time_first = False  # whether dimension 1 of its input (T, N, D) counts the samples
         self.note = ""  # why the last batches that could not be weighted were not
         self.solves = 0
         self.weights: Tensor | None = None  # of the last solve
@@ -42,16 +45,16 @@ class Layer:
         training = module.training and torch.is_grad_enabled() and weight.requires_grad
         return bool(training) and self.rule.batched(module, x) and x.shape[0] > 0
 
-    def plain(self, x: Tensor) -> Tensor:
+    def plain(self, x: Tensor, *arguments: Any) -> Tensor:
         """Return what the module computes without being routed."""
-        return type(self.module).forward(self.module, x)
+        return type(self.module).forward(self.module, x, *arguments)
 
 
 class Router(Protocol):
     """What a routed module hands its calls to."""
 
-    def forward(self, layer: Layer, x: Tensor) -> Tensor:
-        """Return the layer's output."""
+    def forward(self, layer: Layer, x: Tensor, *arguments: Any) -> Tensor:
+        """Return the layer's output; more arguments are for its rule."""
 
 
 class RoutedForward:
@@ -67,13 +70,31 @@ class RoutedForward:
     def __call__(self, input: Tensor) -> Tensor:
         """Return the module's output; the argument has torch's name, which callers may use."""
         router = self.router()
-        return self.layer.plain(input) if router is None else router.forward(self.layer, input)
+        if router is None:
+            return self.layer.plain(input)
+        if self.layer.time_first and input.ndim == 3:
+            return router.forward(self.layer, input.transpose(0, 1)).transpose(0, 1)
+        return router.forward(self.layer, input)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[[Tensor], Tensor]:
-        return _own_forward(memo[id(self.layer.module)])
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        return _own_forward(memo[id(self.layer.owner)])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _own_forward, (self.layer.module,)
+        return _own_forward, (self.layer.owner,)
+
+
+class RoutedAttention(RoutedForward):
+    """The `forward` of a routed nn.MultiheadAttention: its input projections go through the router."""
+
+    def __call__(  # type: ignore[override]
+        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Return what the module returns; the arguments are its own."""
+        router, layer = self.router(), self.layer
+        if router is None or not layer.takes(query) or query.is_nested:
+            return type(layer.owner).forward(layer.owner, query, key, value, *args, **kwargs)
+        project = partial(router.forward, layer)
+        return attention(layer.owner, project, query, key, value, *args, **kwargs)
 
 
 def _is_replaced(module: nn.Module) -> bool:
@@ -86,25 +107,28 @@ def _is_replaced(module: nn.Module) -> bool:
     )
 
 
-def _own_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
+def _own_forward(module: nn.Module) -> Callable[..., Any]:
     return types.MethodType(type(module).forward, module)
 
 
 def route(layers: Iterable[Layer], router: Router) -> Callable[[], None]:
     """Send the layers' calls to the router; return a function that puts back what was there before."""
-    routed = [(layer, RoutedForward(layer, router)) for layer in layers]
-    previous = [layer.module.__dict__.get("forward") for layer, _ in routed]
-    for layer, forward in routed:
-        layer.module.forward = forward
+    routed = [
+        (layer.owner, (RoutedForward if layer.module is layer.owner else RoutedAttention)(layer, router))
+        for layer in layers
+    ]
+    previous = [module.__dict__.get("forward") for module, _ in routed]
+    for module, forward in routed:
+        module.forward = forward  # type: ignore[method-assign, assignment]
 
     def restore() -> None:
-        for (layer, forward), before in zip(routed, previous, strict=True):
-            if layer.module.__dict__.get("forward") is not forward:
+        for (module, forward), before in zip(routed, previous, strict=True):
+            if module.__dict__.get("forward") is not forward:
                 continue  # routed anew by another optimizer since
             if before is None:
-                del layer.module.__dict__["forward"]
+                del module.__dict__["forward"]
             else:
-                layer.module.forward = before
+                module.forward = before
 
     return restore
 
@@ -123,6 +147,11 @@ def release(model: nn.Module) -> None:
         )
 
 
+def _weight(module: nn.Module) -> nn.Parameter | None:
+    name = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+    return module._parameters.get(name)
+
+
 def find_layers(
     model: nn.Module, parameters: Iterable[Tensor], *, affine: bool, skip: Sequence[str] = ()
 ) -> tuple[list[Layer], dict[str, str]]:
@@ -138,8 +167,7 @@ def find_layers(
     for name, module in modules:
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
-    attention = [f"{name}." for name, module in modules if isinstance(module, nn.MultiheadAttention)]
-
+    unserved_attention: list[str] = []
     layers: list[Layer] = []
     reasons: dict[str, str] = {}
     for name, module in modules:
@@ -154,16 +182,39 @@ def find_layers(
             rule, reason = None, f"shares a parameter with {', '.join(shared)}"
         elif _is_replaced(module):
             rule, reason = None, "its forward was replaced on the instance"
-        elif any(name.startswith(prefix) for prefix in attention):
+        elif name.rpartition(".")[0] in unserved_attention:
             rule, reason = None, "MultiheadAttention reads its weight without calling it"
-        elif rule is not None and "weight" not in module._parameters:
+        elif rule is not None and _weight(module) is None:
             rule, reason = None, "its weight is computed by a parametrization"
-        elif rule is not None and id(module.weight) not in wanted:
+        elif rule is not None and id(_weight(module)) not in wanted:
             rule, reason = None, "its weight is not optimized here"
         elif rule is not None and rule.name == "affine" and not affine:
             rule, reason = None, NORMALISATION
         if rule is None:
             reasons[name] = reason
+            if isinstance(module, nn.MultiheadAttention):
+                unserved_attention.append(name)
         else:
             layers.append(Layer(name, module, rule, len(layers)))
+    time_first = _time_first(model)
+    for layer in layers:
+        layer.time_first = layer.owner in time_first
     return layers, reasons
+
+
+def _time_first(model: nn.Module) -> set[nn.Module]:
+    """Return the modules between the attentions of torch's Transformer layers with batch_first=False."""
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+            if not module.self_attn.batch_first:
+                found.update(
+                    child for child in module.children() if not isinstance(child, nn.MultiheadAttention)
+                )
+        elif (
+            isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder))
+            and module.norm is not None
+            and not module.layers[0].self_attn.batch_first
+        ):
+            found.add(module.norm)
+    return found

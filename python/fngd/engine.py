@@ -59,10 +59,10 @@ class Engine:
 
     # ---- forward ----
 
-    def forward(self, layer: Layer, x: Tensor) -> Tensor:
+    def forward(self, layer: Layer, x: Tensor, *arguments: Any) -> Tensor:
         """Return the layer's output, from a node that weights or captures its parameter gradients."""
         if not layer.takes(x):
-            return layer.plain(x)
+            return layer.plain(x, *arguments)
         batch, samples = self.sharing.batch, x.shape[0]
         if batch is None:
             raise RuntimeError(
@@ -73,17 +73,18 @@ class Engine:
         # Spelled out: torch.compile is wrong about `in` where a size is symbolic.
         if batch.size is not None and batch.size != samples:
             layer.note = f"its input has {samples} rows, the batch has {batch.size} samples"
-            return layer.plain(x)
+            return layer.plain(x, *arguments)
         scale = self.sharing.weights(batch, layer.index, samples)
         if scale is None:
-            return self._capture(layer, batch, x)
-        return layer.rule.forward(layer.module, x, scale, None)
+            return self._capture(layer, batch, x, *arguments)
+        return layer.rule.forward(layer.module, x, scale, None, *arguments)
 
     @torch.compiler.disable(reason="a batch that is solved for runs eagerly; see fngd.FNGD.solving")
-    def _capture(self, layer: Layer, batch: Batch, x: Tensor) -> Tensor:
+    def _capture(self, layer: Layer, batch: Batch, x: Tensor, *arguments: Any) -> Tensor:
         self._captures = True
         layer.open_uses += 1
-        return layer.rule.forward(layer.module, x, None, partial(self._captured, layer, batch))
+        sink = partial(self._captured, layer, batch)
+        return layer.rule.forward(layer.module, x, None, sink, *arguments)
 
     # ---- backward ----
 

@@ -4,6 +4,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,11 +58,11 @@ class _Collector:
         self._uses: dict[Layer, list[Use]] = defaultdict(list)
         self._grams: dict[Layer, Tensor] = {}
 
-    def forward(self, layer: Layer, x: Tensor) -> Tensor:
+    def forward(self, layer: Layer, x: Tensor, *arguments: Any) -> Tensor:
         if not layer.takes(x):
-            return layer.plain(x)
+            return layer.plain(x, *arguments)
         self.open[layer] += 1
-        return layer.rule.forward(layer.module, x, None, partial(self._captured, layer))
+        return layer.rule.forward(layer.module, x, None, partial(self._captured, layer), *arguments)
 
     @torch.no_grad()
     def _captured(

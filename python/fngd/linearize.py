@@ -29,13 +29,13 @@ class Recorder:
         self.uses: dict[Layer, list[Use]] | None = None
         self.answers = False  # whether uses are answered with the ordinary gradient
 
-    def forward(self, layer: Layer, x: Tensor) -> Tensor:
+    def forward(self, layer: Layer, x: Tensor, *arguments: Any) -> Tensor:
         """Return the layer's output, from a node that captures; plain inside torch.func and forward mode."""
         transformed = torch._C._functorch.maybe_current_level() is not None
         dual = torch.autograd.forward_ad._current_level >= 0
         if transformed or dual or not torch.is_grad_enabled() or not layer.rule.batched(layer.module, x):
-            return layer.plain(x)
-        return layer.rule.forward(layer.module, x, None, partial(self._received, layer))
+            return layer.plain(x, *arguments)
+        return layer.rule.forward(layer.module, x, None, partial(self._received, layer), *arguments)
 
     @torch.no_grad()
     def _received(

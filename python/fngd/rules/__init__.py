@@ -3,13 +3,14 @@
 from torch import nn
 
 from .affine import AffineRule
+from .attention import InputProjection, ProjectionRule, attention
 from .base import Rule, Use, added
 from .batch_norm import BatchNormRule
 from .conv import ConvRule
 from .embedding import EmbeddingRule
 from .linear import LinearRule
 
-__all__ = ["Rule", "Use", "added", "rule_for"]
+__all__ = ["InputProjection", "Rule", "Use", "added", "attention", "rule_for"]
 
 _RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: LinearRule(),
@@ -17,6 +18,7 @@ _RULES: dict[type[nn.Module], Rule] = {
     nn.Conv2d: ConvRule(),
     nn.Conv3d: ConvRule(),
     nn.Embedding: EmbeddingRule(),
+    nn.MultiheadAttention: ProjectionRule(),
     nn.LayerNorm: AffineRule(),
     nn.RMSNorm: AffineRule(),
     nn.GroupNorm: AffineRule(),

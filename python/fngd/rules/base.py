@@ -34,7 +34,9 @@ class Rule(Protocol):
     def batched(self, module: Any, x: Tensor) -> bool:
         """Return whether dimension 0 of the input counts samples."""
 
-    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
+    def forward(
+        self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None, *arguments: Any
+    ) -> Tensor:
         """Return the module's training-mode output, its parameter gradients weighted or given to sink."""
 
     def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
