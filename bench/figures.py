@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from bench.optimizers import METHODS
-from bench.study import Results
+from bench.peers import METHODS
+from bench.study import describe_point
 from bench.training import Run
 
 # Okabe and Ito's colours, told apart by every kind of colour vision; dashes tell them apart in print
@@ -20,18 +21,24 @@ STYLES = {
     "adamw": {"color": "#E69F00", "linestyle": "--"},
     "fngd": {"color": "#0072B2", "linestyle": "-."},
     "fngd-exact": {"color": "#D55E00", "linestyle": ":"},
+    "fngd-adamw": {"color": "#56B4E9", "linestyle": "-."},
+    "muon": {"color": "#009E73", "linestyle": "-"},
+    "soap": {"color": "#CC79A7", "linestyle": "--"},
+    "shampoo": {"color": "#A6761D", "linestyle": "-."},
+    "distributed-shampoo": {"color": "#999999", "linestyle": "--"},
+    "kfac": {"color": "#7A3EB1", "linestyle": ":"},
 }
 
 
-def save_curves(path: Path, results: Results, *, title: str, target: float) -> None:
-    """Draw the final runs: line = mean over seeds, band = lowest to highest seed."""
+def save_curves(path: Path, final: Mapping[str, list[Run]], *, title: str, target: float) -> None:
+    """Draw the final runs of each method: line = mean over seeds, band = lowest to highest seed."""
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
-    for method, runs in results.final.items():
+    for method, runs in final.items():
         done = [run for run in runs if not run.diverged]
         if done:
-            _draw(axes, method, results.chosen[method], done)
+            _draw(axes, method, done)
     axes[0, 0].set_ylabel("training loss (mean of the epoch)")
     axes[1, 0].set_ylabel("validation error (%)")
     axes[1, 0].set_xlabel("epoch")
@@ -54,17 +61,18 @@ def save_curves(path: Path, results: Results, *, title: str, target: float) -> N
         horizontalalignment="right",
         color="#444444",
     )
-    axes[0, 1].legend(loc="upper right")
+    axes[0, 1].legend(loc="upper right", fontsize="small")
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
 
 
-def _draw(axes: np.ndarray, method: str, lr: float, runs: list[Run]) -> None:
+def _draw(axes: np.ndarray, method: str, runs: list[Run]) -> None:
     loss = np.array([[epoch["train_loss"] for epoch in run.epochs] for run in runs])
     accuracy = np.array([[epoch["validation_accuracy"] for epoch in run.epochs] for run in runs])
     seconds = np.cumsum([[epoch["seconds"] for epoch in run.epochs] for run in runs], axis=1).mean(axis=0)
     epochs = np.arange(1, loss.shape[1] + 1)
-    label = f"{METHODS[method].label} (lr {lr:g})"
+    config = runs[0].config
+    label = f"{METHODS[method].label} ({describe_point((config.lr, config.damping))})"
     # a log axis has no place for no error at all: such points are left out
     error = np.where(accuracy < 1, 100 * (1 - accuracy), np.nan)
     for row, values in enumerate((loss, error)):

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch.utils.tensorboard import SummaryWriter
 
 import fngd
-from bench import models
-from bench.optimizers import METHODS, FNGDSettings
+from bench import environment, record
+from bench.peers import METHODS, Settings
 from bench.progress import Progress
-from bench.timing import Step, Timing, round_robin, training_step
-from bench.training import Run, RunConfig, train
-from bench.workloads import Workload
+from bench.timing import Step, Timing, round_robin
+from bench.training import PRECISIONS, Run, RunConfig, train
+from bench.workloads import Task
 
 STEP_WARMUP = 5
 STEP_ROUNDS = (10, 200)
@@ -26,167 +28,220 @@ STEP_SECONDS = 10.0
 STEP_LR = 1e-4
 
 
+Point = tuple[float, float | None]
+"""A learning rate and, where the method has one, a damping."""
+
+
+class OutOfTime(Exception):
+    """The seconds allowed are over; finished runs are kept."""
+
+
 @dataclass(frozen=True)
 class Study:
-    """What the command line asks for; `lrs` replaces every method's own grid."""
+    """What the command line asks for.
+
+    lrs: rates that replace a method's own, by method
+    damping_factors: multiples of each method's recommended damping to try
+    """
 
     data: str
     train_size: int | None
     model: str
     width: int
     methods: tuple[str, ...]
-    lrs: tuple[float, ...] | None
+    lrs: Mapping[str, tuple[float, ...]]
+    damping_factors: tuple[float, ...]
     seeds: tuple[int, ...]
     epochs: int
+    warmup_epochs: int
     batch_size: int
     share: str
-    damping: float
+    label_noise: float
+    precision: str
     device: str
 
-    def grid(self, method: str) -> tuple[float, ...]:
-        """Learning rates to try for `method`."""
-        return self.lrs or METHODS[method].lrs
+    def grid(self, method: str) -> list[Point]:
+        """Settings to try for `method`."""
+        recommended = METHODS[method].damping
+        dampings = [None] if recommended is None else [recommended * f for f in self.damping_factors]
+        return list(itertools.product(self.lrs.get(method, METHODS[method].lrs), dampings))
 
-    def run_config(self, method: str, lr: float, seed: int) -> RunConfig:
+    def run_config(self, method: str, point: Point, seed: int) -> RunConfig:
         """Configuration of one run."""
-        return RunConfig(
-            data=self.data,
-            train_size=self.train_size,
-            model=self.model,
-            width=self.width,
-            method=method,
-            lr=lr,
-            seed=seed,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            share=self.share,
-            damping=self.damping,
-            device=self.device,
-        )
+        common = {field.name: getattr(self, field.name) for field in fields(self) if field.name in SHARED}
+        return RunConfig(**common, method=method, lr=point[0], damping=point[1], seed=seed)
+
+
+SHARED = {field.name for field in fields(RunConfig)} - {"method", "lr", "damping", "seed"}
+"""What all runs of a study have in common."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """Runs of both stages by method, the learning rates chosen, and the timing of single steps."""
+    """Runs of both stages by method, the settings chosen, and the timing of single steps."""
 
     tuning: dict[str, list[Run]]
-    chosen: dict[str, float]
+    chosen: dict[str, Point]
     final: dict[str, list[Run]]
     steps: dict[str, Timing]
 
 
-def conduct(study: Study, workload: Workload, folder: Path) -> Results:
-    """Do what of the study is not yet in `folder`; every finished run is kept there at once."""
+def conduct(
+    study: Study, task: Task, folder: Path, *, rows: Path | None = None, seconds: float | None = None
+) -> Results:
+    """Do what of the study is not yet in `folder`; every finished run is kept there at once.
+
+    rows: file to which every finished run is appended as well
+    seconds: the last step is taken after so many
+
+    Raises: OutOfTime when the seconds are over first, ValueError when a method diverges at every setting.
+    """
     (folder / "runs").mkdir(parents=True, exist_ok=True)
-    per_run = study.epochs * -(-len(workload.train) // study.batch_size)
-    tuning_runs = sum(len(study.grid(method)) for method in study.methods)
-    runs = tuning_runs + len(study.methods) * len(study.seeds)
+    per_run = study.epochs * -(-task.sizes["train"] // study.batch_size)
+    points = [(method, point) for method in study.methods for point in study.grid(method)]
+    runs = len(points) + len(study.methods) * len(study.seeds)
+    deadline = None if seconds is None else time.monotonic() + seconds
     with Progress(runs * per_run) as progress:
-        tuning = {
-            method: [
-                _run(
-                    study.run_config(method, lr, study.seeds[0]), workload, folder, "tune", progress, per_run
-                )
-                for lr in study.grid(method)
-            ]
-            for method in study.methods
-        }
+        runner = _Runner(task, folder, rows, deadline, progress, per_run)
+        tuning: dict[str, list[Run]] = {method: [] for method in study.methods}
+        for method, point in points:
+            tuning[method].append(runner.run(study.run_config(method, point, study.seeds[0]), "tune"))
         chosen = {method: choose(runs) for method, runs in tuning.items()}
-        for method, lr in chosen.items():
-            progress.note(f"chosen on validation: {METHODS[method].label} lr {lr:g}")
-        final = {
-            method: [
-                _run(study.run_config(method, lr, seed), workload, folder, "final", progress, per_run)
-                for seed in study.seeds
-            ]
-            for method, lr in chosen.items()
-        }
+        for method, point in chosen.items():
+            progress.note(f"chosen on validation: {METHODS[method].label}, {describe_point(point)}")
+        final: dict[str, list[Run]] = {method: [] for method in study.methods}
+        # seed by seed: an interrupted study has as many of every method
+        for seed, (method, point) in itertools.product(study.seeds, chosen.items()):
+            final[method].append(runner.run(study.run_config(method, point, seed), "final"))
         progress.note("timing single steps, all methods in turns")
-        return Results(tuning, chosen, final, time_steps(study, workload))
+        return Results(tuning, chosen, final, time_steps(study, task))
 
 
-def choose(runs: list[Run]) -> float:
-    """Learning rate of the run with the best last validation accuracy; of equals, the lower validation loss.
+def choose(runs: list[Run]) -> Point:
+    """Setting of the run with the best validation score; of equals, the lower validation loss.
 
     Raises: ValueError when every run diverged.
     """
     finished = [run for run in runs if not run.diverged]
     if not finished:
-        tried = ", ".join(f"{run.config.lr:g}" for run in runs)
-        raise ValueError(
-            f"lr: {runs[0].config.method} diverged at every rate tried ({tried}); try smaller ones"
-        )
-    best = max(
-        finished, key=lambda run: (run.epochs[-1]["validation_accuracy"], -run.epochs[-1]["validation_loss"])
-    )
-    return best.config.lr
+        tried = "; ".join(describe_point((run.config.lr, run.config.damping)) for run in runs)
+        raise ValueError(f"lr: {runs[0].config.method} diverged at all it tried ({tried}); try smaller rates")
+    best = max(finished, key=lambda run: (run.validation_score, -run.epochs[-1]["validation_loss"]))
+    return best.config.lr, best.config.damping
 
 
-def time_steps(study: Study, workload: Workload) -> dict[str, Timing]:
+def describe_point(point: Point) -> str:
+    """A setting in words."""
+    lr, damping = point
+    return f"lr {lr:g}" if damping is None else f"lr {lr:g}, damping {damping:g}"
+
+
+def time_steps(study: Study, task: Task) -> dict[str, Timing]:
     """Time one step of plain SGD and of every method on the same batch, in turns, for some ten seconds."""
-    rows = torch.arange(min(study.batch_size, len(workload.train)))
-    x = workload.standardise(workload.train.x[: len(rows)])
-    y = workload.train.y[: len(rows)]
     methods = dict.fromkeys(("sgd", *study.methods))
-    contenders = dict(_contenders(study, workload, list(methods), x, y, rows))
-    trial = round_robin(contenders, rounds=1, warmup=STEP_WARMUP, device=x.device)
+    contenders = dict(_contenders(study, task, list(methods)))
+    trial = round_robin(contenders, rounds=1, warmup=STEP_WARMUP, device=task.device)
     fewest, most = STEP_ROUNDS
     rounds = int(STEP_SECONDS / sum(timing.median for timing in trial.values()))
-    return round_robin(contenders, rounds=min(max(rounds, fewest), most), warmup=0, device=x.device)
+    return round_robin(contenders, rounds=min(max(rounds, fewest), most), warmup=0, device=task.device)
 
 
-def _contenders(
-    study: Study, workload: Workload, methods: list[str], x: torch.Tensor, y: torch.Tensor, rows: torch.Tensor
-) -> Iterator[tuple[str, Step]]:
-    def contender(method: str, share: str) -> Step:
+def _contenders(study: Study, task: Task, methods: list[str]) -> Iterator[tuple[str, Step]]:
+    batch = next(iter(task.batches(study.batch_size, torch.Generator().manual_seed(0))))
+    ids = list(range(len(batch[0])))
+    dtype = PRECISIONS[study.precision]
+
+    def contender(name: str, share: str) -> Step:
         torch.manual_seed(0)
-        model = models.build(study.model, workload.image_shape, workload.classes, width=study.width).to(
-            x.device
-        )
-        optimizer = METHODS[method].build(model, STEP_LR, FNGDSettings(share=share, damping=study.damping))
-        ids = rows if method == "fngd" and share == "sample" else None
-        step = training_step(model, optimizer, F.cross_entropy, x, y, ids=ids)
-        if isinstance(optimizer, fngd.FNGD) and share != "none":
+        method = METHODS[name]
+        model = task.model(study.model, study.width).to(task.device)
+        update = method.build(model, Settings(lr=STEP_LR, damping=method.damping, share=share))
+        generator = torch.Generator().manual_seed(0)
+
+        def step() -> None:
+            if isinstance(update, fngd.FNGD):
+                update.set_samples(ids)
+            update.zero_grad()
+            with torch.autocast(task.device.type, dtype, enabled=dtype is not None):
+                loss = task.loss(model, batch, generator)
+            loss.backward()
+            update.step()
+
+        if isinstance(update, fngd.FNGD) and share != "none":
             # the first epoch solves and fills the table, the second reads it
-            optimizer.start_epoch()
+            update.start_epoch()
             step()
-            optimizer.start_epoch()
+            update.start_epoch()
         return step
 
-    for method in methods:
-        if METHODS[method].solves != "always":
-            yield method, contender(method, study.share)
-        if METHODS[method].solves != "never":
-            yield f"{method} solving", contender(method, "none")
+    for name in methods:
+        if METHODS[name].solves != "always":
+            yield name, contender(name, study.share)
+        if METHODS[name].solves != "never":
+            yield f"{name} solving", contender(name, "none")
 
 
-def _run(
-    config: RunConfig, workload: Workload, folder: Path, stage: str, progress: Progress, steps: int
-) -> Run:
-    """Train, or read the run from the folder when it is complete there."""
-    name = f"{stage}-{config.method}-lr{config.lr:g}-seed{config.seed}"
-    progress.doing(name)
-    finished, unfinished = folder / "runs" / f"{name}.json", folder / "runs" / f"{name}.pt"
-    before = progress.done
-    if finished.exists():
-        run = load_run(finished)
-        if run.config != config:
-            raise ValueError(
-                f"output: {finished} holds a run with other settings: {run.config}, not {config}"
+@dataclass(frozen=True)
+class _Runner:
+    """Trains single runs of a study, or reads them where they are complete already."""
+
+    task: Task
+    folder: Path
+    rows: Path | None
+    deadline: float | None
+    progress: Progress
+    steps: int
+
+    def run(self, config: RunConfig, stage: str) -> Run:
+        name = f"{stage}-{config.method}-lr{config.lr:g}"
+        name += "" if config.damping is None else f"-damping{config.damping:g}"
+        name += f"-seed{config.seed}"
+        self.progress.doing(name)
+        finished = self.folder / "runs" / f"{name}.json"
+        before = self.progress.done
+        if finished.exists():
+            run = load_run(finished)
+            if run.config != config:
+                raise ValueError(
+                    f"output: {finished} holds a run with other settings: {run.config}, not {config}"
+                )
+        else:
+            run = self._train(config, name, stage)
+            save_run(finished, run)
+            if self.rows is not None:
+                record.append(self.rows, [{"stage": stage, "task": describe_task(self.task), **asdict(run)}])
+            self.progress.note(describe(name, run))
+        finished.with_suffix(".pt").unlink(missing_ok=True)
+        self.progress.advance(self.steps - (self.progress.done - before))
+        return run
+
+    def _train(self, config: RunConfig, name: str, stage: str) -> Run:
+        with SummaryWriter(str(self.folder / "tensorboard" / name)) as writer:
+
+            def on_epoch(number: int, epoch: dict[str, float]) -> None:
+                for key, value in epoch.items():
+                    writer.add_scalar(key, value, number)
+
+            def on_step() -> None:
+                self.progress.advance()
+                if self.deadline is not None and time.monotonic() > self.deadline:
+                    raise OutOfTime
+
+            run = train(
+                config,
+                self.task,
+                read_test=stage == "final",
+                checkpoint_path=self.folder / "runs" / f"{name}.pt",
+                on_step=on_step,
+                on_epoch=on_epoch,
             )
-    else:
-        run = train(
-            config,
-            workload,
-            read_test=stage == "final",
-            checkpoint_path=unfinished,
-            on_step=progress.advance,
-        )
-        save_run(finished, run)
-        progress.note(describe(name, run))
-    unfinished.unlink(missing_ok=True)
-    progress.advance(steps - (progress.done - before))
-    return run
+        run.environment = environment.describe(self.task.device)
+        return run
+
+
+def describe_task(task: Task) -> dict[str, str | float | dict[str, int]]:
+    """What reports say about a task."""
+    return {"title": task.title, "metric": task.metric, "target": task.target, "sizes": task.sizes}
 
 
 def describe(name: str, run: Run) -> str:
@@ -197,7 +252,8 @@ def describe(name: str, run: Run) -> str:
     seconds = sum(epoch["seconds"] for epoch in run.epochs)
     return (
         f"{name}: train loss {last['train_loss']:.4f}, "
-        f"validation accuracy {last['validation_accuracy']:.2%}, {seconds:.1f} s of training"
+        f"validation accuracy {last['validation_accuracy']:.2%}, score {run.validation_score:.2f}, "
+        f"{seconds:.1f} s of training"
     )
 
 

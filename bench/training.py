@@ -10,21 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
 
 import fngd
-from bench import checkpoint, models
-from bench.optimizers import METHODS, FNGDSettings
+from bench import checkpoint
+from bench.peers import METHODS, Settings, Update
 from bench.timing import synchronise
-from bench.workloads import Split, Workload
+from bench.workloads import Task
 
-EVALUATION_BATCH = 500
 WARMUP_STEPS = 3
 FNGD_COUNTERS = ("solved_batches", "failed_solves", "skipped_steps")
+PERCENTILES = 41
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -37,61 +34,71 @@ class RunConfig:
     width: int
     method: str
     lr: float
+    damping: float | None
+    share: str
     seed: int
     epochs: int
+    warmup_epochs: int
     batch_size: int
-    share: str
-    damping: float
+    label_noise: float
+    precision: str
     device: str
 
 
 @dataclass
 class Run:
-    """History of a run; epochs: train_loss, validation_loss, validation_accuracy, seconds of training."""
+    """History of a run; epochs: train_loss, validation_loss, validation_accuracy, seconds of training.
+
+    validation_score, test_score: the task's metric after the last epoch
+    coefficients: FNGD's weights of the samples, percentiles of the mean over layers, by state of the label
+    environment: where it ran
+    """
 
     config: RunConfig
     epochs: list[dict[str, float]] = field(default_factory=list)
     diverged: bool = False
-    test_accuracy: float | None = None
+    validation_score: float | None = None
+    test_score: float | None = None
     fngd_counters: dict[str, int] | None = None
+    coefficients: dict[str, list[float]] | None = None
+    environment: dict[str, str | float | bool | None] | None = None
 
 
 def train(
     config: RunConfig,
-    workload: Workload,
+    task: Task,
     *,
     read_test: bool = False,
     checkpoint_path: Path | None = None,
     on_step: Callable[[], None] = lambda: None,
+    on_epoch: Callable[[int, dict[str, float]], None] = lambda number, epoch: None,
 ) -> Run:
-    """Train by the cosine schedule; a checkpoint at `checkpoint_path` of the same configuration is continued.
+    """Train by a cosine schedule; a checkpoint at `checkpoint_path` of the same configuration is continued.
 
     config: what to train
-    workload: the data, on the configuration's device
-    read_test: whether to measure test accuracy after the last epoch
+    task: the data, on the configuration's device
+    read_test: whether to score the test split after the last epoch
     checkpoint_path: where the state after each epoch is kept
     on_step: called after every training step
+    on_epoch: called after every epoch with its number, from 1, and figures
 
     Returns: the run; `diverged` with the epochs before it where the loss ceased to be finite.
     Raises: ValueError when the checkpoint belongs to another configuration.
     """
-    _warm_up(config, workload)
+    _warm_up(config, task)
     torch.manual_seed(config.seed)
-    model, optimizer = _build(config, workload)
-    generator = torch.Generator().manual_seed(config.seed)
-    batches = _batches(config, workload.train, optimizer, generator)
-    scheduler = CosineAnnealingLR(optimizer, T_max=config.epochs)
+    trainer = _Trainer.of(config, task)
     run = Run(config)
-    state = _State(run, model, optimizer, scheduler, generator)
+    state = _State(run, trainer)
     if checkpoint_path is not None and checkpoint_path.exists():
         state.restore(checkpoint.load(checkpoint_path))
 
     while len(run.epochs) < config.epochs and not run.diverged:
         start = time.perf_counter()
-        train_loss = _train_epoch(model, optimizer, batches, workload, generator, on_step)
+        train_loss = trainer.epoch(len(run.epochs), on_step)
         seconds = time.perf_counter() - start
-        scheduler.step()
-        validation_loss, validation_accuracy = _evaluate(model, workload, workload.validation)
+        with trainer.autocast():
+            validation_loss, validation_accuracy = task.evaluate(trainer.model, task.validation)
         if not (math.isfinite(train_loss) and math.isfinite(validation_loss)):
             run.diverged = True
             break
@@ -103,100 +110,93 @@ def train(
                 "seconds": seconds,
             }
         )
-        if checkpoint_path is not None:
+        on_epoch(len(run.epochs), run.epochs[-1])
+        if checkpoint_path is not None and METHODS[config.method].resumes:
             checkpoint.save(checkpoint_path, state.capture())
 
-    if read_test and not run.diverged:
-        run.test_accuracy = _evaluate(model, workload, workload.test)[1]
-    if isinstance(optimizer, fngd.FNGD):
-        stats = optimizer.stats()
+    if not run.diverged:
+        with trainer.autocast():
+            run.validation_score = task.score(trainer.model, task.validation)
+            run.test_score = task.score(trainer.model, task.test) if read_test else None
+    if isinstance(trainer.update, fngd.FNGD):
+        stats = trainer.update.stats()
         run.fngd_counters = {name: stats[name] for name in FNGD_COUNTERS}
+        run.coefficients = _coefficients(config, trainer.update, task)
     return run
 
 
-def _build(config: RunConfig, workload: Workload) -> tuple[nn.Module, Optimizer]:
-    model = models.build(config.model, workload.image_shape, workload.classes, width=config.width)
-    model.to(workload.train.x.device)
-    settings = FNGDSettings(share=config.share, damping=config.damping)
-    return model, METHODS[config.method].build(model, config.lr, settings)
+def rate(step: int, steps: int, warmup: int) -> float:
+    """Share of the learning rate at `step` of `steps`: up a line for `warmup` steps, down half a cosine."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def _warm_up(config: RunConfig, workload: Workload) -> None:
+@dataclass(frozen=True)
+class _Trainer:
+    """What takes part in a step."""
+
+    config: RunConfig
+    task: Task
+    model: nn.Module
+    update: Update
+    generator: torch.Generator
+    batches: Iterable[Any]
+    steps: int
+
+    @classmethod
+    def of(cls, config: RunConfig, task: Task) -> _Trainer:
+        model = task.model(config.model, config.width).to(task.device)
+        settings = Settings(lr=config.lr, damping=config.damping, share=config.share)
+        update = METHODS[config.method].build(model, settings)
+        generator = torch.Generator().manual_seed(config.seed)
+        loader = task.batches(config.batch_size, generator)
+        batches = fngd.track(loader, update) if isinstance(update, fngd.FNGD) else loader
+        return cls(config, task, model, update, generator, batches, len(loader))
+
+    def autocast(self) -> torch.autocast:
+        """Context of the run's precision."""
+        dtype = PRECISIONS[self.config.precision]
+        return torch.autocast(self.task.device.type, dtype, enabled=dtype is not None)
+
+    def epoch(self, number: int, on_step: Callable[[], None], most: int | None = None) -> float:
+        """Train on every batch once; returns the mean loss, whose reading also waits for the device."""
+        self.model.train()
+        total = torch.zeros((), device=self.task.device)
+        samples = 0
+        warmup = self.config.warmup_epochs * self.steps
+        for step, batch in enumerate(self.batches, start=number * self.steps):
+            share = rate(step, self.config.epochs * self.steps, warmup)
+            for group in self.update.param_groups:
+                group["lr"] = self.config.lr * share
+            self.update.zero_grad()
+            with self.autocast():
+                loss = self.task.loss(self.model, batch, self.generator)
+            loss.backward()
+            self.update.step()
+            total += loss.detach() * len(batch[0])
+            samples += len(batch[0])
+            on_step()
+            if step + 1 == most:
+                break
+        synchronise(total.device)
+        return total.item() / samples
+
+
+def _warm_up(config: RunConfig, task: Task) -> None:
     """Take a few steps with a model that is thrown away, so that no epoch pays for a kernel's first call."""
     with torch.random.fork_rng():
-        model, optimizer = _build(config, workload)
-        generator = torch.Generator().manual_seed(config.seed)
-        batches = _batches(config, workload.train, optimizer, generator)
-        first = [batch for batch, _ in zip(batches, range(WARMUP_STEPS), strict=False)]
-        _train_epoch(model, optimizer, first, workload, generator, lambda: None)
+        _Trainer.of(config, task).epoch(0, lambda: None, most=WARMUP_STEPS)
 
 
-class _OnDevice(Dataset[tuple[Tensor, Tensor]]):
-    """A split whose samples are fetched a batch at a time, without a copy per sample."""
-
-    def __init__(self, split: Split) -> None:
-        self.split = split
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        rows = torch.tensor(indices, device=self.split.x.device)
-        return self.split.x[rows], self.split.y[rows]
-
-
-def _as_fetched(batch: Any) -> Any:
-    return batch
-
-
-def _batches(
-    config: RunConfig, split: Split, optimizer: Optimizer, generator: torch.Generator
-) -> Iterable[tuple[Tensor, Tensor]]:
-    loader = DataLoader(
-        _OnDevice(split),
-        batch_size=config.batch_size,
-        shuffle=True,
-        collate_fn=_as_fetched,
-        generator=generator,
-    )
-    return fngd.track(loader, optimizer) if isinstance(optimizer, fngd.FNGD) else loader
-
-
-def _train_epoch(
-    model: nn.Module,
-    optimizer: Optimizer,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    workload: Workload,
-    generator: torch.Generator,
-    on_step: Callable[[], None],
-) -> float:
-    """Train on every batch once; returns the mean loss, whose reading also waits for the device."""
-    model.train()
-    total = torch.zeros((), device=workload.mean.device)
-    samples = 0
-    for x, y in batches:
-        x = workload.standardise(workload.augment(x, generator))
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        total += loss.detach() * len(y)
-        samples += len(y)
-        on_step()
-    synchronise(total.device)
-    return total.item() / samples
-
-
-@torch.no_grad()
-def _evaluate(model: nn.Module, workload: Workload, split: Split) -> tuple[float, float]:
-    """Mean loss and accuracy over a split."""
-    model.eval()
-    loss = correct = torch.zeros((), device=split.x.device)
-    for x, y in zip(split.x.split(EVALUATION_BATCH), split.y.split(EVALUATION_BATCH), strict=True):
-        logits = model(workload.standardise(x))
-        loss = loss + F.cross_entropy(logits, y, reduction="sum")
-        correct = correct + (logits.argmax(dim=1) == y).sum()
-    return loss.item() / len(split), correct.item() / len(split)
+def _coefficients(config: RunConfig, optimizer: fngd.FNGD, task: Task) -> dict[str, list[float]] | None:
+    """Percentiles of the samples' weights, apart for labels that were replaced and labels that were not."""
+    if config.share != "sample" or config.method == "fngd-exact" or task.replaced is None:
+        return None
+    weights = optimizer.state_dict()["fngd"]["values"].mean(dim=0).cpu()[: len(task.replaced)]
+    levels = torch.linspace(0, 1, PERCENTILES)
+    groups = {"kept": weights[~task.replaced], "replaced": weights[task.replaced]}
+    return {name: group.quantile(levels).tolist() for name, group in groups.items()}
 
 
 @dataclass(frozen=True)
@@ -204,19 +204,15 @@ class _State:
     """All that an interrupted run needs to go on as if nothing had happened."""
 
     run: Run
-    model: nn.Module
-    optimizer: Optimizer
-    scheduler: CosineAnnealingLR
-    generator: torch.Generator
+    trainer: _Trainer
 
     def capture(self) -> dict[str, Any]:
         return {
             "config": asdict(self.run.config),
             "epochs": self.run.epochs,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "generator": self.generator.get_state(),
+            "model": self.trainer.model.state_dict(),
+            "update": self.trainer.update.state_dict(),
+            "generator": self.trainer.generator.get_state(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all(),
         }
@@ -225,9 +221,8 @@ class _State:
         if stored["config"] != asdict(self.run.config):
             raise ValueError(f"checkpoint: expected one of {self.run.config}, got {stored['config']}")
         self.run.epochs.extend(stored["epochs"])
-        self.model.load_state_dict(stored["model"])
-        self.optimizer.load_state_dict(stored["optimizer"])
-        self.scheduler.load_state_dict(stored["scheduler"])
-        self.generator.set_state(stored["generator"])
+        self.trainer.model.load_state_dict(stored["model"])
+        self.trainer.update.load_state_dict(stored["update"])
+        self.trainer.generator.set_state(stored["generator"])
         torch.set_rng_state(stored["rng"])
         torch.cuda.set_rng_state_all(stored["cuda_rng"])

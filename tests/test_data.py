@@ -290,7 +290,9 @@ def test_missing_data_is_named(tmp_path):
         load("cifar10", tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"expected cifar-10-python\.tar\.gz or cifar10-jpeg\.tar\.gz in"):
         load("cifar10", tmp_path)
-    with pytest.raises(ValueError, match=r"data: expected one of digits, cifar10, cifar100, got 'mnist'"):
+    with pytest.raises(
+        ValueError, match=r"data: expected one of digits, cifar10, cifar100, multi30k, got 'mnist'"
+    ):
         workloads.load("mnist")
 
 

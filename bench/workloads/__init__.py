@@ -3,13 +3,67 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Protocol
 
-from bench.workloads import cifar, digits
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from bench.workloads import cifar, digits, multi30k
 from bench.workloads.common import Split, Workload
 
-__all__ = ["NAMES", "Split", "Workload", "load"]
+__all__ = ["NAMES", "Split", "Task", "Workload", "load"]
 
-NAMES = ("digits", *cifar.NAMES)
+NAMES = ("digits", *cifar.NAMES, multi30k.NAME)
+
+
+class Task(Protocol):
+    """What a training run needs of its data; `metric` names the score, `target` is a validation accuracy."""
+
+    metric: str
+
+    @property
+    def title(self) -> str:
+        """Name for tables and pictures."""
+
+    @property
+    def target(self) -> float:
+        """Validation accuracy whose first epoch is looked for."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of samples by split."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the data is."""
+
+    @property
+    def validation(self) -> Any:
+        """The split that decides."""
+
+    @property
+    def test(self) -> Any:
+        """The split that is read once a final run."""
+
+    @property
+    def replaced(self) -> Tensor | None:
+        """Mask of the training labels replaced at random, None where none was."""
+
+    def model(self, name: str, width: int) -> nn.Module:
+        """Network called `name`."""
+
+    def batches(self, batch_size: int, generator: torch.Generator) -> DataLoader:
+        """Training batches."""
+
+    def loss(self, model: nn.Module, batch: Any, generator: torch.Generator) -> Tensor:
+        """Mean training loss of a batch."""
+
+    def evaluate(self, model: nn.Module, split: Any) -> tuple[float, float]:
+        """Mean loss and accuracy."""
+
+    def score(self, model: nn.Module, split: Any) -> float:
+        """The metric."""
 
 
 def load(
@@ -18,15 +72,26 @@ def load(
     data_dir: Path | None = None,
     cache_dir: Path = Path("runs/cache"),
     train_size: int | None = None,
-) -> Workload:
-    """Load the workload called `name`; only the CIFAR sets use `data_dir` and `cache_dir`.
+    label_noise: float = 0.0,
+    device: torch.device | None = None,
+) -> Task:
+    """Load the task called `name`; all but digits need `data_dir`.
+
+    label_noise: share of the training labels to replace at random, for images
 
     Raises: ValueError for an unknown name, a missing data folder or a bad archive.
     """
-    if name == "digits":
-        return digits.load(train_size=train_size)
-    if name not in cifar.NAMES:
+    if name not in NAMES:
         raise ValueError(f"data: expected one of {', '.join(NAMES)}, got {name!r}")
-    if data_dir is None:
+    if name != "digits" and data_dir is None:
         raise ValueError(f"data_dir: {name} needs the folder that holds its archive, got none")
-    return cifar.load(name, data_dir, cache_dir=cache_dir, train_size=train_size)
+    device = device or torch.device("cpu")
+    if data_dir is not None and name == multi30k.NAME:
+        if label_noise:
+            raise ValueError("label_noise: expected 0 for a translation task, whose labels are sentences")
+        return multi30k.load(data_dir, cache_dir=cache_dir, train_size=train_size).to(device)
+    if data_dir is not None and name in cifar.NAMES:
+        images = cifar.load(name, data_dir, cache_dir=cache_dir, train_size=train_size)
+    else:
+        images = digits.load(train_size=train_size)
+    return (images.with_label_noise(label_noise) if label_noise else images).to(device)

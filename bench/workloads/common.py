@@ -1,15 +1,22 @@
-"""What every workload is: three splits of images and labels, and how to prepare a batch of them."""
+"""Image classification: three splits of images and labels, how a batch is prepared, what is measured."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.model_selection import train_test_split
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from bench import models
 
 SPLIT_SEED = 0
+NOISE_SEED = 0
+EVALUATION_BATCH = 500
 
 
 @dataclass(frozen=True)
@@ -27,9 +34,31 @@ class Split:
         return Split(self.x.to(device), self.y.to(device))
 
 
+class Fetched(Dataset[tuple[Tensor, Tensor]]):
+    """A split whose samples are fetched a batch at a time, without a copy per sample."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        rows = torch.tensor(indices, device=self.split.x.device)
+        return self.split.x[rows], self.split.y[rows]
+
+
+def as_fetched(batch: Any) -> Any:
+    """Collate nothing: the batch comes whole."""
+    return batch
+
+
 @dataclass(frozen=True)
 class Workload:
-    """A classification task; `mean` and `std` (C,1,1) are statistics of the training split alone."""
+    """A classification task; `mean` and `std` (C,1,1) are statistics of the training split alone.
+
+    replaced: (N,) bool, the training labels that were replaced at random; None where none was
+    """
 
     title: str
     classes: int
@@ -40,6 +69,19 @@ class Workload:
     std: Tensor
     crop_padding: int
     target: float
+    replaced: Tensor | None = None
+
+    metric = "accuracy"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of images by split."""
+        return {name: len(getattr(self, name)) for name in ("train", "validation", "test")}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.train.y.device
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -57,6 +99,58 @@ class Workload:
             mean=self.mean.to(device),
             std=self.std.to(device),
         )
+
+    def model(self, name: str, width: int) -> nn.Module:
+        """Network called `name`."""
+        return models.build(name, self.image_shape, self.classes, width=width)
+
+    def batches(self, batch_size: int, generator: torch.Generator) -> DataLoader:
+        """Training batches in a new random order every epoch."""
+        return DataLoader(
+            Fetched(self.train),
+            batch_size=batch_size,
+            shuffle=True,
+            collate_fn=as_fetched,
+            generator=generator,
+        )
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
+        """Mean loss of a batch of augmented training images."""
+        x, y = batch
+        return F.cross_entropy(model(self.standardise(self.augment(x, generator))), y)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: Split) -> tuple[float, float]:
+        """Mean loss and accuracy over a split."""
+        model.eval()
+        loss = correct = torch.zeros((), device=split.x.device)
+        for x, y in zip(split.x.split(EVALUATION_BATCH), split.y.split(EVALUATION_BATCH), strict=True):
+            logits = model(self.standardise(x))
+            loss = loss + F.cross_entropy(logits.float(), y, reduction="sum")
+            correct = correct + (logits.argmax(dim=1) == y).sum()
+        return loss.item() / len(split), correct.item() / len(split)
+
+    def score(self, model: nn.Module, split: Split) -> float:
+        """The metric that runs are judged by, in percent: accuracy."""
+        return 100 * self.evaluate(model, split)[1]
+
+    def with_label_noise(self, fraction: float) -> Workload:
+        """Replace `fraction` of the training labels by another class, drawn at random with a fixed seed.
+
+        Raises: ValueError when fraction is not in [0, 1).
+        """
+        if not 0 <= fraction < 1:
+            raise ValueError(f"label_noise: expected 0 or more and below 1, got {fraction}")
+        generator = torch.Generator().manual_seed(NOISE_SEED)
+        y = self.train.y
+        rows = torch.randperm(len(y), generator=generator)[: round(fraction * len(y))]
+        shift = torch.randint(1, self.classes, (len(rows),), generator=generator)
+        noisy = y.clone()
+        noisy[rows] = (y[rows] + shift) % self.classes
+        replaced = torch.zeros(len(y), dtype=torch.bool)
+        replaced[rows] = True
+        title = f"{self.title}, {fraction:.0%} of the training labels replaced"
+        return replace(self, title=title, train=Split(self.train.x, noisy), replaced=replaced)
 
     def standardise(self, x: Tensor) -> Tensor:
         """(N,C,H,W) raw values -> float32 of zero mean and unit variance over the training split."""

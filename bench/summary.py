@@ -1,4 +1,4 @@
-"""The final table and results.json, both made from the raw runs."""
+"""The table of a study and its results.json, both made from the raw runs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from tabulate import tabulate
 
 from bench import environment
-from bench.optimizers import METHODS
-from bench.study import Results, Study
+from bench.peers import METHODS
+from bench.study import Point, Results, Study, describe_task
 from bench.training import Run
-from bench.workloads import Workload
+from bench.workloads import Task
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,18 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """One method's figures; accuracies are those after the last epoch, seconds are of training alone."""
+    """One method's figures; scores are those after the last epoch, seconds are of training alone."""
 
     method: str
     lr: float
-    lr_at_edge: bool
+    damping: float | None
+    at_edge: bool
     seeds: int
     diverged: int
-    validation_accuracy: Spread | None
-    test_accuracy: Spread | None
+    validation_score: Spread | None
+    test_score: Spread | None
     epochs_to_target: Spread | None
+    seconds_to_target: Spread | None
     reached_target: int
     solving_epoch_seconds: float | None
     later_epoch_seconds: float | None
@@ -57,26 +59,40 @@ def summarise(results: Results, *, target: float) -> list[Row]:
 
 
 def _row(results: Results, method: str, runs: list[Run], target: float) -> Row:
-    lr = results.chosen[method]
-    rates = sorted(run.config.lr for run in results.tuning[method])
+    lr, damping = results.chosen[method]
     done = [run for run in runs if not run.diverged]
-    to_target = [epoch for run in done if (epoch := first_epoch_at(run, target)) is not None]
+    to_target = [(run, epoch) for run in done if (epoch := first_epoch_at(run, target)) is not None]
     solving, later = _epoch_seconds(method, done)
     solving_step, later_step = _step_ratios(results, method)
     return Row(
         method=method,
         lr=lr,
-        lr_at_edge=len(rates) > 1 and lr in (rates[0], rates[-1]),
+        damping=damping,
+        at_edge=_at_edge(results.chosen[method], results.tuning[method]),
         seeds=len(runs),
         diverged=len(runs) - len(done),
-        validation_accuracy=Spread.of([run.epochs[-1]["validation_accuracy"] for run in done]),
-        test_accuracy=Spread.of([run.test_accuracy for run in done if run.test_accuracy is not None]),
-        epochs_to_target=Spread.of([float(epoch) for epoch in to_target]),
+        validation_score=Spread.of(
+            [run.validation_score for run in done if run.validation_score is not None]
+        ),
+        test_score=Spread.of([run.test_score for run in done if run.test_score is not None]),
+        epochs_to_target=Spread.of([float(epoch) for _, epoch in to_target]),
+        seconds_to_target=Spread.of(
+            [sum(entry["seconds"] for entry in run.epochs[:epoch]) for run, epoch in to_target]
+        ),
         reached_target=len(to_target),
         solving_epoch_seconds=solving,
         later_epoch_seconds=later,
         solving_step_over_sgd=solving_step,
         later_step_over_sgd=later_step,
+    )
+
+
+def _at_edge(chosen: Point, runs: list[Run]) -> bool:
+    """Whether a rate or damping beyond those tried may be better."""
+    tried = [{run.config.lr for run in runs}, {run.config.damping or 0.0 for run in runs}]
+    values = (chosen[0], chosen[1] or 0.0)
+    return any(
+        len(grid) > 1 and value in (min(grid), max(grid)) for value, grid in zip(values, tried, strict=True)
     )
 
 
@@ -105,6 +121,8 @@ def _median(values: list[float]) -> float | None:
 
 
 def _step_ratios(results: Results, method: str) -> tuple[float | None, float | None]:
+    if "sgd" not in results.steps:
+        return None, None
     base = results.steps["sgd"].median
     solving = results.steps.get(f"{method} solving")
     later = results.steps.get(method)
@@ -114,66 +132,58 @@ def _step_ratios(results: Results, method: str) -> tuple[float | None, float | N
     )
 
 
-def table(rows: list[Row], *, target: float) -> str:
-    """The rows as a text table."""
-    headers = (
-        "method",
-        "lr",
-        "validation %",
-        "test %",
-        f"epochs to {target:.1%}",
-        "s / epoch\nsolving",
-        "s / epoch\nlater",
-        "step / SGD\nsolving",
-        "step / SGD\nlater",
-    )
+def table(rows: list[Row], *, target: float, metric: str, style: str = "simple") -> str:
+    """The rows as a text table in one of tabulate's styles; columns without a figure are left out."""
     body = [
-        (
-            METHODS[row.method].label
+        {
+            "method": METHODS[row.method].label
             + (f" ({row.diverged} of {row.seeds} diverged)" if row.diverged else ""),
-            f"{row.lr:g}" + ("*" if row.lr_at_edge else ""),
-            _spread(row.validation_accuracy, scale=100, digits=2),
-            _spread(row.test_accuracy, scale=100, digits=2),
-            _spread(row.epochs_to_target, scale=1, digits=1)
+            "lr": f"{row.lr:g}" + ("*" if row.at_edge else ""),
+            "damping": _number(row.damping, "g"),
+            f"validation {metric}": _spread(row.validation_score, digits=2),
+            f"test {metric}": _spread(row.test_score, digits=2),
+            f"epochs to {target:.1%}": _spread(row.epochs_to_target, digits=1)
             + ("" if row.reached_target == row.seeds else f" ({row.reached_target} of {row.seeds} seeds)"),
-            _number(row.solving_epoch_seconds, 3),
-            _number(row.later_epoch_seconds, 3),
-            _number(row.solving_step_over_sgd, 2),
-            _number(row.later_step_over_sgd, 2),
-        )
+            f"s to {target:.1%}": _spread(row.seconds_to_target, digits=1),
+            "s / epoch, solving": _number(row.solving_epoch_seconds, ".3f"),
+            "s / epoch, later": _number(row.later_epoch_seconds, ".3f"),
+            "step / SGD, solving": _number(row.solving_step_over_sgd, ".2f"),
+            "step / SGD, later": _number(row.later_step_over_sgd, ".2f"),
+        }
         for row in rows
     ]
+    kept = [key for key in body[0] if any(row[key] != "-" for row in body)]
     text = tabulate(
-        body, headers=headers, disable_numparse=True, colalign=("left", *["right"] * (len(headers) - 1))
+        [[row[key] for key in kept] for row in body],
+        # a text table is as wide as its headers
+        headers=[key.replace(", ", "\n") if style == "simple" else key for key in kept],
+        tablefmt=style,
+        disable_numparse=True,
+        colalign=("left", *["right"] * (len(kept) - 1)),
     )
-    if any(row.lr_at_edge for row in rows):
-        text += "\n* the best rate is the first or last one tried: a wider grid may do better"
-    return text
+    if any(row.at_edge for row in rows):
+        text += "\n\n\\* the best setting is the first or last one tried: a wider grid may do better"
+    return text if style != "simple" else text.replace("\n\n\\*", "\n*")
 
 
-def _spread(spread: Spread | None, *, scale: float, digits: int) -> str:
+def _spread(spread: Spread | None, *, digits: int) -> str:
     if spread is None:
         return "-"
-    mean = f"{scale * spread.mean:.{digits}f}"
-    return mean if spread.std is None else f"{mean} ± {scale * spread.std:.{digits}f}"
+    mean = f"{spread.mean:.{digits}f}"
+    return mean if spread.std is None else f"{mean} ± {spread.std:.{digits}f}"
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
 
 
 def write_json(
-    path: Path, study: Study, workload: Workload, results: Results, rows: list[Row], target: float
+    path: Path, study: Study, task: Task, results: Results, rows: list[Row], target: float
 ) -> None:
     """Everything measured, with what it was measured on."""
     content = {
         "study": asdict(study),
-        "workload": {
-            "title": workload.title,
-            "train": len(workload.train),
-            "validation": len(workload.validation),
-            "test": len(workload.test),
-        },
+        "task": describe_task(task),
         "target": target,
         "environment": environment.describe(torch.device(study.device)),
         "chosen": results.chosen,
