@@ -1,5 +1,7 @@
 """Matrix products that every Gram algorithm is made of."""
 
+from math import ceil
+
 import torch
 from torch import Tensor
 
@@ -30,5 +32,11 @@ def add_gram(k: Tensor, rows: Tensor) -> None:
 
 
 def mirror(k: Tensor) -> Tensor:
-    """Return the symmetric matrix with the upper triangle of k."""
-    return k.triu() + k.triu(1).T
+    """Write the upper triangle of k (N,N) over the lower one, and return k."""
+    n = k.shape[0]
+    block = max(128, ceil(n / 16))
+    for i in range(0, n, block):
+        diagonal = k[i : i + block, i : i + block]
+        diagonal.copy_(diagonal.triu() + diagonal.triu(1).T)
+        k[i + block :, i : i + block] = k[i : i + block, i + block :].T
+    return k
