@@ -1,4 +1,7 @@
-"""One training run within a budget of seconds, its error measured on the way, off the clock."""
+"""One training run within a budget of CPU seconds, its error measured on the way, off the clock.
+
+CPU seconds of the process: what else runs on the machine does not count against a method.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ FIRST_MARK = 1 / 3000
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained, by what, for how long."""
+    """What is trained, by what, for how many CPU seconds."""
 
     problem: str
     method: str
@@ -56,9 +59,9 @@ def train(run: Run, problem: Problem, task: Task) -> Iterator[Record]:
     yield measure(task, 0, 0.0)
     steps, seconds, mark = 0, 0.0, next(marks)
     while seconds < run.seconds:
-        start = time.perf_counter()
+        start = time.process_time()
         steps += step(seconds / run.seconds)
-        seconds += time.perf_counter() - start
+        seconds += time.process_time() - start
         if seconds >= mark:
             record = measure(task, steps, seconds)
             if not math.isfinite(record.loss + record.validation_error + record.test_error):
