@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         "--method", choices=tuple(METHODS), action="append", help="method, repeatable (default: all)"
     )
     parser.add_argument("--data-dir", type=Path, help="folder of cal_housing.tgz, for california")
-    parser.add_argument("--seconds", type=float, default=30.0, help="training time of each run")
+    parser.add_argument("--seconds", type=float, default=30.0, help="CPU seconds of training in each run")
     parser.add_argument(
         "--settings", type=int, default=SETTINGS, help=f"settings each method tries, 1 to {SETTINGS}"
     )

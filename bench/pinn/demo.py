@@ -24,7 +24,7 @@ LOG_INTERVAL_S = 5.0
 def main(arguments: list[str] | None = None) -> int:
     """Train both in turns, showing their errors, and leave the picture; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.pinn.demo", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=25.0, help="training time of each (default: 25)")
+    parser.add_argument("--seconds", type=float, default=25.0, help="CPU seconds of training each (default: 25)")
     parser.add_argument("--seed", type=int, default=1, help="draws the points and the network (default: 1)")
     parser.add_argument("--output", type=Path, default=Path("runs/pinn-demo.png"), help="picture to write")
     options = parser.parse_args(arguments)
@@ -67,7 +67,7 @@ def _compare(options: argparse.Namespace) -> None:
             if bar.disable and time.monotonic() - logged > LOG_INTERVAL_S:
                 logged = time.monotonic()
                 print(f"  {_standing(histories)}", flush=True)
-    print(f"relative L2 error after {options.seconds:g} s of training each: {_standing(histories)}")
+    print(f"relative L2 error after {options.seconds:g} CPU s of training each: {_standing(histories)}")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     networks = {name: task.network for name, task in tasks.items()}
     figures.save_side_by_side(options.output, problem.title, problem, networks, histories)

@@ -43,7 +43,7 @@ def save_curves(path: Path, title: str, finals: Mapping[str, Final]) -> None:
                 draw(axes[row, column], method, final.ended, clock, quantity, label)
     axes[0, 0].set_ylabel("relative L2 error at fresh points")
     axes[1, 0].set_ylabel("loss at the training points")
-    axes[1, 0].set_xlabel("seconds of training (evaluation excluded)")
+    axes[1, 0].set_xlabel("CPU seconds of training (evaluation excluded)")
     axes[1, 1].set_xlabel("steps")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
@@ -70,7 +70,7 @@ def save_side_by_side(
     figure = _figure(3.6 * (len(networks) + 2), 7)
     above, below = np.ravel(np.asarray(figure.subfigures(2, 1)))
     axes = above.subplots(1, 2, sharey=True)
-    for axis, clock, name in zip(axes, ("seconds", "step"), ("seconds of training", "steps"), strict=True):
+    for axis, clock, name in zip(axes, ("seconds", "step"), ("CPU seconds of training", "steps"), strict=True):
         for method, history in histories.items():
             draw(axis, method, (history,), clock, "test_error", METHODS[method].label)
         axis.set_xlabel(name)
