@@ -11,14 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fngd_kernels.ops.coefficients import DAMPING_MODES, NORMALIZATIONS
-from fngd_kernels.ops.finite import found_non_finite
 
 from .capture import WISHES, find_layers, release, route
 from .engine import Engine
 from .sharing import SHARES, Sharing
-
-_BASES: dict[str, type[Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
-_FUSED_ON_CUDA = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+from .update import Update, base_class, fuses_on_cuda
 
 
 class FNGD(Optimizer):
@@ -46,18 +43,19 @@ class FNGD(Optimizer):
     norms: scale and shift of normalisation layers take the "plain" or the "weighted" gradient
     skip: fnmatch patterns of the names of modules that keep the plain gradient
     strict: raise for a module with trainable parameters that no rule serves
+    process_group: the data-parallel ranks that share coefficients where torch.distributed is in use, by
+        default all; `start_epoch`, and with it a tracked loader, is then called by all of them
 
     Raises: ValueError for an argument out of range, a model without supported layers, and with strict for an
         unsupported module; TypeError for a wrong type or an option that the base optimizer does not know.
     Source: Ou, Zhu, Huang, Liu 2024, arXiv 2403.03473.
     """
 
-    _base: Optimizer
+    _update: Update
     _engine: Engine
     _sharing: Sharing
     _model: nn.Module
     _plain: dict[str, str]
-    _skipped_steps: Tensor
     share: str
 
     def __init__(
@@ -75,6 +73,7 @@ class FNGD(Optimizer):
         norms: str = "plain",
         skip: Sequence[str] = (),
         strict: bool = False,
+        process_group: "torch.distributed.ProcessGroup | None" = None,
         **options: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -92,16 +91,15 @@ class FNGD(Optimizer):
         if isinstance(skip, str):
             raise TypeError(f"skip: expected a sequence of module-name patterns, got the string {skip!r}")
 
-        base_class = _base_class(base)
-        if _fuses_on_cuda(base_class, model, options):
+        rule = base_class(base)
+        if fuses_on_cuda(rule, model, options):
             options["fused"] = True
         try:
-            self._base = base_class(model.parameters() if params is None else params, lr=lr, **options)
+            updating = rule(model.parameters() if params is None else params, lr=lr, **options)
         except TypeError as error:
-            raise TypeError(f"options of base {base_class.__name__}: {error}") from error
-        super().__init__(self._base.param_groups, self._base.defaults)
-        self.state.update(self._base.state)  # Adagrad's begins in its constructor
-        self._link()
+            raise TypeError(f"options of base {rule.__name__}: {error}") from error
+        super().__init__(updating.param_groups, updating.defaults)
+        self.state.update(updating.state)  # Adagrad's begins in its constructor
 
         optimized = [p for group in self.param_groups for p in group["params"]]
         layers, self._plain = find_layers(model, optimized, affine=norms == "weighted", skip=skip)
@@ -115,17 +113,12 @@ class FNGD(Optimizer):
         self.share = share
         self._model = model
         device = layers[0].module.weight.device
-        self._skipped_steps = torch.zeros((), dtype=torch.float64, device=device)
-        self._sharing = Sharing(share, refresh_every, len(layers), device)
+        self._update = Update(updating, self, device)
+        self._sharing = Sharing(share, refresh_every, len(layers), device, process_group)
         self._engine = Engine(layers, self._sharing, float(damping), damping_mode, normalize)
         self._restore: Callable[[], None] | None = None
         release(model)
         self.attach()
-
-    def _link(self) -> None:
-        """Let the base optimizer work on this optimizer's own groups and state."""
-        self._base.param_groups = self.param_groups
-        self._base.state = self.state
 
     # ---- routing ----
 
@@ -174,6 +167,13 @@ class FNGD(Optimizer):
         """Begin an epoch. A tracked loader says so itself; other loops do where epochs count in sharing."""
         self._sharing.start_epoch(dataset_size)
 
+    def merge_coefficients(self) -> None:
+        """Take in what the other ranks of a data-parallel run have solved for; all ranks call it.
+
+        `start_epoch` does so. Call it too before a checkpoint that one rank writes in the middle of an epoch.
+        """
+        self._sharing.merge()
+
     @property
     def solving(self) -> bool:
         """Whether the next forward is solved for: it runs eagerly, where torch.compile is used.
@@ -203,47 +203,20 @@ class FNGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._engine.finish_step()
-        # A GradScaler sets both, and then leaves unscaling and skipping to this step.
+        # A GradScaler sets both, and then leaves unscaling and skipping to this step; without gradients its
+        # found_inf is the number 0.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is None:
-            found_inf = self._found_non_finite()
-        if self._step_supports_amp_scaling:
-            found_inf = found_inf.view(())
-            self._skipped_steps += found_inf
-            self._begin_momentum()
-        elif found_inf:
-            self._skipped_steps += 1
-            return loss
-        else:
-            found_inf = None
-        self._base.found_inf, self._base.grad_scale = found_inf, grad_scale  # type: ignore[attr-defined]
-        self._base.step()
+        self._update.step(found_inf if isinstance(found_inf, Tensor) else None, grad_scale)
         return loss
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether the base optimizer itself leaves out a step by found_inf; GradScaler asks for this too."""
-        return getattr(self._base, "_step_supports_amp_scaling", False) and all(
-            group.get("fused", True) and not group.get("dampening") for group in self.param_groups
-        )
-
-    def _begin_momentum(self) -> None:
-        """Write the momentum 0 that torch's fused SGD leaves undefined when its first step is left out."""
-        for group in self.param_groups:
-            if group.get("momentum"):
-                for p in group["params"]:
-                    if p.grad is not None and self.state[p].get("momentum_buffer") is None:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-
-    def _found_non_finite(self) -> Tensor:
-        """Return 1 if a gradient holds NaN or infinity, else 0: (1,) float32."""
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-        return found_non_finite(dense) if dense else torch.zeros(1, device=self._skipped_steps.device)
+        """Whether the update itself leaves out a step; GradScaler asks for this."""
+        return self._update.skips_on_device
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state and, under "fngd", coefficients and counters."""
-        own = self._engine.state_dict() | {"skipped_steps": int(self._skipped_steps)}
+        own = self._engine.state_dict() | {"skipped_steps": int(self._update.skipped_steps)}
         return {**super().state_dict(), "fngd": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -255,9 +228,9 @@ class FNGD(Optimizer):
             raise ValueError("state_dict: expected the state of an FNGD optimizer, the key 'fngd' is missing")
         self._engine.check_state(state_dict["fngd"])
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "fngd"})
-        self._link()
+        self._update.link(self)
         self._engine.load_state_dict(state_dict["fngd"])
-        self._skipped_steps.fill_(state_dict["fngd"]["skipped_steps"])
+        self._update.skipped_steps.fill_(state_dict["fngd"]["skipped_steps"])
 
     # ---- reports ----
 
@@ -281,30 +254,9 @@ class FNGD(Optimizer):
         """Return counters of batches, solves and steps, the coefficients' spread, seconds in batched solves,
         and bytes; waits for the device.
         """
-        return self._engine.stats() | {"skipped_steps": int(self._skipped_steps)}
+        return self._engine.stats() | {"skipped_steps": int(self._update.skipped_steps)}
 
 
 def _one_of(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def _fuses_on_cuda(base: type[Optimizer], model: nn.Module, options: dict[str, Any]) -> bool:
-    """Return whether torch's fused update can be chosen for a user who named no other."""
-    return (
-        base in _FUSED_ON_CUDA
-        and not options.keys() & {"fused", "foreach", "capturable", "differentiable"}
-        and all(p.is_cuda and p.is_floating_point() for p in model.parameters())
-        and not any(getattr(module, "sparse", False) for module in model.modules())
-    )
-
-
-def _base_class(base: str | type[Optimizer]) -> type[Optimizer]:
-    if isinstance(base, str):
-        _one_of("base", base, tuple(_BASES))
-        return _BASES[base]
-    if not (isinstance(base, type) and issubclass(base, Optimizer)):
-        raise TypeError(f"base: expected 'sgd', 'adamw' or a torch.optim class, got {base!r}")
-    if issubclass(base, torch.optim.LBFGS):
-        raise ValueError("base: LBFGS evaluates the loss several times a step, weighted gradients only once")
-    return base

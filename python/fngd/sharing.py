@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import ranks
 from .table import Table
 
 SHARES = ("sample", "position", "mean", "none")
@@ -35,20 +36,43 @@ class Batch:
 class Sharing:
     """Decides the phase of every batch: solved for, or weighted by what earlier batches left in the table."""
 
-    def __init__(self, share: str, refresh_every: int | None, layers: int, device: torch.device) -> None:
-        self.share, self.refresh_every = share, refresh_every
+    def __init__(
+        self,
+        share: str,
+        refresh_every: int | None,
+        layers: int,
+        device: torch.device,
+        process_group: "torch.distributed.ProcessGroup | None" = None,
+    ) -> None:
+        self.share, self.refresh_every, self.process_group = share, refresh_every, process_group
         self.table = Table(layers, device)
         self.dataset_size: int | None = None  # known when a loader is tracked
         self.epoch = 0
         self.batch: Batch | None = None if share == "sample" else Batch(None)
 
     def start_epoch(self, dataset_size: int | None) -> None:
-        """Count an epoch; every `refresh_every` epochs coefficients are solved anew."""
+        """Count an epoch; every `refresh_every` epochs coefficients are solved anew.
+
+        In data-parallel runs all ranks call it: they merge what the epoch that ends has left.
+        """
+        collected = self._refreshes()
         self.epoch += 1
         self.dataset_size = dataset_size if dataset_size is not None else self.dataset_size
         if self._refreshes() and self.epoch > 1:
             self.table.forget()
+        elif self.share == "sample" or collected:
+            self.merge()
         self._renew_unnamed_batch()
+
+    def merge(self) -> None:
+        """Take in what the other ranks have solved for; all of them call it."""
+        if ranks(self.process_group) == 1:
+            return
+        if self.share == "sample":
+            self.table.merge_samples(self.process_group)
+        elif self.share != "none":
+            self.table.merge_means(self.process_group)
+            self._renew_unnamed_batch()
 
     def set_samples(self, ids: Tensor, highest: int) -> None:
         """Name the samples of the next forward: ids (N,) int64 on the CPU, and the highest."""
@@ -119,7 +143,8 @@ class Sharing:
             "share": self.share,
             "values": self.table.values,
             "averaged": self.table.averaged,
-            "seen": self.table.seen == Table.SEEN,
+            "seen": self.table.seen >= Table.FRESH,
+            "fresh": self.table.seen == Table.FRESH,
             "dataset_size": self.dataset_size,
             "epoch": self.epoch,
         }
@@ -129,6 +154,6 @@ class Sharing:
         table = self.table
         table.values = state["values"].to(table.values.device, copy=True)
         table.averaged = state["averaged"].to(table.values.device, copy=True)
-        table.mark(state["seen"].to("cpu"))
+        table.mark(state["seen"].to("cpu"), state["fresh"].to("cpu"))
         self.dataset_size, self.epoch = state["dataset_size"], state["epoch"]
         self._renew_unnamed_batch()

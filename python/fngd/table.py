@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .distributed import largest, ranks, weighted_mean
+
 
 class Table:
     """The weight that each sample keeps in each layer: (layers, size) fp32, 1 until it was solved for.
@@ -13,10 +15,10 @@ class Table:
     For share = "position" the columns are batch positions and for "mean" there is one; these hold means over
     the solving batches. `seen` lies on the CPU, so that choosing the phase of a batch need not wait for the
     device. Whether a solved batch was finite is known on the device alone: its samples are PENDING until one
-    of them comes again.
+    of them comes again. Those that only this rank knows are FRESH; merging makes them SEEN on all ranks.
     """
 
-    UNSEEN, PENDING, SEEN = 0, 1, 2
+    UNSEEN, PENDING, FRESH, SEEN = 0, 1, 2, 3
     MOST_PENDING = 1024
 
     def __init__(self, layers: int, device: torch.device) -> None:
@@ -35,7 +37,6 @@ class Table:
         missing = size - len(self)
         if missing > 0:
             self.values = F.pad(self.values, (0, missing), value=1.0)
-            self.averaged = F.pad(self.averaged, (0, missing))
             self.seen = F.pad(self.seen, (0, missing))
             self.complete = False
 
@@ -54,7 +55,7 @@ class Table:
         if least == self.PENDING:
             self.settle()
             least = int(self.seen[ids].min())
-        return least == self.SEEN
+        return least >= self.FRESH
 
     def settle(self) -> None:
         """Decide which pending samples were seen: waits for the device, once for all of them."""
@@ -63,19 +64,20 @@ class Table:
         ids, learned = zip(*self._pending, strict=True)
         self._pending = []
         for samples, seen in zip(ids, torch.stack(learned).tolist(), strict=True):
-            self.seen[samples] = self.SEEN if seen else self.UNSEEN
-        self.complete = bool((self.seen == self.SEEN).all())
+            self.seen[samples] = self.FRESH if seen else self.UNSEEN
+        self.complete = bool((self.seen >= self.FRESH).all())
 
-    def mark(self, seen: Tensor) -> None:
-        """Set which columns were seen: (size,) bool on the CPU."""
+    def mark(self, seen: Tensor, fresh: Tensor) -> None:
+        """Set which columns were seen, and which of them on this rank alone: (size,) bool on the CPU."""
         self._pending.clear()
         self.seen = seen.to(torch.uint8) * self.SEEN
+        self.seen[fresh] = self.FRESH
         self.complete = bool(seen.all())
 
     def count_seen(self) -> int:
         """Return how many columns were seen; waits for the pending ones."""
         self.settle()
-        return int((self.seen == self.SEEN).sum())
+        return int((self.seen >= self.FRESH).sum())
 
     def columns(self, ids: Tensor) -> Tensor:
         """Return ids (N,), on the CPU, on the table's device; the host does not wait for the copy."""
@@ -104,11 +106,39 @@ class Table:
         """Take s (len(layers), N) into the means of columns 0 to N - 1 in these layers, if learned."""
         size = s.shape[1]
         self.grow(size)
+        self.averaged = F.pad(self.averaged, (0, len(self) - self.averaged.shape[1]))
         rows = self._index(layers)
         averaged = self.averaged[rows, :size] + learned
         means = self.values[rows, :size]
         self.averaged[rows, :size] = averaged
         self.values[rows, :size] = means + learned * (s.to(means) - means) / averaged.clamp(min=1)
+
+    def merge_samples(self, group: "torch.distributed.ProcessGroup | None") -> None:
+        """Take in the samples that the ranks of a group know since they merged last; all of them call it.
+
+        A sample that several ranks have solved for keeps the mean of its weights.
+        """
+        self.settle()
+        fresh, device = self.seen == self.FRESH, self.values.device
+        size, any_fresh = largest((len(self), int(fresh.any())), group, device)
+        self.grow(size)
+        if not any_fresh:
+            return
+        solved = F.pad(fresh, (0, size - len(fresh))).to(self.values)
+        for row in self.values:  # one at a time: without a second table
+            mean, times = weighted_mean(row, solved, group)
+            row.copy_(mean)
+        self.seen[(times > 0).cpu()] = self.SEEN
+        self.complete = bool((self.seen >= self.FRESH).all())
+
+    def merge_means(self, group: "torch.distributed.ProcessGroup | None") -> None:
+        """Make the means those over all ranks of a group; all of them call it."""
+        size, _ = largest((len(self), 0), group, self.values.device)
+        self.grow(size)
+        averaged = F.pad(self.averaged, (0, size - self.averaged.shape[1]))
+        self.values, batches = weighted_mean(self.values, averaged, group)
+        # Each rank keeps its part of the count, so that merging again changes nothing.
+        self.averaged = batches / ranks(group)
 
     def _index(self, layers: Sequence[int]) -> Tensor:
         """Return the layers as an index on the device; made once, because the host waits for its copy."""

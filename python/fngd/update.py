@@ -1,0 +1,98 @@
+"""The update rule under FNGD: a torch.optim optimizer that leaves out steps whose gradient is not finite."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fngd_kernels.ops.finite import found_non_finite
+
+from .distributed import local_shards, on_any_rank
+
+_BASES: dict[str, type[Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+_FUSED_ON_CUDA = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+
+
+class Update:
+    """Runs a base optimizer on the groups and the state of another optimizer, its owner."""
+
+    def __init__(self, base: Optimizer, owner: Optimizer, device: torch.device) -> None:
+        self.base = base
+        # Counted on the device: a fused update is left out without the host knowing.
+        self.skipped_steps = torch.zeros((), dtype=torch.float64, device=device)
+        self.link(owner)
+
+    def link(self, owner: Optimizer) -> None:
+        """Let the base optimizer work on what its owner holds now."""
+        self.base.param_groups = owner.param_groups
+        self.base.state = owner.state
+
+    @property
+    def skips_on_device(self) -> bool:
+        """Whether the base optimizer itself leaves out a step by found_inf, without the host waiting."""
+        return getattr(self.base, "_step_supports_amp_scaling", False) and all(
+            group.get("fused", True) and not group.get("dampening") for group in self.base.param_groups
+        )
+
+    def step(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+        """Update the parameters, unless a gradient is not finite.
+
+        found_inf: () or (1,) 1 if one is not; None where nobody looked yet
+        grad_scale: what a fused update divides the gradients by, None for 1
+        """
+        if found_inf is None:
+            found_inf = self._found_non_finite()
+        if self.skips_on_device:
+            found_inf = found_inf.view(())
+            self.skipped_steps += found_inf
+            self._begin_momentum()
+        elif found_inf:
+            self.skipped_steps += 1
+            return
+        else:
+            found_inf = None
+        self.base.found_inf, self.base.grad_scale = found_inf, grad_scale  # type: ignore[attr-defined]
+        self.base.step()
+
+    def _begin_momentum(self) -> None:
+        """Write the momentum 0 that torch's fused SGD leaves undefined when its first step is left out."""
+        for group in self.base.param_groups:
+            if group.get("momentum"):
+                for p in group["params"]:
+                    if p.grad is not None and self.base.state[p].get("momentum_buffer") is None:
+                        self.base.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+    def _found_non_finite(self) -> Tensor:
+        """Return 1 if a gradient holds NaN or infinity, else 0: (1,) float32."""
+        parameters = (p for group in self.base.param_groups for p in group["params"])
+        local, group = local_shards([p.grad for p in parameters if p.grad is not None])
+        dense = [g.coalesce().values() if g.is_sparse else g for g in local]
+        found = found_non_finite(dense) if dense else torch.zeros(1, device=self.skipped_steps.device)
+        return on_any_rank(found, group)
+
+
+def base_class(base: str | type[Optimizer]) -> type[Optimizer]:
+    """Return the torch.optim class that the argument `base` of FNGD names.
+
+    Raises: TypeError for what is no optimizer, ValueError for a name or an optimizer that cannot serve.
+    """
+    if isinstance(base, str):
+        if base not in _BASES:
+            raise ValueError(f"base: expected one of {', '.join(map(repr, _BASES))}, got {base!r}")
+        return _BASES[base]
+    if not (isinstance(base, type) and issubclass(base, Optimizer)):
+        raise TypeError(f"base: expected 'sgd', 'adamw' or a torch.optim class, got {base!r}")
+    if issubclass(base, torch.optim.LBFGS):
+        raise ValueError("base: LBFGS evaluates the loss several times a step, weighted gradients only once")
+    return base
+
+
+def fuses_on_cuda(base: type[Optimizer], model: nn.Module, options: dict[str, Any]) -> bool:
+    """Return whether torch's fused update can be chosen for a user who named no other."""
+    return (
+        base in _FUSED_ON_CUDA
+        and not options.keys() & {"fused", "foreach", "capturable", "differentiable"}
+        and all(p.is_cuda and p.is_floating_point() for p in model.parameters())
+        and not any(getattr(module, "sparse", False) for module in model.modules())
+    )
