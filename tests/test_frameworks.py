@@ -1,0 +1,248 @@
+"""The recipes of docs/frameworks.md run as written, and train what a plain loop trains on those batches."""
+
+import copy
+import re
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+import fngd
+
+PAGE = (Path(__file__).parent.parent / "docs" / "frameworks.md").read_text()
+PACKAGES = {"Hugging Face Trainer": "transformers", "accelerate": "accelerate", "Lightning": "lightning"}
+SAMPLES, BATCH, EPOCHS = 64, 16, 3
+STEPS = EPOCHS * SAMPLES // BATCH
+DATA = [
+    {"input_ids": torch.randint(20, (4,), generator=torch.Generator().manual_seed(n)), "labels": n % 3}
+    for n in range(SAMPLES)
+]
+
+
+class Network(nn.Module):
+    """Returns what Hugging Face's models return."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.hidden, self.head = nn.Embedding(20, 6), nn.Linear(24, 8), nn.Linear(8, 3)
+
+    def forward(self, input_ids, labels):
+        logits = self.head(torch.tanh(self.hidden(self.embedding(input_ids).flatten(1))))
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def recipe(heading):
+    """Run a section of the page, and return what it defines and the lines that it is to print."""
+    pytest.importorskip(PACKAGES[heading])
+    sections = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
+    code = sections["A dataset that carries its indices"] + sections[heading]
+    namespace, expected = {}, []
+    for example in re.findall(r"^```py(?:thon)?\n(.*?)^```", code, re.MULTILINE | re.DOTALL):
+        exec(compile(example, "frameworks.md", "exec"), namespace)
+        expected += re.findall(r"^print\(.*\)  # (.*)$", example, re.MULTILINE)
+    return namespace, expected
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch, tmp_path):
+    """Let the frameworks write into a folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The ids of every batch that an optimizer was told of."""
+    ids, set_samples = [], fngd.FNGD.set_samples
+
+    def noted(opt, batch):
+        ids.append([int(n) for n in batch])
+        set_samples(opt, batch)
+
+    monkeypatch.setattr(fngd.FNGD, "set_samples", noted)
+    return ids
+
+
+def plain_loop(model, opt, drawn, accumulated=1):
+    """Train on the batches that were drawn, `accumulated` of them for each step."""
+    for n, ids in enumerate(list(drawn)):
+        opt.set_samples(ids)
+        batch = torch.utils.data.default_collate([DATA[i] for i in ids])
+        (model(**batch)["loss"] / accumulated).backward()
+        if (n + 1) % accumulated == 0:
+            opt.step()
+            opt.zero_grad()
+
+
+def assert_same(model, reference):
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def assert_shared(opt, drawn):
+    """Every sample came once an epoch, was solved for once, and kept its weight."""
+    assert Counter(chain(*drawn)) == dict.fromkeys(range(SAMPLES), EPOCHS)
+    assert opt.stats()["solved_batches"] == SAMPLES // BATCH
+    assert opt.stats()["seen_samples"] == SAMPLES
+
+
+@pytest.mark.parametrize("heading", PACKAGES)
+def test_the_recipe_runs_as_written(heading, capsys):
+    _, expected = recipe(heading)
+    printed = capsys.readouterr().out.splitlines()
+    assert expected
+    assert [line for line in printed if line in expected] == expected
+
+
+# ---- Hugging Face Trainer ----
+
+
+def hugging_face(model, recipe, **arguments):
+    arguments = {
+        "num_train_epochs": EPOCHS,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": 0.01,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "remove_unused_columns": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+    } | arguments
+    return recipe["NaturalTrainer"](
+        model, recipe["TrainingArguments"]("out", **arguments), train_dataset=recipe["Numbered"](DATA)
+    )
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_trainer_is_the_plain_loop(drawn, accumulated):
+    namespace, _ = recipe("Hugging Face Trainer")
+    drawn.clear()
+    model = Network()
+    twin = copy.deepcopy(model)
+    trainer = hugging_face(model, namespace, gradient_accumulation_steps=accumulated)
+    trainer.train()
+    assert_shared(trainer.natural, drawn)
+    plain_loop(twin, fngd.FNGD(twin, lr=0.01, base="adamw", weight_decay=0.0), drawn, accumulated)
+    assert_same(model, twin)
+
+
+def test_trainer_resumes_in_the_middle_of_an_epoch():
+    namespace, _ = recipe("Hugging Face Trainer")
+    whole, continued = Network(), Network()
+    options = {"save_strategy": "steps", "save_steps": STEPS // 2}
+    first = hugging_face(whole, namespace, **options)
+    first.train()
+    second = hugging_face(continued, namespace, **options)
+    second.train(resume_from_checkpoint=f"out/checkpoint-{STEPS // 2}")
+    assert_same(continued, whole)
+    assert second.natural.stats()["solved_batches"] == first.natural.stats()["solved_batches"]
+
+
+def test_trainer_counts_epochs_through_the_callback():
+    namespace, _ = recipe("Hugging Face Trainer")
+    trainer = hugging_face(Network(), namespace)
+    trainer.add_callback(namespace["CountEpochs"](trainer))
+    trainer.train()
+    assert trainer.natural.stats()["epoch"] == EPOCHS
+
+
+# ---- accelerate ----
+
+
+def accelerated(model, namespace, accelerator, epochs=EPOCHS, state=None):
+    """Train by the page's loop, under accelerator.accumulate."""
+    natural = fngd.FNGD(model, lr=0.1, momentum=0.9)
+    data = DataLoader(namespace["Numbered"](DATA), BATCH, shuffle=True)
+    prepared, opt, loader = accelerator.prepare(model, natural, data)
+    if state is not None:
+        accelerator.load_state(state)
+    for _ in range(epochs):
+        for batch in loader:
+            with accelerator.accumulate(prepared):
+                natural.set_samples(batch.pop("sample_id"))
+                accelerator.backward(prepared(**batch)["loss"])
+                opt.step()
+                opt.zero_grad()
+    return natural
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_accelerate_is_the_plain_loop(drawn, accumulated):
+    namespace, _ = recipe("accelerate")
+    drawn.clear()
+    model = Network()
+    twin = copy.deepcopy(model)
+    accelerator = namespace["Accelerator"](gradient_accumulation_steps=accumulated)
+    assert_shared(accelerated(model, namespace, accelerator), drawn)
+    plain_loop(twin, fngd.FNGD(twin, lr=0.1, momentum=0.9), drawn, accumulated)
+    assert_same(model, twin)
+
+
+def test_accelerate_saves_and_loads_the_state(drawn):
+    namespace, _ = recipe("accelerate")
+    drawn.clear()
+    model = Network()
+    twin = copy.deepcopy(model)
+    accelerator = namespace["Accelerator"]()
+    accelerated(model, namespace, accelerator, epochs=1)
+    accelerator.save_state("state")
+
+    model = Network()
+    natural = accelerated(model, namespace, namespace["Accelerator"](), epochs=EPOCHS - 1, state="state")
+    assert_shared(natural, drawn)
+    plain_loop(twin, fngd.FNGD(twin, lr=0.1, momentum=0.9), drawn)
+    assert_same(model, twin)
+
+
+# ---- Lightning ----
+
+
+def fit(namespace, epochs=EPOCHS, checkpoint=None, **arguments):
+    """Train a Network in the page's module, with the page's loader."""
+
+    class Module(namespace["Classifier"]):
+        def __init__(self):
+            super().__init__()
+            self.net = copy.deepcopy(namespace["network"])
+
+        def training_step(self, batch, batch_idx):
+            return self.net(**batch)["loss"]
+
+    module = Module()
+    trainer = namespace["lightning"].Trainer(
+        accelerator="cpu", max_epochs=epochs, enable_model_summary=False, **namespace["quiet"], **arguments
+    )
+    trainer.fit(module, ckpt_path=checkpoint)
+    return trainer, module.net, module.optimizers(use_pl_optimizer=False)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_lightning_is_the_plain_loop(drawn, accumulated):
+    namespace, _ = recipe("Lightning")
+    drawn.clear()
+    namespace["texts"], namespace["network"] = DATA, Network()
+    twin = namespace["network"]
+    _, model, opt = fit(namespace, accumulate_grad_batches=accumulated)
+    assert_shared(opt, drawn)
+    assert opt.stats()["epoch"] == EPOCHS
+    plain_loop(twin, fngd.FNGD(twin, lr=0.1, momentum=0.9), drawn, accumulated)
+    assert_same(model, twin)
+
+
+def test_lightning_goes_on_from_a_checkpoint(drawn):
+    namespace, _ = recipe("Lightning")
+    drawn.clear()
+    namespace["texts"], namespace["network"] = DATA, Network()
+    twin = copy.deepcopy(namespace["network"])
+    first, _, _ = fit(namespace, epochs=1)
+    first.save_checkpoint("first.ckpt")
+    namespace["network"] = Network()
+    _, model, opt = fit(namespace, checkpoint="first.ckpt")
+    assert_shared(opt, drawn)
+    plain_loop(twin, fngd.FNGD(twin, lr=0.1, momentum=0.9), drawn)
+    assert_same(model, twin)
