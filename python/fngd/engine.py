@@ -39,6 +39,7 @@ class Engine:
         self.layers, self.sharing = list(layers), sharing
         self.damping, self.damping_mode, self.normalize = damping, damping_mode, normalize
         self.solved_batches = 0
+        self._last_solved: tuple[int, Batch] | None = None
         # The most that one solving step held: inputs, output gradients and Gram matrices.
         self.captured_bytes = 0
         device = sharing.table.values.device
@@ -102,7 +103,7 @@ class Engine:
             if only_use:
                 k = layer.rule.gram(layer.module, [use])
                 self._note_bytes([use], [k])
-                return _weighted(layer, [use], self._solve(batch, {layer: k}))
+                return _weighted(layer, [use], self._solve(batch, {layer: k}, task))
             layer.note = "used several times, and its gradient must be returned before the last use is known"
             return _weighted(layer, [use], {})
         if task not in self._pending:
@@ -124,7 +125,7 @@ class Engine:
                 if k is not None:
                     grams[layer] = k
             self._note_bytes([use for found in captured.values() for use in found.uses], grams.values())
-            weights = self._solve(batch, grams)
+            weights = self._solve(batch, grams, task)
             while captured:  # each layer's tensors are let go as soon as they were combined
                 layer, found = captured.popitem()
                 gradients = _weighted(layer, found.uses, weights)
@@ -132,7 +133,7 @@ class Engine:
                     if parameter is not None and parameter.requires_grad and gradient is not None:
                         _accumulate(parameter, gradient)
 
-    def _solve(self, batch: Batch, grams: Mapping[Layer, Tensor]) -> dict[Layer, Tensor]:
+    def _solve(self, batch: Batch, grams: Mapping[Layer, Tensor], task: int) -> dict[Layer, Tensor]:
         """Return the weights of the samples in every layer with a Gram matrix, and keep them for later."""
         groups: dict[Any, list[tuple[Layer, Tensor]]] = defaultdict(list)
         for layer, gram in grams.items():
@@ -150,7 +151,9 @@ class Engine:
                     layer.solves += 1
                     layer.weights = weights[layer] = row
             self.sharing.keep(batch, solutions)
-        self.solved_batches += 1
+        if self._last_solved != (task, batch):  # its layers may come one by one
+            self._last_solved = (task, batch)
+            self.solved_batches += 1
         return weights
 
     def _note_bytes(self, uses: Iterable[Use], grams: Iterable[Tensor]) -> None:
