@@ -215,22 +215,34 @@ class FNGD(Optimizer):
         return self._update.skips_on_device
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base optimizer's state and, under "fngd", coefficients and counters."""
+        """Return the base optimizer's state and, under "fngd", coefficients and counters.
+
+        torch.distributed.checkpoint.state_dict passes on the base optimizer's part alone.
+        """
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group["fngd"] = True  # tells the base optimizer's part from another optimizer's state
         own = self._engine.state_dict() | {"skipped_steps": int(self._update.skipped_steps)}
-        return {**super().state_dict(), "fngd": own}
+        return {**state, "fngd": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what state_dict returned; the continued run is the same bit for bit.
 
+        Without "fngd", as torch.distributed.checkpoint.state_dict returns it, coefficients stay as they are.
+
         Raises: ValueError for a state of another optimizer, model or way of sharing; nothing is changed then.
         """
-        if "fngd" not in state_dict:
+        own = state_dict.get("fngd")
+        if own is not None:
+            self._engine.check_state(own)
+        elif not all("fngd" in group for group in state_dict["param_groups"]):
             raise ValueError("state_dict: expected the state of an FNGD optimizer, the key 'fngd' is missing")
-        self._engine.check_state(state_dict["fngd"])
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "fngd"})
+        groups = [{k: v for k, v in group.items() if k != "fngd"} for group in state_dict["param_groups"]]
+        super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
         self._update.link(self)
-        self._engine.load_state_dict(state_dict["fngd"])
-        self._update.skipped_steps.fill_(state_dict["fngd"]["skipped_steps"])
+        if own is not None:
+            self._engine.load_state_dict(own)
+            self._update.skipped_steps.fill_(own["skipped_steps"])
 
     # ---- reports ----
 

@@ -1,5 +1,4 @@
-"""Sample ids for any DataLoader: taken from the batch sampler, so that datasets and collate functions stay
-as they are."""
+"""Sample ids for any DataLoader, from its own batch sampler: datasets and collate functions stay the same."""
 
 import copy
 from collections import deque
@@ -19,14 +18,14 @@ class TakesSamples(Protocol):
         """Hear that the loader begins anew."""
 
 
-def track(loader: DataLoader, optimizer: TakesSamples) -> "TrackedLoader":
+def track(loader: DataLoader, optimizer: TakesSamples, *others: TakesSamples) -> "TrackedLoader":
     """Return the loader, iterated as before, telling the optimizer the sample ids of every batch it yields.
 
     The ids are the dataset indices that the loader's own batch sampler draws: any map-style dataset,
-    collate_fn,
-    number of workers, shuffling, drop_last or a short last batch. Only share = "sample" needs ids; for the
-    other
-    modes any loader will do, an IterableDataset included.
+    collate_fn, number of workers, shuffling, drop_last or a short last batch. Only share = "sample" needs
+    ids; for the other modes any loader will do, an IterableDataset included.
+
+    others: more optimizers that are to hear the same, where a loop trains several models
 
     Raises:
         TypeError: loader is not a DataLoader, or optimizer does not take sample ids.
@@ -35,31 +34,37 @@ def track(loader: DataLoader, optimizer: TakesSamples) -> "TrackedLoader":
     """
     if not isinstance(loader, DataLoader):
         raise TypeError(f"loader: expected a torch.utils.data.DataLoader, got {type(loader).__name__}")
-    if not hasattr(optimizer, "set_samples"):
-        raise TypeError(f"optimizer: expected an fngd.FNGD, got {type(optimizer).__name__}")
-    return TrackedLoader(loader, optimizer)
+    optimizers = (optimizer, *others)
+    for each in optimizers:
+        if not hasattr(each, "set_samples"):
+            raise TypeError(f"optimizer: expected an fngd.FNGD, got {type(each).__name__}")
+    return TrackedLoader(loader, optimizers)
 
 
 class TrackedLoader:
     """A DataLoader that reports sample ids; every attribute but iteration is the loader's own."""
 
-    def __init__(self, loader: DataLoader, optimizer: TakesSamples) -> None:
-        self.loader, self.optimizer = loader, optimizer
+    def __init__(self, loader: DataLoader, optimizers: Sequence[TakesSamples]) -> None:
+        self.loader, self.optimizers = loader, optimizers
         self._recorder: _RecordingSampler | None = None
         self._source = loader
-        if getattr(optimizer, "share", "sample") == "sample":
+        if any(getattr(optimizer, "share", "sample") == "sample" for optimizer in optimizers):
             self._source, self._recorder = _recording(loader)
 
     def __iter__(self) -> Iterator[Any]:
         if self._recorder is None:
-            self.optimizer.start_epoch()
+            for optimizer in self.optimizers:
+                optimizer.start_epoch()
             yield from self._source
             return
-        self.optimizer.start_epoch(len(self.loader.dataset))  # type: ignore[arg-type]
+        for optimizer in self.optimizers:
+            optimizer.start_epoch(len(self.loader.dataset))  # type: ignore[arg-type]
         batches = iter(self._source)
         drawn = self._recorder.drawn
         for batch in batches:
-            self.optimizer.set_samples(drawn.popleft())
+            ids = drawn.popleft()
+            for optimizer in self.optimizers:
+                optimizer.set_samples(ids)
             yield batch
 
     def __len__(self) -> int:
@@ -72,8 +77,7 @@ class TrackedLoader:
 
 
 class _RecordingSampler:
-    """A batch sampler that notes the indices of each batch, in the order in which the loader yields
-    batches."""
+    """A batch sampler that notes the indices of each batch, in the order in which the loader yields them."""
 
     def __init__(self, sampler: Any) -> None:
         self.sampler = sampler
