@@ -35,5 +35,8 @@ bench: setup
 profile: setup
 	$(PY) -m bench.profile $(ARGS)
 
+bench-small: setup
+	PYTHON=$(PY) bench/small.sh $(DATA_DIR)
+
 clean:
 	rm -rf .venv build *.egg-info fngd_kernels/*.so

@@ -1,4 +1,4 @@
-"""The picture of a study: training loss and validation error, over epochs and over seconds."""
+"""Pictures: curves over epochs and over seconds, step times, coefficients by label."""
 
 from __future__ import annotations
 
@@ -86,3 +86,33 @@ def _band(axis: Axes, x: np.ndarray, values: np.ndarray, style: dict[str, str], 
     axis.fill_between(
         x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.12, linewidth=0
     )
+
+
+def save_ratios(path: Path, ratios: Mapping[str, float], title: str) -> None:
+    """Draw a bar for each contender: its time over SGD's."""
+    figure = Figure(figsize=(8, 0.6 + 0.32 * len(ratios)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    ordered = dict(sorted(ratios.items(), key=lambda item: -item[1]))
+    bars = axis.barh(list(ordered), list(ordered.values()), color="#0072B2")
+    axis.bar_label(bars, fmt="%.2f", padding=3)
+    axis.axvline(1, color="#000000", linewidth=1)
+    axis.set_xlabel("time of a step over SGD's")
+    axis.set_title(title)
+    figure.savefig(path, dpi=130)
+
+
+def save_coefficients(path: Path, coefficients: Mapping[str, list[float]], *, title: str) -> None:
+    """Draw the share of samples whose coefficient is lower, apart for kept and replaced labels."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    styles = {"kept": {"color": "#0072B2"}, "replaced": {"color": "#D55E00", "linestyle": "--"}}
+    for name, values in coefficients.items():
+        axis.plot(values, np.linspace(0, 100, len(values)), label=f"label {name}", **styles[name])  # type: ignore[arg-type]
+    axis.set_xlabel("coefficient, mean over layers")
+    axis.set_ylabel("samples below (%)")
+    axis.grid(visible=True, linewidth=0.4, alpha=0.5)
+    axis.legend()
+    axis.set_title(title)
+    figure.savefig(path, dpi=130)

@@ -94,7 +94,9 @@ def conduct(
     rows: file to which every finished run is appended as well
     seconds: the last step is taken after so many
 
-    Raises: OutOfTime when the seconds are over first, ValueError when a method diverges at every setting.
+    A method that diverges at every setting has no final runs.
+
+    Raises: OutOfTime when the seconds are over first, ValueError when every method diverges.
     """
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     per_run = study.epochs * -(-task.sizes["train"] // study.batch_size)
@@ -106,10 +108,17 @@ def conduct(
         tuning: dict[str, list[Run]] = {method: [] for method in study.methods}
         for method, point in points:
             tuning[method].append(runner.run(study.run_config(method, point, study.seeds[0]), "tune"))
-        chosen = {method: choose(runs) for method, runs in tuning.items()}
-        for method, point in chosen.items():
-            progress.note(f"chosen on validation: {METHODS[method].label}, {describe_point(point)}")
-        final: dict[str, list[Run]] = {method: [] for method in study.methods}
+        chosen = {
+            method: choose(runs) for method, runs in tuning.items() if not all(run.diverged for run in runs)
+        }
+        for method in study.methods:
+            point = (
+                f", {describe_point(chosen[method])}" if method in chosen else ": diverged at all it tried"
+            )
+            progress.note(f"chosen on validation: {METHODS[method].label}{point}")
+        if not chosen:
+            raise ValueError("lr: every method diverged at all it tried; try smaller rates")
+        final: dict[str, list[Run]] = {method: [] for method in chosen}
         # seed by seed: an interrupted study has as many of every method
         for seed, (method, point) in itertools.product(study.seeds, chosen.items()):
             final[method].append(runner.run(study.run_config(method, point, seed), "final"))
@@ -118,14 +127,8 @@ def conduct(
 
 
 def choose(runs: list[Run]) -> Point:
-    """Setting of the run with the best validation score; of equals, the lower validation loss.
-
-    Raises: ValueError when every run diverged.
-    """
+    """Setting of the run with the best validation score; of equals, the lower validation loss."""
     finished = [run for run in runs if not run.diverged]
-    if not finished:
-        tried = "; ".join(describe_point((run.config.lr, run.config.damping)) for run in runs)
-        raise ValueError(f"lr: {runs[0].config.method} diverged at all it tried ({tried}); try smaller rates")
     best = max(finished, key=lambda run: (run.validation_score, -run.epochs[-1]["validation_loss"]))
     return best.config.lr, best.config.damping
 

@@ -95,7 +95,12 @@ def train(
 
     while len(run.epochs) < config.epochs and not run.diverged:
         start = time.perf_counter()
-        train_loss = trainer.epoch(len(run.epochs), on_step)
+        try:
+            train_loss = trainer.epoch(len(run.epochs), on_step)
+        except torch.linalg.LinAlgError:
+            # how second-order libraries end when their matrices are no longer finite
+            run.diverged = True
+            break
         seconds = time.perf_counter() - start
         with trainer.autocast():
             validation_loss, validation_accuracy = task.evaluate(trainer.model, task.validation)

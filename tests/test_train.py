@@ -210,8 +210,19 @@ def test_choice_is_the_last_validation_accuracy_then_the_loss():
         fake_run("sgd", 0.4, [0.95], diverged=True),
     ]
     assert study.choose(runs) == (0.3, None)
-    with pytest.raises(ValueError, match=r"lr: sgd diverged at all it tried \(lr 0.4\)"):
-        study.choose(runs[-1:])
+
+
+def test_method_that_diverges_everywhere_is_left_out(tmp_path, capsys):
+    arguments = ["--optimizer", "sgd", "--optimizer", "adamw", "--seeds", "1"]
+    assert cli(tmp_path, *arguments, "--lr", "sgd=1e20", "--lr", "adamw=0.01") == 0
+    out, err = capsys.readouterr()
+    assert "SGD: diverged at all it tried" in err
+    assert "AdamW" in out
+    assert [row["method"] for row in json.loads((tmp_path / "results.json").read_text())["table"]] == [
+        "adamw"
+    ]
+    assert cli(tmp_path / "all", "--optimizer", "sgd", "--seeds", "1", "--lr", "1e20") == 2
+    assert "every method diverged" in capsys.readouterr().err
 
 
 def test_rows_from_known_runs():

@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Append the rows of each network as they come; return how many contenders failed."""
     options = _parser().parse_args(arguments)
     device = torch.device(options.device)
+    torch.set_num_threads(options.threads)
     names, absent = available(tuple(dict.fromkeys((BASELINE, *(options.method or DEFAULT)))))
     for reason in absent:
         print(f"skipped {reason}")
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--method", nargs="+", choices=tuple(METHODS), help="default: all that can run here")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--epochs", type=int, default=30, help="FNGD's average is over so many epochs")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--output", type=Path, default=record.RESULTS / "peers.jsonl")
     return parser
 
