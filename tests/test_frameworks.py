@@ -1,7 +1,10 @@
 """The recipes of docs/frameworks.md run as written, and train what a plain loop trains on those batches."""
 
 import copy
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -49,8 +52,9 @@ def recipe(heading):
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(monkeypatch, tmp_path):
-    """Let the frameworks write into a folder of the test's own."""
+def _on_the_cpu(monkeypatch, tmp_path):
+    """Let the frameworks choose the CPU, and write into a folder of the test's own."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
 
 
@@ -98,6 +102,38 @@ def test_the_recipe_runs_as_written(heading, capsys):
     assert [line for line in printed if line in expected] == expected
 
 
+TWO_PROCESSES = """
+import os
+import torch
+from test_frameworks import recipe
+
+results = {}
+for heading in ("accelerate", "Hugging Face Trainer"):
+    defined, _ = recipe(heading)
+    opt = defined["natural"] if heading == "accelerate" else defined["trainer"].natural
+    parameters = [p.detach() for group in opt.param_groups for p in group["params"]]
+    results[heading] = opt.stats()["seen_samples"], opt.stats()["epoch"], parameters
+assert torch.distributed.get_world_size() == 2
+torch.save(results, os.environ["RANK"])
+"""
+
+
+def test_the_recipes_run_in_two_processes(tmp_path):
+    """Each process solves for half of the samples and knows all of them after the first epoch."""
+    for package in ("accelerate", "transformers"):
+        pytest.importorskip(package)
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    environment = {"PYTHONPATH": str(Path(__file__).parent), "ACCELERATE_USE_CPU": "true"}
+    subprocess.run(command, env=os.environ | environment, check=True, timeout=120, capture_output=True)
+    first, second = torch.load("0"), torch.load("1")
+    for heading, (seen, epoch, parameters) in first.items():
+        assert (seen, epoch) == second[heading][:2] == (64, 2)
+        for p, q in zip(parameters, second[heading][2], strict=True):
+            assert torch.equal(p, q)
+
+
 # ---- Hugging Face Trainer ----
 
 
@@ -141,14 +177,6 @@ def test_trainer_resumes_in_the_middle_of_an_epoch():
     second.train(resume_from_checkpoint=f"out/checkpoint-{STEPS // 2}")
     assert_same(continued, whole)
     assert second.natural.stats()["solved_batches"] == first.natural.stats()["solved_batches"]
-
-
-def test_trainer_counts_epochs_through_the_callback():
-    namespace, _ = recipe("Hugging Face Trainer")
-    trainer = hugging_face(Network(), namespace)
-    trainer.add_callback(namespace["CountEpochs"](trainer))
-    trainer.train()
-    assert trainer.natural.stats()["epoch"] == EPOCHS
 
 
 # ---- accelerate ----
