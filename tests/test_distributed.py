@@ -1,0 +1,285 @@
+"""Data-parallel runs on gloo processes: gradients and coefficients against the definition, checkpoints."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+import fngd
+from networks import make
+from trajectory import Definition
+
+SAMPLES, N = 22, 3
+OPTIONS = {"lr": 0.05, "momentum": 0.9}
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo"
+)
+
+
+def dataset(network):
+    torch.manual_seed(0)
+    model, x, y = make(network, SAMPLES)
+    return model, TensorDataset(x, y)
+
+
+def loader(data, rank, ranks):
+    return DataLoader(data, batch_size=N, sampler=DistributedSampler(data, ranks, rank))
+
+
+def train(net, opt, batches, epochs):
+    for epoch in epochs:
+        batches.sampler.set_epoch(epoch)
+        for x, y in batches:
+            opt.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            opt.step()
+
+
+def averaged_backward(definitions, batches):
+    """Leave the mean over the ranks of what each of them should have computed from its own batch."""
+    for definition, (ids, x, y) in zip(definitions, batches, strict=True):
+        losses = F.cross_entropy(definition.model(x), y, reduction="none")
+        definition.backward(losses / len(ids), ids)
+    for p in definitions[0].model.parameters():
+        p.grad /= len(definitions)
+
+
+def definition_of(model, data, ranks, epochs):
+    """Return each rank's definition, trained: they share one model, and merge after every epoch."""
+    definitions = [Definition(model) for _ in range(ranks)]
+    model = definitions[0].model
+    for definition in definitions:
+        definition.model = model
+    optimizer = torch.optim.SGD(model.parameters(), **OPTIONS)
+    for epoch in epochs:
+        samplers = [DistributedSampler(data, ranks, r) for r in range(ranks)]
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        orders = [list(sampler) for sampler in samplers]
+        for first in range(0, len(orders[0]), N):
+            optimizer.zero_grad()
+            named = [order[first : first + N] for order in orders]
+            averaged_backward(definitions, [(ids, *data[ids]) for ids in named])
+            optimizer.step()
+        merge(definitions)
+    return definitions
+
+
+def merge(definitions):
+    for i in range(SAMPLES):
+        known = [d.known[i] for d in definitions if i in d.known]
+        mean = {m: (sum(s[m] for s in known) / len(known)).float().double() for m in known[0]}
+        for definition in definitions:
+            definition.known[i] = mean
+
+
+def assert_same_on_all_ranks(tensor):
+    everywhere = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(everywhere, tensor.contiguous())
+    for other in everywhere:
+        assert torch.equal(other, everywhere[0])
+
+
+# ---- what the ranks check
+
+
+def check_ddp(rank, ranks, folder):
+    """Three epochs of DDP, reshuffled, with padded duplicates and a short last batch."""
+    for network in ("conv2d-groups-reflect", "sequence"):
+        model, data = dataset(network)
+        definition = definition_of(model, data, ranks, range(3))[rank]
+        net = DistributedDataParallel(model)
+        opt = fngd.FNGD(model, norms="weighted", **OPTIONS)
+        batches = fngd.track(loader(data, rank, ranks), opt)
+        train(net, opt, batches, range(3))
+        for p, q in zip(model.parameters(), definition.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+        assert_same_on_all_ranks(opt._sharing.table.values)
+        for layer in opt._engine.layers:
+            expected = torch.stack([definition.known[i][layer.name] for i in range(SAMPLES)])
+            torch.testing.assert_close(
+                opt._sharing.table.values[layer.index].double(), expected, rtol=1e-5, atol=1e-6
+            )
+        stats = opt.stats()
+        assert stats["seen_samples"] == SAMPLES
+        assert stats["solved_batches"] == len(batches)  # in the first epoch alone
+
+
+def check_accumulation(rank, ranks, folder):
+    """Micro-batches without a reduction, then one with it."""
+    model, data = dataset("mlp")
+    definitions = [Definition(model) for _ in range(ranks)]
+    for definition in definitions:
+        definition.model = definitions[0].model
+    net, opt = DistributedDataParallel(model), fngd.FNGD(model, **OPTIONS)
+    for micro in range(2):
+        batches = [range(4 * r + 2 * micro, 4 * r + 2 * micro + 2) for r in range(ranks)]
+        for definition, ids in zip(definitions, batches, strict=True):
+            x, y = data[list(ids)]
+            losses = F.cross_entropy(definition.model(x), y, reduction="none")
+            definition.backward(losses / len(ids) / ranks, ids)
+        x, y = data[list(batches[rank])]
+        opt.set_samples(batches[rank])
+        if micro == 0:
+            with net.no_sync():
+                F.cross_entropy(net(x), y).backward()
+        else:
+            F.cross_entropy(net(x), y).backward()
+    for p, q in zip(model.parameters(), definitions[0].model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+
+
+def check_uneven_ranks(rank, ranks, folder):
+    """Each rank a number of batches of its own, in tables of their own sizes; sample 0 is everybody's."""
+    model, data = dataset("mlp")
+    opt = fngd.FNGD(model, lr=0.0)
+    net = DistributedDataParallel(model)
+    first = 1 + rank * (rank + 1) // 2
+    with net.join():
+        for i in range(rank + 1):
+            ids = [0, first + i]
+            opt.set_samples(ids)
+            x, y = data[ids]
+            F.cross_entropy(net(x), y).backward()
+    opt.start_epoch()
+    last = ranks * (ranks + 1) // 2
+    assert opt.stats()["seen_samples"] == last + 1
+    definitions = [Definition(model) for _ in range(ranks)]
+    for r, definition in enumerate(definitions):
+        for i in range(r + 1):
+            ids = [0, 1 + r * (r + 1) // 2 + i]
+            x, y = data[ids]
+            definition.backward(F.cross_entropy(definition.model(x), y, reduction="none") / 2, ids)
+    table = opt._sharing.table
+    assert_same_on_all_ranks(table.values)
+    for layer in opt._engine.layers:
+        known = [[d.known[i][layer.name] for d in definitions if i in d.known] for i in range(last + 1)]
+        expected = torch.stack([sum(weights) / len(weights) for weights in known])
+        torch.testing.assert_close(
+            table.values[layer.index, : last + 1].double(), expected, rtol=1e-6, atol=0
+        )
+    merged = table.values.clone()
+    opt.merge_coefficients()
+    assert torch.equal(table.values, merged)
+    # What one rank solves for again replaces what all ranks knew.
+    if rank == 1:
+        opt.set_samples([0, last + 1])
+        F.cross_entropy(model(data[[0, 1]][0]), data[[0, 1]][1]).backward()
+        merged = table.values.clone()
+    opt.merge_coefficients()
+    dist.broadcast(merged := torch.zeros_like(table.values) if rank != 1 else merged, 1)
+    assert torch.equal(table.values, merged)
+
+
+def check_means(rank, ranks, folder):
+    """Sharing by position and by mean: the mean over the batches of all ranks."""
+    for share in ("position", "mean"):
+        model, data = dataset("mlp")
+        opt = fngd.FNGD(model, lr=0.0, share=share)
+        opt.start_epoch()
+        solved = []
+        for i in range(1 + rank):
+            x, y = data[list(range(rank + i, rank + i + 4 - i))]
+            F.cross_entropy(model(x), y).backward()
+            s = torch.ones(len(opt._engine.layers), 4, dtype=torch.float64) * float("nan")
+            weights = torch.stack([layer.weights for layer in opt._engine.layers])
+            s[:, : weights.shape[1]] = weights
+            solved.append(s if share == "position" else weights.mean(1, keepdim=True))
+        everywhere = [None] * ranks
+        dist.all_gather_object(everywhere, solved)
+        opt.start_epoch()
+        expected = torch.stack([s for one in everywhere for s in one]).nanmean(0).float()
+        torch.testing.assert_close(opt._sharing.table.values, expected)
+        assert_same_on_all_ranks(opt._sharing.table.values)
+        assert not opt.solving
+        before = opt._sharing.table.values.clone()
+        opt.merge_coefficients()
+        torch.testing.assert_close(opt._sharing.table.values, before)
+
+
+def check_groups(rank, ranks, folder):
+    """Ranks that do not train together keep their coefficients to themselves."""
+    alone = [dist.new_group([r]) for r in range(ranks)]
+    model, data = dataset("mlp")
+    opt = fngd.FNGD(model, lr=0.0, process_group=alone[rank])
+    opt.set_samples([rank])
+    F.cross_entropy(model(data[[rank]][0]), data[[rank]][1]).backward()
+    opt.start_epoch()
+    assert opt.stats()["seen_samples"] == 1
+    assert opt._sharing.table.knows(torch.tensor([rank]))
+
+
+PLAIN = [
+    "decoder.layers.0.multihead_attn",  # query and value are inputs of their own: used several times
+    "encoder.layers.0.norm1",
+    "encoder.layers.0.norm2",
+    "encoder.norm",
+    "decoder.layers.0.norm1",
+    "decoder.layers.0.norm2",
+    "decoder.layers.0.norm3",
+]
+
+
+def check_fully_sharded(rank, ranks, folder):
+    """FSDP2: gradients are those of DDP, and a rank's non-finite gradient stops the step of all."""
+    model, data = dataset("transformer")
+    definitions = [Definition(model, plain=PLAIN) for _ in range(ranks)]
+    for definition in definitions:
+        definition.model = definitions[0].model
+    fully_shard(model.encoder.layers[0])
+    fully_shard(model.decoder.layers[0])
+    fully_shard(model.head)
+    fully_shard(model)
+    opt = fngd.FNGD(model, **OPTIONS)
+    named = [range(N * r, N * r + N) for r in range(ranks)]
+    batches = [(ids, *data[list(ids)]) for ids in named]
+    optimizer = torch.optim.SGD(definitions[0].model.parameters(), **OPTIONS)
+    for _ in range(3):
+        optimizer.zero_grad()
+        averaged_backward(definitions, batches)
+        optimizer.step()
+        opt.zero_grad()
+        opt.set_samples(named[rank])
+        F.cross_entropy(model(batches[rank][1]), batches[rank][2]).backward()
+        opt.step()
+    for p, (name, q) in zip(model.parameters(), definitions[0].model.named_parameters(), strict=True):
+        torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-6, atol=1e-9, msg=name)
+        torch.testing.assert_close(p.full_tensor(), q, rtol=1e-6, atol=1e-9, msg=name)
+    assert opt.stats()["solved_batches"] == 1
+
+    before = [p.full_tensor().clone() for p in model.parameters()]
+    if rank == 0:
+        model.head.weight.grad.to_local()[0, 0] = float("nan")
+    opt.step()
+    for p, value in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p.full_tensor(), value)
+    assert opt.stats()["skipped_steps"] == 1
+
+
+def _rank(rank, ranks, folder, checks):
+    torch.set_num_threads(1)
+    warnings.simplefilter("error", UserWarning)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks-{ranks}", rank=rank, world_size=ranks)
+    try:
+        for check in checks:
+            check(rank, ranks, folder)
+            dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def run(ranks, folder, *checks):
+    torch.multiprocessing.spawn(_rank, (ranks, str(folder), checks), nprocs=ranks)
+
+
+def test_two_ranks(tmp_path):
+    run(2, tmp_path, check_ddp, check_accumulation, check_means, check_groups, check_fully_sharded)

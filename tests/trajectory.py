@@ -1,0 +1,45 @@
+"""FNGD with share="sample" from its definition: float64 gradients of every sample, dense solves, a dictionary."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from networks import blocks
+
+
+class Definition:
+    """A copy of a model whose `backward` leaves what FNGD's should: one weight per sample and module.
+
+    known: {sample: {module: weight}}
+    plain: modules that keep the plain gradient
+    """
+
+    def __init__(self, model: nn.Module, damping: float = 0.1, plain: Sequence[str] = ()) -> None:
+        self.model, self.damping, self.plain = copy.deepcopy(model), damping, plain
+        self.known: dict[int, dict[str, Tensor]] = {}
+
+    def backward(self, contributions: Tensor, ids: Sequence[int]) -> None:
+        """Add the weighted gradient to .grad; contributions (N,) are the parts of the loss of the samples ids."""
+        names, parameters = zip(*self.model.named_parameters(), strict=True)
+        rows = [torch.autograd.grad(part, parameters, retain_graph=True) for part in contributions]
+        gradients = {n: torch.stack(g) for n, g in zip(names, zip(*rows, strict=True), strict=True)}
+        if all(i in self.known for i in ids):
+            weights = {m: torch.stack([self.known[i][m] for i in ids]) for m in self.known[ids[0]]}
+        else:
+            weights = {m: self._solved(m, g) for m, g in blocks(self.model, gradients).items()}
+            for n, i in enumerate(ids):  # the table keeps single precision
+                self.known[i] = {m: s[n].float().double() for m, s in weights.items()}
+        for name, parameter in self.model.named_parameters():
+            gradient = torch.tensordot(weights[name.rpartition(".")[0]], gradients[name], dims=1)
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+    def _solved(self, module: str, g: Tensor) -> Tensor:
+        if module in self.plain:
+            return torch.ones(len(g), dtype=g.dtype)
+        k = g @ g.T
+        v = torch.linalg.solve(
+            k + self.damping * k.trace() * torch.eye(len(g), dtype=g.dtype), k.new_ones(len(g))
+        )
+        return v / v.mean()
