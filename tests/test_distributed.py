@@ -1,14 +1,20 @@
 """Data-parallel runs on gloo processes: gradients and coefficients against the definition, checkpoints."""
 
-import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -47,8 +53,9 @@ def train(net, opt, batches, epochs):
 def averaged_backward(definitions, batches):
     """Leave the mean over the ranks of what each of them should have computed from its own batch."""
     for definition, (ids, x, y) in zip(definitions, batches, strict=True):
+        definition.name(ids)
         losses = F.cross_entropy(definition.model(x), y, reduction="none")
-        definition.backward(losses / len(ids), ids)
+        definition.backward(losses / len(ids))
     for p in definitions[0].model.parameters():
         p.grad /= len(definitions)
 
@@ -94,7 +101,7 @@ def assert_same_on_all_ranks(tensor):
 
 def check_ddp(rank, ranks, folder):
     """Three epochs of DDP, reshuffled, with padded duplicates and a short last batch."""
-    for network in ("conv2d-groups-reflect", "sequence"):
+    for network in ("conv2d-groups-reflect", "sequence")[: 4 // ranks]:
         model, data = dataset(network)
         definition = definition_of(model, data, ranks, range(3))[rank]
         net = DistributedDataParallel(model)
@@ -125,8 +132,9 @@ def check_accumulation(rank, ranks, folder):
         batches = [range(4 * r + 2 * micro, 4 * r + 2 * micro + 2) for r in range(ranks)]
         for definition, ids in zip(definitions, batches, strict=True):
             x, y = data[list(ids)]
+            definition.name(ids)
             losses = F.cross_entropy(definition.model(x), y, reduction="none")
-            definition.backward(losses / len(ids) / ranks, ids)
+            definition.backward(losses / len(ids) / ranks)
         x, y = data[list(batches[rank])]
         opt.set_samples(batches[rank])
         if micro == 0:
@@ -158,7 +166,8 @@ def check_uneven_ranks(rank, ranks, folder):
         for i in range(r + 1):
             ids = [0, 1 + r * (r + 1) // 2 + i]
             x, y = data[ids]
-            definition.backward(F.cross_entropy(definition.model(x), y, reduction="none") / 2, ids)
+            definition.name(ids)
+            definition.backward(F.cross_entropy(definition.model(x), y, reduction="none") / 2)
     table = opt._sharing.table
     assert_same_on_all_ranks(table.values)
     for layer in opt._engine.layers:
@@ -173,11 +182,13 @@ def check_uneven_ranks(rank, ranks, folder):
     # What one rank solves for again replaces what all ranks knew.
     if rank == 1:
         opt.set_samples([0, last + 1])
-        F.cross_entropy(model(data[[0, 1]][0]), data[[0, 1]][1]).backward()
-        merged = table.values.clone()
+        x, y = data[[0, 1]]
+        F.cross_entropy(model(x), y).backward()
+    expected = table.values.clone() if rank == 1 else torch.zeros_like(merged)
+    dist.broadcast(expected, 1)
+    assert not torch.equal(expected, merged)
     opt.merge_coefficients()
-    dist.broadcast(merged := torch.zeros_like(table.values) if rank != 1 else merged, 1)
-    assert torch.equal(table.values, merged)
+    assert torch.equal(table.values, expected)
 
 
 def check_means(rank, ranks, folder):
@@ -265,13 +276,63 @@ def check_fully_sharded(rank, ranks, folder):
     assert opt.stats()["skipped_steps"] == 1
 
 
+def sharded(rank, ranks):
+    """Return (model, tracked loader, optimizer) of an FSDP2 run."""
+    model, data = dataset("mlp")
+    fully_shard(model)
+    opt = fngd.FNGD(model, base="adamw", lr=0.01)
+    return model, fngd.track(loader(data, rank, ranks), opt), opt
+
+
+def check_writing(rank, ranks, folder):
+    """Two steps of the solving epoch, and checkpoints of both kinds."""
+    model, batches, opt = sharded(rank, ranks)
+    for (x, y), _ in zip(batches, range(1), strict=False):
+        F.cross_entropy(model(x), y).backward()
+        opt.step()
+    opt.merge_coefficients()
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, opt)}
+    dcp.save(state, checkpoint_id=folder / "sharded")
+    if rank == 0:
+        torch.save(opt.state_dict()["fngd"], folder / "fngd.pt")
+    whole = {name: p.full_tensor() for name, p in model.named_parameters()}
+    moments = {name: opt.state[p]["exp_avg"].full_tensor() for name, p in model.named_parameters()}
+    if rank == 0:
+        torch.save([whole, moments, opt._sharing.table.values], folder / "truth.pt")
+
+
+def check_reading(rank, ranks, folder):
+    """What another number of ranks wrote is there again, and what was solved for is not solved for again."""
+    model, batches, opt = sharded(rank, ranks)
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, opt)}
+    dcp.load(state, checkpoint_id=folder / "sharded")
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, opt, state["optimizer"])
+    opt.load_state_dict({**opt.state_dict(), "fngd": torch.load(folder / "fngd.pt", weights_only=True)})
+    whole, moments, values = torch.load(folder / "truth.pt", weights_only=True)
+    for name, p in model.named_parameters():
+        assert torch.equal(p.full_tensor(), whole[name])
+        assert torch.equal(opt.state[p]["exp_avg"].full_tensor(), moments[name])
+    assert torch.equal(opt._sharing.table.values, values)
+    assert opt.param_groups[0].keys() == fngd.FNGD(nn.Linear(1, 1), base="adamw").param_groups[0].keys()
+    seen = opt.stats()["seen_samples"]
+    assert seen == 4 * N  # one batch of each of the four ranks that wrote
+    known = opt._sharing.table.seen.nonzero().flatten()[:N]
+    opt.set_samples(known)
+    assert not opt.solving
+    train(model, opt, batches, [1])
+    opt.start_epoch()
+    assert opt.stats()["seen_samples"] == SAMPLES
+    assert_same_on_all_ranks(opt._sharing.table.values)
+
+
 def _rank(rank, ranks, folder, checks):
     torch.set_num_threads(1)
     warnings.simplefilter("error", UserWarning)
     dist.init_process_group("gloo", init_method=f"file://{folder}/ranks-{ranks}", rank=rank, world_size=ranks)
     try:
         for check in checks:
-            check(rank, ranks, folder)
+            check(rank, ranks, Path(folder))
             dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -283,3 +344,8 @@ def run(ranks, folder, *checks):
 
 def test_two_ranks(tmp_path):
     run(2, tmp_path, check_ddp, check_accumulation, check_means, check_groups, check_fully_sharded)
+
+
+def test_four_ranks_and_a_checkpoint_for_two(tmp_path):
+    run(4, tmp_path, check_ddp, check_uneven_ranks, check_means, check_writing)
+    run(2, tmp_path, check_reading)

@@ -1,4 +1,4 @@
-"""FNGD with share="sample" from its definition: float64 gradients of every sample, dense solves, a dictionary."""
+"""FNGD with share="sample" from its definition: float64 gradients per sample, dense solves, a dictionary."""
 
 import copy
 from collections.abc import Sequence
@@ -19,18 +19,24 @@ class Definition:
     def __init__(self, model: nn.Module, damping: float = 0.1, plain: Sequence[str] = ()) -> None:
         self.model, self.damping, self.plain = copy.deepcopy(model), damping, plain
         self.known: dict[int, dict[str, Tensor]] = {}
+        self.ids: Sequence[int] = ()
+        self.solving = True
 
-    def backward(self, contributions: Tensor, ids: Sequence[int]) -> None:
-        """Add the weighted gradient to .grad; contributions (N,) are the parts of the loss of the samples ids."""
+    def name(self, ids: Sequence[int]) -> None:
+        """Name the samples of the next forwards, which are solved for if one of them is not known."""
+        self.ids, self.solving = ids, not all(i in self.known for i in ids)
+
+    def backward(self, contributions: Tensor) -> None:
+        """Add the weighted gradient to .grad; contributions (N,) are what the samples add to the loss."""
         names, parameters = zip(*self.model.named_parameters(), strict=True)
         rows = [torch.autograd.grad(part, parameters, retain_graph=True) for part in contributions]
         gradients = {n: torch.stack(g) for n, g in zip(names, zip(*rows, strict=True), strict=True)}
-        if all(i in self.known for i in ids):
-            weights = {m: torch.stack([self.known[i][m] for i in ids]) for m in self.known[ids[0]]}
-        else:
+        if self.solving:
             weights = {m: self._solved(m, g) for m, g in blocks(self.model, gradients).items()}
-            for n, i in enumerate(ids):  # the table keeps single precision
+            for n, i in enumerate(self.ids):  # the table keeps single precision
                 self.known[i] = {m: s[n].float().double() for m, s in weights.items()}
+        else:
+            weights = {m: torch.stack([self.known[i][m] for i in self.ids]) for m in self.known[self.ids[0]]}
         for name, parameter in self.model.named_parameters():
             gradient = torch.tensordot(weights[name.rpartition(".")[0]], gradients[name], dims=1)
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
