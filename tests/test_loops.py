@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import fngd
 from networks import make
@@ -215,3 +216,200 @@ def test_a_loop_trains_what_the_definition_trains(loop, network):
     for (name, p), q in zip(model.named_parameters(), theirs.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
         assert not torch.equal(p, before[name])
+
+
+# ---- loops of several models and optimizers
+
+
+def test_several_models_in_one_loop_hear_of_one_loader():
+    models, twins = [], []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model, x, y = make("mlp", SAMPLES)
+        models.append(model)
+        twins.append(Definition(model))
+    opts = [fngd.FNGD(model, lr=0.1) for model in models]
+    references = [torch.optim.SGD(twin.model.parameters(), lr=0.1) for twin in twins]
+    data = TensorDataset(x, y, torch.arange(SAMPLES))
+    for _ in range(2):
+        for inputs, labels, ids in fngd.track(DataLoader(data, batch_size=N, shuffle=True), *opts):
+            first, second = (model(inputs) for model in models)
+            loss = F.cross_entropy(first, labels) + F.cross_entropy(second + first.detach(), labels)
+            loss.backward()
+            first = twins[0].model(inputs)
+            for twin, logits in zip(twins, (first, twins[1].model(inputs) + first.detach()), strict=True):
+                twin.name(ids.tolist())
+                twin.backward(F.cross_entropy(logits, labels, reduction="none") / len(ids))
+            for optimizer in (*opts, *references):
+                optimizer.step()
+                optimizer.zero_grad()
+    for model, twin in zip(models, twins, strict=True):
+        for p, q in zip(model.parameters(), twin.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+    assert [opt.stats()["seen_samples"] for opt in opts] == [SAMPLES, SAMPLES]
+
+
+def test_two_optimizers_for_parts_of_one_model():
+    model, x, y = make("mlp", SAMPLES)
+    twin = Definition(model)
+    parts = [fngd.FNGD(model, lr=lr, params=model[i].parameters()) for i, lr in ((0, 0.1), (2, 0.05))]
+    reference = torch.optim.SGD(
+        [{"params": twin.model[i].parameters(), "lr": lr} for i, lr in ((0, 0.1), (2, 0.05))]
+    )
+    for ids in epochs():
+        for opt in parts:
+            opt.set_samples(ids)
+        F.cross_entropy(model(x[ids]), y[ids]).backward()
+        twin.name(ids)
+        twin.backward(F.cross_entropy(twin.model(x[ids]), y[ids], reduction="none") / len(ids))
+        for optimizer in (*parts, reference):
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, q in zip(model.parameters(), twin.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+
+
+# ---- mixed precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("network", ["mlp", "sequence", "conv2d-groups-reflect", "reused", "transformer"])
+def test_autocast_costs_no_more_accuracy_than_it_costs_torch(network, dtype):
+    model, x, y = make(network, SAMPLES)
+    weighted, unweighted = Definition(model), copy.deepcopy(model)
+    F.cross_entropy(unweighted(x), y).backward()
+    model, x32 = model.float(), x.float() if x.is_floating_point() else x
+    plain = copy.deepcopy(model)
+    opt = fngd.FNGD(model, lr=0.0, norms="weighted")
+
+    def error(net, truth):
+        pairs = list(zip(net.parameters(), truth.parameters(), strict=True))
+        difference = sum((p.grad.double() - q.grad).square().sum() for p, q in pairs)
+        return float((difference / sum(q.grad.square().sum() for _, q in pairs)).sqrt())
+
+    def backward(net):
+        net.zero_grad()
+        with torch.autocast("cpu", dtype):
+            loss = F.cross_entropy(net(x32), y)
+        loss.backward()
+
+    backward(plain)
+    for _ in range(2):  # solves, then shares
+        weighted.model.zero_grad()
+        weighted.name(range(SAMPLES))
+        weighted.backward(F.cross_entropy(weighted.model(x), y, reduction="none") / SAMPLES)
+        opt.set_samples(range(SAMPLES))
+        backward(model)
+        assert error(model, weighted.model) <= 2 * error(plain, unweighted) + torch.finfo(dtype).eps
+        assert error(model, unweighted) > 0.1
+
+
+@pytest.mark.parametrize("normalize", ["mean", "lambda", "graft"])
+@pytest.mark.parametrize("damping_mode", ["trace", "mean_eig"])
+def test_relative_damping_gives_coefficients_free_of_the_loss_scale(damping_mode, normalize):
+    gradients = []
+    for scale in (1.0, 2.0**20):
+        torch.manual_seed(0)
+        model, x, y = make("mlp", SAMPLES)
+        opt = fngd.FNGD(model, share="none", damping_mode=damping_mode, normalize=normalize)
+        (scale * F.cross_entropy(model(x), y)).backward()
+        assert opt.stats()["solved_batches"] == 1
+        gradients.append([p.grad / scale for p in model.parameters()])
+    for one, scaled in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, scaled, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skips_changes_nothing(fused):
+    model, x, y = make("mlp", SAMPLES, torch.float32)
+    opt = fngd.FNGD(model, lr=0.1, momentum=0.9, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, backoff_factor=2.0**-5)
+    before, solved = copy.deepcopy(model.state_dict()), []
+    for _ in range(6):
+        opt.zero_grad()
+        opt.set_samples(range(SAMPLES))
+        with torch.autocast("cpu", torch.float16):
+            loss = F.cross_entropy(model(x), y)
+        scaler.scale(loss).backward()
+        skipped = not all(p.grad.isfinite().all() for p in model.parameters())
+        scaler.step(opt)
+        scaler.update()
+        if skipped:
+            assert opt.stats()["seen_samples"] == 0
+            for name, value in model.state_dict().items():
+                assert torch.equal(value, before[name])
+            for state in opt.state.values():
+                assert not state["momentum_buffer"].any()
+        solved.append(opt.stats()["solved_batches"])
+    assert skipped is False
+    assert 1 < solved[-1] < 6  # solved for until the scale fits, once more there, then shared
+    unscaled = copy.deepcopy(model)
+    unscaled.load_state_dict(before)
+    again = fngd.FNGD(unscaled, lr=0.1)
+    again.set_samples(range(SAMPLES))
+    with torch.autocast("cpu", torch.float16):
+        loss = F.cross_entropy(unscaled(x), y)
+    loss.backward()
+    torch.testing.assert_close(opt._sharing.table.values, again._sharing.table.values, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaler_without_any_gradient(fused):
+    model, *_ = make("mlp", N, torch.float32)
+    opt = fngd.FNGD(model, lr=0.1, momentum=0.9, share="none", fused=fused)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros((), requires_grad=True)).backward()
+    if fused:
+        scaler.step(opt)
+        assert opt.stats()["skipped_steps"] == 0
+    else:  # as with every optimizer of torch's
+        with pytest.raises(AssertionError, match="No inf checks"):
+            scaler.step(opt)
+
+
+# ---- what a loop may not do, or does with the plain gradient
+
+
+def test_a_layer_that_joins_later_keeps_the_plain_gradient_and_says_so():
+    model, x, y = make("mlp", SAMPLES)
+    plain = copy.deepcopy(model)
+    opt = fngd.FNGD(model, params=model[2].parameters(), lr=0.1)
+    opt.add_param_group({"params": model[0].parameters()})
+    opt.set_samples(range(SAMPLES))
+    F.cross_entropy(model(x), y).backward()
+    F.cross_entropy(plain(x), y).backward()
+    torch.testing.assert_close(model[0].weight.grad, plain[0].weight.grad)
+    assert opt.coverage()["0.weight"] == "plain: its parameter group was added later"
+    assert opt.coverage()["2.weight"] == "linear"
+
+
+def test_a_frozen_layer_is_solved_for_once_it_is_trained():
+    model, x, y = make("mlp", SAMPLES)
+    opt = fngd.FNGD(model, lr=0.1, refresh_every=1)
+    model[0].requires_grad_(False)
+    for frozen in (True, False):
+        model[0].requires_grad_(not frozen)
+        opt.start_epoch(SAMPLES)
+        opt.set_samples(range(SAMPLES))
+        opt.zero_grad()
+        theirs = Definition(model)
+        F.cross_entropy(model(x), y).backward()
+        assert (model[0].weight.grad is None) == frozen
+        opt.step()
+    theirs.name(range(SAMPLES))
+    theirs.backward(F.cross_entropy(theirs.model(x), y, reduction="none") / SAMPLES)
+    torch.testing.assert_close(model[0].weight.grad, theirs.model[0].weight.grad)
+
+
+def test_a_forward_without_names_says_what_to_do():
+    model, x, _ = make("mlp", N)
+    opt = fngd.FNGD(model)
+    with pytest.raises(RuntimeError, match=r"fngd\.track.*set_samples.*share='none'"):
+        model(x)
+    opt.detach()
+    assert model(x).isfinite().all()
+
+
+def test_an_update_that_evaluates_the_loss_several_times_is_refused():
+    with pytest.raises(ValueError, match="LBFGS evaluates the loss several times"):
+        fngd.FNGD(nn.Linear(2, 2), base=torch.optim.LBFGS)

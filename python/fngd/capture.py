@@ -133,17 +133,19 @@ def route(layers: Iterable[Layer], router: Router) -> Callable[[], None]:
     return restore
 
 
-def release(model: nn.Module) -> None:
-    """Undo the routing that a living optimizer left on the model's modules, with a warning."""
-    taken = False
+def release(model: nn.Module, parameters: Iterable[Tensor]) -> None:
+    """Undo the routing that another optimizer left on modules with these parameters; warn if it lives."""
+    wanted, taken = {id(p) for p in parameters}, False
     for module in model.modules():
         forward = module.__dict__.get("forward")
-        if isinstance(forward, RoutedForward):
+        own = module.parameters(recurse=False)
+        if isinstance(forward, RoutedForward) and any(id(p) in wanted for p in own):
             taken |= forward.router() is not None
             del module.__dict__["forward"]
     if taken:
         warnings.warn(
-            "this model was routed by another FNGD optimizer, which is detached from it now", stacklevel=3
+            "layers of this model were routed by another FNGD optimizer, which is detached from them now",
+            stacklevel=3,
         )
 
 

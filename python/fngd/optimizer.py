@@ -17,6 +17,9 @@ from .engine import Engine
 from .sharing import SHARES, Sharing
 from .update import Update, base_class, fuses_on_cuda
 
+ADDED = "its parameter group was added later"
+"""Reason for the plain gradient of a module that was not optimized when the layers were looked for."""
+
 
 class FNGD(Optimizer):
     """Natural-gradient descent at first-order cost: a torch.optim rule applied to weighted gradients.
@@ -117,7 +120,7 @@ class FNGD(Optimizer):
         self._sharing = Sharing(share, refresh_every, len(layers), device, process_group)
         self._engine = Engine(layers, self._sharing, float(damping), damping_mode, normalize)
         self._restore: Callable[[], None] | None = None
-        release(model)
+        release(model, optimized)
         self.attach()
 
     # ---- routing ----
@@ -257,7 +260,7 @@ class FNGD(Optimizer):
                     continue
                 path = f"{module_name}.{name}" if module_name else name
                 if module_name not in served:
-                    report[path] = f"plain: {self._plain[module_name]}"
+                    report[path] = f"plain: {self._plain.get(module_name, ADDED)}"
                 else:
                     report[path] = self._engine.describe(served[module_name], parameter)
         return report
