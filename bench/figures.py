@@ -82,7 +82,7 @@ def _draw(axes: np.ndarray, method: str, runs: list[Run]) -> None:
 
 def _band(axis: Axes, x: np.ndarray, values: np.ndarray, style: dict[str, str], label: str) -> None:
     mean = values.mean(axis=0)
-    axis.plot(x, mean, label=label, linewidth=1.8, **style)  # type: ignore[arg-type]
+    axis.plot(x, mean, label=label, linewidth=1.8, marker=".", **style)  # type: ignore[arg-type]
     axis.fill_between(
         x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.12, linewidth=0
     )
@@ -97,6 +97,7 @@ def save_ratios(path: Path, ratios: Mapping[str, float], title: str) -> None:
     bars = axis.barh(list(ordered), list(ordered.values()), color="#0072B2")
     axis.bar_label(bars, fmt="%.2f", padding=3)
     axis.axvline(1, color="#000000", linewidth=1)
+    axis.margins(x=0.12)
     axis.set_xlabel("time of a step over SGD's")
     axis.set_title(title)
     figure.savefig(path, dpi=130)

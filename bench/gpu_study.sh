@@ -6,14 +6,15 @@
 # translation  Transformer base on Multi30k: AdamW over its rates beside FNGD            -> training.jsonl
 # noise        ResNet-18 on CIFAR-10 with 20 % and 40 % of the training labels replaced  -> training.jsonl
 # report       REPORT.md and its pictures from both files
-# A part stops after $SECONDS_A_PART (500) and is called again until it says it is done: a finished run is never
+# RESULTS_FOLDER is runs/gpu_study; rows that are to stay are appended to the files of bench/results.
+# A part stops after $SECONDS_A_PART (500) and is called again until it prints its table: a finished run is never
 # repeated, also on another machine, as long as RESULTS_FOLDER comes along. Data is read from $DATA_DIR (runs/data:
 # cifar10-jpeg.tar.gz or the published archive, multi30k/*.gz). Libraries of peers are taken from PYTHONPATH; those
 # that are missing are named and left out. $DEVICE and $SIZE=small make the same calls in miniature.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 part=${1-}
-results=$(mkdir -p "${2:-bench/results}" && cd "${2:-bench/results}" && pwd)
+results=$(mkdir -p "${2:-runs/gpu_study}" && cd "${2:-runs/gpu_study}" && pwd)
 data=${DATA_DIR:-runs/data}
 seconds=${SECONDS_A_PART:-500}
 device=${DEVICE:-cuda}
@@ -23,19 +24,22 @@ export PYTHONPATH=.:python${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
 # study NAME OPTION...: goes on where the last call stopped
 study() {
-    local name=$1
+    local name=$1 left=$((seconds - SECONDS))
     shift
+    ((left > 0)) || { echo "no time left for $name: call again" && return; }
     "$python" -m bench.train --device "$device" --data-dir "$data" --rows "$results/training.jsonl" --resume \
-        --output "$results/studies/$name" --cache-dir "$results/cache" --seconds "$((seconds - SECONDS))" "$@"
+        --output "$results/studies/$name" --cache-dir "$results/cache" --seconds "$left" "$@"
 }
 
 if [[ $size == gpu ]]; then
-    images=(--data cifar10 --model resnet18 --width 64 --batch-size 128 --epochs 15 --warmup-epochs 1 --precision bf16 --seeds 2)
-    sentences=(--data multi30k --width 16 --batch-size 128 --epochs 15 --warmup-epochs 2 --precision bf16 --seeds 2)
+    common=(--batch-size 128 --epochs 15 --precision bf16 --seeds 2)
+    images=(--data cifar10 --model resnet18 --width 64 --warmup-epochs 1 "${common[@]}")
+    sentences=(--data multi30k --width 16 --warmup-epochs 2 "${common[@]}")
     rounds=15
 else
-    images=(--data cifar10 --model resnet18 --width 2 --batch-size 32 --epochs 1 --seeds 1 --train-size 80)
-    sentences=(--data multi30k --width 1 --batch-size 32 --epochs 1 --seeds 1 --train-size 80)
+    common=(--batch-size 32 --epochs 1 --seeds 1 --train-size 80)
+    images=(--data cifar10 --model resnet18 --width 2 "${common[@]}")
+    sentences=(--data multi30k --width 1 "${common[@]}")
     rounds=2
 fi
 sgd=0.03,0.1,0.3
@@ -63,5 +67,5 @@ case $part in
         done
         ;;
     report) "$python" -m bench.report --results "$results" ;;
-    *) sed -n '2,13s/^# \?//p' "$0" >&2 && exit 2 ;;
+    *) sed -n '2,14s/^# \?//p' "$0" >&2 && exit 2 ;;
 esac
