@@ -2,6 +2,10 @@
 definition in float64; and what a loop may not do."""
 
 import copy
+import gc
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -365,6 +369,53 @@ def test_a_scaler_without_any_gradient(fused):
     else:  # as with every optimizer of torch's
         with pytest.raises(AssertionError, match="No inf checks"):
             scaler.step(opt)
+
+
+# ---- what a loop leaves behind
+
+
+@pytest.mark.parametrize("share", ["sample", "position", "mean", "none"])
+def test_a_thousand_steps_leave_no_more_than_a_hundred(share):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3))
+    opt = fngd.FNGD(model, lr=1e-3, momentum=0.9, share=share, refresh_every=7)
+    data = TensorDataset(torch.randn(40, 3), torch.randint(0, 3, (40,)))
+    loader, held = fngd.track(DataLoader(data, batch_size=2, shuffle=True), opt), []
+    for epoch in range(50):
+        for x, y in loader:
+            opt.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            opt.step()
+        if epoch in (7, 49):  # the eighth epoch solves, as does the last
+            gc.collect()
+            kept = gc.get_objects()
+            tensors = [each for each in kept if issubclass(type(each), torch.Tensor)]
+            held.append((len(kept), len(tensors), sum(each.untyped_storage().nbytes() for each in tensors)))
+            del kept, tensors
+    # Caches of the interpreter and of torch vary by a few objects; a leak of one a step would be 840.
+    assert held[1][0] - held[0][0] < 50
+    assert all(later <= earlier for earlier, later in zip(held[0][1:], held[1][1:], strict=True))
+
+
+def test_a_loop_raises_no_warnings():
+    program = """
+        import torch, fngd
+        from torch.utils.data import DataLoader, TensorDataset
+
+        data = TensorDataset(torch.randn(10, 4), torch.randint(0, 3, (10,)))
+        for options in ({}, {"share": "none", "fused": True}, {"share": "mean", "base": "adamw"}):
+            model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+            opt = fngd.FNGD(model, **options)
+            schedule = torch.optim.lr_scheduler.StepLR(opt, 1)
+            for _ in range(2):
+                for x, y in fngd.track(DataLoader(data, batch_size=4, shuffle=True), opt):
+                    opt.zero_grad()
+                    torch.nn.functional.cross_entropy(model(x), y).backward()
+                    opt.step()
+                schedule.step()
+            opt.load_state_dict(opt.state_dict())
+            opt.stats(), opt.coverage()
+    """
+    subprocess.run([sys.executable, "-W", "error", "-c", textwrap.dedent(program)], check=True)
 
 
 # ---- what a loop may not do, or does with the plain gradient
