@@ -200,24 +200,23 @@ struct Linear : Function<Linear> {
   }
 };
 
-// ---- convolution, 1-3 d, or its adjoint with respect to the input -----------------------------------------------
+// ---- convolution, 1-3 d, transposed or not, or its adjoint with respect to the input ----------------------------
 
 struct ConvGeometry {
   std::vector<int64_t> stride, padding, dilation;
   int64_t groups;
+  bool transposed;
+  std::vector<int64_t> output_padding;
 
   Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) const {
-    const std::vector<int64_t> output_padding(stride.size(), 0);
-    return at::convolution(x, weight, bias, stride, padding, dilation, false, output_padding, groups);
+    return at::convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
   }
 
-  // Gradients of the convolution of x; which of (input, weight, bias) is computed is up to the mask.
+  // Gradients of the convolution of x; which of (input, weight) is computed is up to the mask.
   std::tuple<Tensor, Tensor, Tensor> backward(
       const Tensor& e, const Tensor& x, const Tensor& weight, std::array<bool, 3> mask) const {
-    const std::vector<int64_t> output_padding(stride.size(), 0);
-    const std::vector<int64_t> bias_sizes{weight.size(0)};
     return at::convolution_backward(
-        e, x, weight, at::OptionalIntArrayRef(bias_sizes), stride, padding, dilation, false, output_padding, groups, mask);
+        e, x, weight, std::nullopt, stride, padding, dilation, transposed, output_padding, groups, mask);
   }
 
   Tensor input_gradient(const Tensor& e, const Tensor& x, const Tensor& weight) const {
@@ -257,6 +256,8 @@ struct Conv : Function<Conv> {
     ctx->saved_data["padding"] = geometry.padding;
     ctx->saved_data["dilation"] = geometry.dilation;
     ctx->saved_data["groups"] = geometry.groups;
+    ctx->saved_data["transposed"] = geometry.transposed;
+    ctx->saved_data["output_padding"] = geometry.output_padding;
     ctx->saved_data["adjoint"] = like.has_value();
     ctx->saved_data["has_bias"] = bias.has_value() && bias->defined();
     return like ? geometry.input_gradient(x, *like, weight) : geometry.forward(x, weight, bias);
@@ -270,7 +271,8 @@ struct Conv : Function<Conv> {
     const SinkPtr sink = saved_sink(ctx);
     const ConvGeometry geometry{
         ctx->saved_data["stride"].toIntVector(), ctx->saved_data["padding"].toIntVector(),
-        ctx->saved_data["dilation"].toIntVector(), ctx->saved_data["groups"].toInt()};
+        ctx->saved_data["dilation"].toIntVector(), ctx->saved_data["groups"].toInt(),
+        ctx->saved_data["transposed"].toBool(), ctx->saved_data["output_padding"].toIntVector()};
     const bool adjoint = ctx->saved_data["adjoint"].toBool();
     const bool need_w = ctx->needs_input_grad(kWeight), need_b = needs_bias(ctx);
 
@@ -354,8 +356,9 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
 
 Tensor conv(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
-    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  const ConvGeometry geometry{stride.vec(), padding.vec(), dilation.vec(), groups};
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, bool transposed,
+    at::IntArrayRef output_padding) {
+  const ConvGeometry geometry{stride.vec(), padding.vec(), dilation.vec(), groups, transposed, output_padding.vec()};
   return Conv::apply(x, weight, bias, scale, geometry, OptionalTensor(), SinkPtr());
 }
 
@@ -374,8 +377,10 @@ Tensor linear_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
 
 Tensor conv_forward(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor&, at::IntArrayRef stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  return ConvGeometry{stride.vec(), padding.vec(), dilation.vec(), groups}.forward(x, weight, bias);
+    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, bool transposed,
+    at::IntArrayRef output_padding) {
+  return ConvGeometry{stride.vec(), padding.vec(), dilation.vec(), groups, transposed, output_padding.vec()}.forward(
+      x, weight, bias);
 }
 
 Tensor embedding_forward(const Tensor& ids, const Tensor& weight, const OptionalTensor&, int64_t padding_idx) {
@@ -410,9 +415,11 @@ Tensor linear_autocast(const Tensor& x, const Tensor& weight, const OptionalTens
 
 Tensor conv_autocast(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
-    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, bool transposed,
+    at::IntArrayRef output_padding) {
   const Autocast cast(x);
-  return conv(cast(x), cast(weight), cast(bias), scale, stride, padding, dilation, groups);
+  return conv(
+      cast(x), cast(weight), cast(bias), scale, stride, padding, dilation, groups, transposed, output_padding);
 }
 
 Tensor captured_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, py::object sink) {
@@ -423,9 +430,11 @@ Tensor captured_linear(const Tensor& x, const Tensor& weight, const OptionalTens
 
 Tensor captured_conv(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, py::object sink, std::vector<int64_t> stride,
-    std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups) {
+    std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, bool transposed,
+    std::vector<int64_t> output_padding) {
   const Autocast cast(x);
-  const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
+  const ConvGeometry geometry{std::move(stride), std::move(padding),   std::move(dilation),
+                              groups,            transposed,           std::move(output_padding)};
   return Conv::apply(
       cast(x), cast(weight), cast(bias), OptionalTensor(), geometry, OptionalTensor(),
       c10::make_intrusive<Sink>(std::move(sink)));
@@ -470,7 +479,8 @@ void bind_nodes(py::module_& m) {
   m.def("captured_linear", captured_linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("sink"));
   m.def(
       "captured_conv", captured_conv, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("sink"),
-      py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"));
+      py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("transposed"),
+      py::arg("output_padding"));
   m.def(
       "captured_embedding", captured_embedding, py::arg("ids"), py::arg("weight"), py::arg("sink"),
       py::arg("padding_idx"));

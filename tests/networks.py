@@ -56,6 +56,90 @@ class Transformer(nn.Module):
         return self.head(y.mean(1 if self.batch_first else 0))
 
 
+class TiedLinear(nn.Module):
+    """Two linear layers with one weight and a bias each; one of them on positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)).mean(1))))
+
+
+class LanguageModel(nn.Module):
+    """Tokens (N, T) to logits (N, 3) of words, read out by the weight of the embedding."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4, padding_idx=0)
+        self.mix = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 7, bias=bias)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        y = self.embedding(x)
+        return self.head(y + torch.tanh(self.mix(y.cumsum(1)))).mean(1)[:, :3]
+
+
+class TiedConv(nn.Module):
+    """Two convolutions with one weight, and two normalisations with one scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv1d(2, 2, 3, padding=1), nn.Conv1d(2, 2, 3, padding=1, bias=False)
+        self.second.weight = self.first.weight
+        self.norm, self.norm_again = nn.LayerNorm(4), nn.LayerNorm(4)
+        self.norm_again.weight = self.norm.weight
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.norm_again(torch.tanh(self.second(self.norm(torch.tanh(self.first(x))))))
+        return self.head(x.flatten(1))
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer on (N, T, 3), or (T, N, 3), that is read out from its outputs and its last state."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.first, self.layer, self.head = nn.Linear(3, 3), layer, nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        y, state = self.layer(x if self.layer.batch_first else x.transpose(0, 1))
+        hidden = state[0] if isinstance(state, tuple) else state
+        return self.head(y.mean(1 if self.layer.batch_first else 0)[:, :4] + hidden[-1])
+
+
+class Scaled(nn.Module):
+    """A module of one's own: parameters and no children with any."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.randn(features)), nn.Parameter(torch.randn(features))
+        self.activation = nn.Tanh()
+
+    def forward(self, x, *, power):
+        return {"y": self.activation(x * self.scale) ** power + self.shift}
+
+
+class Own(nn.Module):
+    """Linear layers around a module of one's own that is called twice, and one with a normed weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.scaled = nn.Linear(4, 5), Scaled(5)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(5, 5, bias=False))
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        y = self.scaled(self.first(x), power=2)["y"]
+        return self.head(self.normed(self.scaled(y, power=1)["y"]).mean(1))
+
+
 def _conv(module, positions):
     return nn.Sequential(module, nn.Tanh(), nn.Flatten(), nn.Linear(module.out_channels * positions, 3))
 
@@ -101,6 +185,27 @@ NETWORKS = {
         _images(2, 5, 5),
     ),
     "rms-norm": (lambda: nn.Sequential(nn.Linear(6, 5), nn.RMSNorm(5), nn.Linear(5, 3)), _images(6)),
+    "transposed-conv1d": (
+        lambda: _conv(nn.ConvTranspose1d(3, 4, 3, stride=2, padding=1, dilation=2), 9),
+        _images(3, 4),
+    ),
+    "transposed-conv2d-groups": (
+        lambda: _conv(
+            nn.ConvTranspose2d(4, 6, (3, 2), (3, 2), groups=2, padding=1, output_padding=(2, 1)), 27
+        ),
+        _images(4, 3, 2),
+    ),
+    "transposed-conv3d": (
+        lambda: _conv(nn.ConvTranspose3d(2, 3, 2, stride=(1, 2, 1), bias=False), 3 * 4 * 3),
+        _images(2, 2, 2, 2),
+    ),
+    "tied-linear": (TiedLinear, _images(5, 4)),
+    "tied-conv": (TiedConv, _images(2, 4)),
+    "language-model": (lambda: LanguageModel(bias=False), lambda n: torch.randint(0, 7, (n, 6))),
+    "language-model-bias": (lambda: LanguageModel(bias=True), lambda n: torch.randint(0, 7, (n, 6))),
+    "lstm": (lambda: Recurrent(nn.LSTM(3, 4, num_layers=2, batch_first=True)), _images(5, 3)),
+    "gru-time-first": (lambda: Recurrent(nn.GRU(3, 4, bidirectional=True)), _images(5, 3)),
+    "own": (Own, _images(2, 4)),
     "reused": (Reused, _images(2, 4, 4)),
     "transformer": (lambda: Transformer(batch_first=True), _images(3, 4)),
     "transformer-time-first": (lambda: Transformer(batch_first=False), _images(3, 4)),
@@ -125,8 +230,20 @@ def sample_gradients(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor
 
 
 def blocks(model: nn.Module, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return {module: (N, D)}: the per-sample gradients of each module's parameters side by side."""
+    """Return {layer: (N, D)}: the per-sample gradients of each layer's parameters side by side.
+
+    A layer is a module, or several modules that share a parameter, their names joined by "+".
+    """
+    owners: dict[str, list[str]] = {}
+    names = {p: name for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        module = name.rpartition(".")[0].partition(".parametrizations")[0]
+        owners.setdefault(names[parameter], []).append(module)
+    joined = {
+        module: "+".join(modules) for modules in owners.values() if len(modules) > 1 for module in modules
+    }
     result: dict[str, list[Tensor]] = {}
     for name, gradient in gradients.items():
-        result.setdefault(name.rpartition(".")[0], []).append(gradient.flatten(1))
+        module = owners[name][0]
+        result.setdefault(joined.get(module, module), []).append(gradient.flatten(1))
     return {name: torch.cat(parts, dim=1) for name, parts in result.items()}

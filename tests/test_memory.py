@@ -51,8 +51,8 @@ def test_a_solving_step_holds_neither_inputs_nor_gradients(monkeypatch, network)
     model, x, y = make(network, N)
     opt = fngd.FNGD(model, share="none", norms="weighted")
     held, alive_at_combine = {}, {}
-    for layer in opt._engine.layers:
-        rule = layer.rule
+    for member in opt._engine.members:
+        rule = member.rule
 
         def watch(module, uses, s, rule=rule, combine=rule.combine):
             alive_at_combine[module] = [m for m, ref in held.items() if not ref.expired()]
@@ -63,7 +63,7 @@ def test_a_solving_step_holds_neither_inputs_nor_gradients(monkeypatch, network)
             watch.watching = True
             monkeypatch.setattr(rule, "combine", watch)
     F.cross_entropy(model(x), y).backward()
-    assert len(held) == len(opt._engine.layers)
+    assert len(held) == len(opt._engine.members)
     assert all(ref.expired() for ref in held.values())
     assert not any(alive_at_combine.values())  # the layer before was let go
     assert opt.stats()["captured_bytes"] > 0
@@ -74,10 +74,10 @@ def test_gram_matrices_are_formed_inside_backward(monkeypatch):
     opt = fngd.FNGD(model, share="none")
     first, last = opt._engine.layers
     order = []
-    rule = first.rule
+    rule = first.members[0].rule
 
     def gram(module, uses, gram=rule.gram):
-        order.append("gram of the first" if module is first.module else "gram of the last")
+        order.append("gram of the first" if module is first.members[0].module else "gram of the last")
         return gram(module, uses)
 
     monkeypatch.setattr(rule, "gram", gram)

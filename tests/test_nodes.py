@@ -25,6 +25,20 @@ CONVOLUTIONS = {
         {"stride": [1] * 3, "padding": [0, 1, 1], "dilation": [1] * 3, "groups": 1},
     ),
 }
+for _, _, geometry in CONVOLUTIONS.values():
+    geometry |= {"transposed": False, "output_padding": [0] * len(geometry["stride"])}
+CONVOLUTIONS["2d-transposed"] = (
+    (2, 4, 3, 2),
+    (4, 3, 3, 2),
+    {
+        "stride": [2, 3],
+        "padding": [1, 0],
+        "dilation": [1, 2],
+        "groups": 2,
+        "transposed": True,
+        "output_padding": [1, 2],
+    },
+)
 
 
 @pytest.fixture(params=["native", "python"])
@@ -45,7 +59,11 @@ def linear_case():
 
 def conv_case(dimensions):
     x, weight, geometry = CONVOLUTIONS[dimensions]
-    return nodes.conv, geometry, double(*x), double(*weight), double(weight[0])
+    return nodes.conv, geometry, double(*x), double(*weight), double(outputs(weight, geometry))
+
+
+def outputs(weight, geometry):
+    return weight[1] * geometry["groups"] if geometry.get("transposed") else weight[0]
 
 
 CASES = {"linear": linear_case, **{f"conv{d}": lambda d=d: conv_case(d) for d in CONVOLUTIONS}}
@@ -55,8 +73,12 @@ def torch_function(node, geometry):
     """What torch computes for the same arguments."""
     if node is nodes.linear:
         return F.linear
-    convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(geometry["stride"])]
-    return lambda x, w, b: convolve(x, w, b, **geometry)
+    options = dict(geometry)
+    transposed = options.pop("transposed", False)
+    if not transposed:
+        options.pop("output_padding", None)
+    name = f"conv_transpose{len(geometry['stride'])}d" if transposed else f"conv{len(geometry['stride'])}d"
+    return lambda x, w, b: getattr(F, name)(x, w, b, **options)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -86,8 +108,9 @@ def test_both_ways_of_weighting_agree_in_single_precision(case, wide, implementa
     """Either operand may carry the weights: the smaller one does."""
     node, geometry, x, weight, _ = CASES[case]()
     if wide:
-        weight = weight.repeat(8, *[1] * (weight.ndim - 1))
-    bias = torch.zeros(len(weight))
+        times = (1, 8) if geometry.get("transposed") else (8, 1)
+        weight = weight.repeat(*times, *[1] * (weight.ndim - 2))
+    bias = torch.zeros(outputs(weight.shape, geometry))
     x, weight = x.detach().float(), weight.detach().float().requires_grad_()
     scale = torch.rand(len(x))
     y = node(x, weight, bias, scale, **geometry)

@@ -10,6 +10,7 @@ Source: the weighted form of the natural gradient, Ou et al. 2024 (arXiv 2403.03
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +20,13 @@ from . import nodes_python
 from .library import LIBRARY
 
 Gradients = tuple[Tensor | None, Tensor | None]
-Sink = Callable[[Tensor, Tensor, bool, bool], Gradients | None]
+Sink = Callable[[Any, Tensor, bool, bool], Sequence[Tensor | None] | None]
 
 LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? scale) -> Tensor")
 LIBRARY.define(
     "conv(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, "
-    "int[] stride, int[] padding, int[] dilation, int groups) -> Tensor"
+    "int[] stride, int[] padding, int[] dilation, int groups, bool transposed, "
+    "int[] output_padding) -> Tensor"
 )
 LIBRARY.define("embedding(Tensor ids, Tensor weight, Tensor? scale, int padding_idx) -> Tensor")
 LIBRARY.define("rows(Tensor parameter, int samples, Tensor? scale) -> Tensor")
@@ -55,12 +57,16 @@ def conv(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    transposed: bool = False,
+    output_padding: Sequence[int] | None = None,
 ) -> Tensor:
-    """Return the 1-3 d convolution of x.
+    """Return the 1-3 d convolution of x, or the transposed one.
 
-    x: (N, C, *space); weight: (O, C / groups, *kernel); bias: (O,) or None; scale: (N,), sample weights.
+    x: (N, C, *space); weight: (O, C / groups, *kernel), transposed (C, O / groups, *kernel); bias: (O,) or
+    None; scale: (N,), sample weights.
     """
-    geometry = (list(stride), list(padding), list(dilation), groups)
+    output_padding = [0] * len(stride) if output_padding is None else list(output_padding)
+    geometry = (list(stride), list(padding), list(dilation), groups, transposed, output_padding)
     if not native.AVAILABLE:
         return nodes_python.Conv.apply(*nodes_python.autocast(x, weight, bias), scale, sink, geometry, None)
     if sink is not None:

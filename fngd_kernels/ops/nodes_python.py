@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
 
 def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
     """Return s_n x_n, rounded once to x's dtype."""
@@ -63,7 +61,10 @@ class Conv(Function):
         ctx.has_bias = bias is not None
         if like is not None:
             return _conv_backward(x, like, weight, geometry, 0)
-        return _CONVOLUTIONS[x.ndim - 2](x, weight, bias, *geometry)
+        stride, padding, dilation, groups, transposed, output_padding = geometry
+        return torch.convolution(
+            x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
+        )
 
     @staticmethod
     def backward(ctx, gradient):
@@ -86,10 +87,10 @@ class Conv(Function):
 
 def _conv_backward(e, x, weight, geometry, which):
     """Return the gradient of the convolution's input (which = 0) or weight (which = 1)."""
-    stride, padding, dilation, groups = geometry
+    stride, padding, dilation, groups, transposed, output_padding = geometry
     mask = [which == 0, which == 1, False]
     return torch.ops.aten.convolution_backward(
-        e, x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, mask
+        e, x, weight, None, stride, padding, dilation, transposed, output_padding, groups, mask
     )[which]
 
 

@@ -10,20 +10,32 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from fngd_kernels.ops.coefficients import coefficients
-from fngd_kernels.ops.nodes import Gradients
 
-from .capture import Layer
-from .rules import Use, added
+from .capture import Layer, Member
+from .rules import Part, Use, added, tied_gram
 from .sharing import Batch, Sharing
 from .stopwatch import Stopwatch
 
+Uses = dict[Member, list[Use]]
+
 
 class Captured:
-    """The uses of a layer in one batch, and their Gram matrix where it was formed inside backward."""
+    """The uses of a layer's members in one batch, and its Gram matrix where it was formed inside backward."""
 
     def __init__(self) -> None:
-        self.uses: list[Use] = []
+        self.uses: Uses = defaultdict(list)
         self.k: Tensor | None = None
+
+
+class Sink:
+    """What hands the uses of one forward to the engine; alive as long as they may be differentiated."""
+
+    def __init__(self, engine: "Engine", member: Member, batch: Batch) -> None:
+        self.engine, self.member, self.batch = engine, member, batch
+
+    def __call__(self, a: Any, e: Tensor, biased: bool, selective: bool) -> Sequence[Tensor | None] | None:
+        """Receive one use inside backward, as nodes.py describes."""
+        return self.engine.captured(self, Use(a, e, biased), selective)
 
 
 class Engine:
@@ -56,15 +68,20 @@ class Engine:
         if self._captures:
             self._captures = False
             for layer in self.layers:
-                layer.open_uses = 0
+                layer.open_uses.clear()
 
     # ---- forward ----
 
-    def forward(self, layer: Layer, x: Tensor, *arguments: Any) -> Tensor:
-        """Return the layer's output, from a node that weights or captures its parameter gradients."""
-        if not layer.takes(x):
-            return layer.plain(x, *arguments)
-        batch, samples = self.sharing.batch, x.shape[0]
+    @property
+    def members(self) -> list[Member]:
+        """The modules of all layers."""
+        return [member for layer in self.layers for member in layer.members]
+
+    def forward(self, member: Member, x: Tensor, *arguments: Any) -> Any:
+        """Return the module's output, from a node that weights or captures its parameter gradients."""
+        if not member.takes(x):
+            return member.plain(x, *arguments)
+        layer, batch, samples = member.layer, self.sharing.batch, x.shape[0]
         if batch is None:
             raise RuntimeError(
                 "share='sample' needs to know which samples a batch holds: iterate "
@@ -74,43 +91,46 @@ class Engine:
         # Spelled out: torch.compile is wrong about `in` where a size is symbolic.
         if batch.size is not None and batch.size != samples:
             layer.note = f"its input has {samples} rows, the batch has {batch.size} samples"
-            return layer.plain(x, *arguments)
+            return member.plain(x, *arguments)
         scale = self.sharing.weights(batch, layer.index, samples)
         if scale is None:
-            return self._capture(layer, batch, x, *arguments)
-        return layer.rule.forward(layer.module, x, scale, None, *arguments)
+            return self._capture(member, batch, x, *arguments)
+        return member.rule.forward(member.module, x, scale, None, *arguments)
 
     @torch.compiler.disable(reason="a batch that is solved for runs eagerly; see fngd.FNGD.solving")
-    def _capture(self, layer: Layer, batch: Batch, x: Tensor, *arguments: Any) -> Tensor:
+    def _capture(self, member: Member, batch: Batch, x: Tensor, *arguments: Any) -> Any:
         self._captures = True
-        layer.open_uses += 1
-        sink = partial(self._captured, layer, batch)
-        return layer.rule.forward(layer.module, x, None, sink, *arguments)
+        sink = Sink(self, member, batch)
+        member.layer.open_uses.add(sink)
+        return member.rule.forward(member.module, x, None, sink, *arguments)
 
     # ---- backward ----
 
     @torch.no_grad()
-    def _captured(
-        self, layer: Layer, batch: Batch, a: Tensor, e: Tensor, biased: bool, selective: bool
-    ) -> Gradients | None:
-        """Receive one use of a layer inside backward; the sink of the layer's node."""
-        use, task = Use(a, e, biased), torch._C._current_graph_task_id()
-        last_use = layer.open_uses == 1
-        only_use = layer.open_uses <= 1 and layer.answered_task != task
-        layer.open_uses = max(0, layer.open_uses - 1)
+    def captured(self, sink: Sink, use: Use, selective: bool) -> Sequence[Tensor | None] | None:
+        """Receive one use of a layer inside backward; return its gradients where they must be known now."""
+        member, batch, task = sink.member, sink.batch, torch._C._current_graph_task_id()
+        layer = member.layer
+        layer.open_uses.discard(sink)
+        last_use = not layer.open_uses
         if selective or _awaited(layer):
+            only_use = last_use and layer.answered_task != task
             layer.answered_task = task
+            weights: dict[Layer, Tensor] = {}
             if only_use:
-                k = layer.rule.gram(layer.module, [use])
+                k = member.rule.gram(member.module, [use])
                 self._note_bytes([use], [k])
-                return _weighted(layer, [use], self._solve(batch, {layer: k}, task))
-            layer.note = "used several times, and its gradient must be returned before the last use is known"
-            return _weighted(layer, [use], {})
+                weights = self._solve(batch, {layer: k}, task)
+            else:
+                layer.note = (
+                    "used several times, and its gradient must be returned before the last use is known"
+                )
+            return _combined(member, [use], weights.get(layer))
         if task not in self._pending:
             self._pending[task] = defaultdict(lambda: defaultdict(Captured))
             Variable._execution_engine.queue_callback(partial(self._finish_backward, task))
         captured = self._pending[task][batch][layer]
-        captured.uses.append(use)
+        captured.uses[member].append(use)
         # At once, while e is in the cache; a derivative of the layer that comes still later makes it void.
         captured.k = _gram(layer, captured.uses) if last_use else None
         return None
@@ -124,14 +144,20 @@ class Engine:
                 k = _gram(layer, found.uses) if found.k is None else found.k
                 if k is not None:
                     grams[layer] = k
-            self._note_bytes([use for found in captured.values() for use in found.uses], grams.values())
+            self._note_bytes(
+                (use for found in captured.values() for uses in found.uses.values() for use in uses),
+                grams.values(),
+            )
             weights = self._solve(batch, grams, task)
             while captured:  # each layer's tensors are let go as soon as they were combined
                 layer, found = captured.popitem()
-                gradients = _weighted(layer, found.uses, weights)
-                for parameter, gradient in zip(layer.parameters, gradients, strict=True):
-                    if parameter is not None and parameter.requires_grad and gradient is not None:
-                        _accumulate(parameter, gradient)
+                while found.uses:
+                    member, uses = found.uses.popitem()
+                    gradients = _combined(member, uses, weights.get(layer))
+                    del uses
+                    for parameter, gradient in zip(member.parameters, gradients, strict=True):
+                        if parameter is not None and parameter.requires_grad and gradient is not None:
+                            _accumulate(parameter, gradient)
 
     def _solve(self, batch: Batch, grams: Mapping[Layer, Tensor], task: int) -> dict[Layer, Tensor]:
         """Return the weights of the samples in every layer with a Gram matrix, and keep them for later."""
@@ -193,7 +219,7 @@ class Engine:
             return f"plain: {layer.note}"
         if layer.solves == 0 and self.solved_batches > 0:
             return "plain: its module took no part in a solving step"
-        return f"{layer.rule.name}, at times plain: {layer.note}" if layer.note else layer.rule.name
+        return f"{layer.kind}, at times plain: {layer.note}" if layer.note else layer.kind
 
     def stats(self) -> dict[str, Any]:
         """Return the counters, and the spread of each layer's coefficients in its last solve."""
@@ -213,28 +239,28 @@ class Engine:
         }
 
 
-def _gram(layer: Layer, uses: Sequence[Use]) -> Tensor | None:
+def _gram(layer: Layer, uses: Uses) -> Tensor | None:
     """Return the layer's Gram matrix, None where its uses are not of the same samples."""
-    sizes = {use.e.shape[0] for use in uses}
+    sizes = {use.e.shape[0] for found in uses.values() for use in found}
     if len(sizes) == 1:
-        return layer.rule.gram(layer.module, uses)
+        return tied_gram([Part(member.rule, member.module, found) for member, found in uses.items()])
     layer.note = f"used on batches of several sizes ({sorted(sizes)}) in one backward"
     return None
 
 
-def _weighted(layer: Layer, uses: Sequence[Use], weights: dict[Layer, Tensor]) -> Gradients:
-    """Return the layer's weighted gradients, or the plain ones for a layer without weights."""
-    if layer in weights:
-        return layer.rule.combine(layer.module, uses, weights[layer])
-    return added([layer.rule.combine(layer.module, [use], use.e.new_ones(use.e.shape[0])) for use in uses])
+def _combined(member: Member, uses: Sequence[Use], s: Tensor | None) -> Sequence[Tensor | None]:
+    """Return the gradients of a member's parameters, weighted by s; without s the plain ones."""
+    if s is not None:
+        return member.rule.combine(member.module, uses, s)
+    ones = [use.e.new_ones(use.e.shape[0]) for use in uses]
+    return added([member.rule.combine(member.module, [u], s) for u, s in zip(uses, ones, strict=True)])
 
 
 def _awaited(layer: Layer) -> bool:
     """Return whether a hook or a gradient reducer waits for this layer's gradient inside backward."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return True
-    parameters = [p for p in layer.parameters if p is not None]
-    return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)
+    return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in layer.parameters)
 
 
 def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:

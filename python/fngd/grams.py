@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fngd_kernels.ops.nodes import Gradients
-
-from .capture import Layer, find_layers, route
-from .rules import Use
+from .capture import Layer, Member, route
+from .discovery import find_layers
+from .rules import Part, Use, tied_gram
 
 
 def layer_grams(model: nn.Module, closure: Callable[[], Tensor]) -> dict[str, Tensor]:
@@ -36,15 +35,15 @@ def layer_grams(model: nn.Module, closure: Callable[[], Tensor]) -> dict[str, Te
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         warnings.warn(f"layer_grams leaves out {reasons}", stacklevel=2)
     collector = _Collector()
-    restore = route(layers, collector)
+    restore = route([member for layer in layers for member in layer.members], collector)
     try:
         with torch.enable_grad():
             loss = closure()
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError(f"closure: expected a scalar loss with a gradient, got {loss!r}")
-        weights = [layer.module.weight for layer in collector.open]
-        if weights:
-            torch.autograd.grad(loss, weights, allow_unused=True)
+        parameters = [p for layer in collector.open for p in layer.parameters if p.requires_grad]
+        if parameters:
+            torch.autograd.grad(loss, parameters, allow_unused=True)
     finally:
         restore()
     return collector.grams()
@@ -55,26 +54,27 @@ class _Collector:
 
     def __init__(self) -> None:
         self.open: dict[Layer, int] = defaultdict(int)
-        self._uses: dict[Layer, list[Use]] = defaultdict(list)
+        self._uses: dict[Layer, list[tuple[Member, Use]]] = defaultdict(list)
         self._grams: dict[Layer, Tensor] = {}
 
-    def forward(self, layer: Layer, x: Tensor, *arguments: Any) -> Tensor:
-        if not layer.takes(x):
-            return layer.plain(x, *arguments)
-        self.open[layer] += 1
-        return layer.rule.forward(layer.module, x, None, partial(self._captured, layer), *arguments)
+    def forward(self, member: Member, x: Tensor, *arguments: Any) -> Any:
+        if not member.takes(x):
+            return member.plain(x, *arguments)
+        self.open[member.layer] += 1
+        return member.rule.forward(member.module, x, None, partial(self._captured, member), *arguments)
 
     @torch.no_grad()
-    def _captured(
-        self, layer: Layer, a: Tensor, e: Tensor, biased: bool, selective: bool
-    ) -> Gradients | None:
-        self._uses[layer].append(Use(a, e, biased))
+    def _captured(self, member: Member, a: Any, e: Tensor, biased: bool, selective: bool) -> None:
+        layer = member.layer
+        self._uses[layer].append((member, Use(a, e, biased)))
         if len(self._uses[layer]) == self.open[layer]:
             self._close(layer)
-        return None
 
     def _close(self, layer: Layer) -> None:
-        self._grams[layer] = layer.rule.gram(layer.module, self._uses.pop(layer))
+        uses: dict[Member, list[Use]] = defaultdict(list)
+        for member, use in self._uses.pop(layer):
+            uses[member].append(use)
+        self._grams[layer] = tied_gram([Part(m.rule, m.module, found) for m, found in uses.items()])
 
     def grams(self) -> dict[str, Tensor]:
         """Return K by layer name; a use that no gradient reached contributes nothing."""

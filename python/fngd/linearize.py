@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from fngd_kernels.ops.nodes import Gradients
-
-from .capture import Layer, find_layers, route
+from .capture import Member, route
+from .discovery import find_layers
 from .generic import differentiated_rows, per_sample_rows
 from .jacobian import Factor, Jacobian, RowsFactor, linear_factor
 from .residuals import Block, evaluate, loss
@@ -26,10 +25,10 @@ class Recorder:
     """
 
     def __init__(self) -> None:
-        self.uses: dict[Layer, list[Use]] | None = None
+        self.uses: dict[Member, list[Use]] | None = None
         self.answers = False  # whether uses are answered with the ordinary gradient
 
-    def forward(self, layer: Layer, x: Tensor, *arguments: Any) -> Tensor:
+    def forward(self, layer: Member, x: Tensor, *arguments: Any) -> Tensor:
         """Return the layer's output, from a node that captures; plain inside torch.func and forward mode."""
         transformed = torch._C._functorch.maybe_current_level() is not None
         dual = torch.autograd.forward_ad._current_level >= 0
@@ -39,8 +38,8 @@ class Recorder:
 
     @torch.no_grad()
     def _received(
-        self, layer: Layer, a: Tensor, e: Tensor, biased: bool, selective: bool
-    ) -> Gradients | None:
+        self, layer: Member, a: Tensor, e: Tensor, biased: bool, selective: bool
+    ) -> Sequence[Tensor | None] | None:
         use = Use(a, e, biased)
         if self.uses is not None:
             self.uses[layer].append(use)
@@ -53,7 +52,7 @@ class Group:
 
     residuals: Tensor  # (N,)
     scale: float
-    uses: dict[Layer, list[Use]]
+    uses: dict[Member, list[Use]]
     rows: dict[Parameter, Tensor]  # (N, *shape), what was differentiated already
 
 
@@ -67,10 +66,10 @@ class Linearizer:
     def __init__(self, model: nn.Module, parameters: Iterable[Tensor]) -> None:
         self.model = model
         self.parameters = [p for p in parameters if isinstance(p, Parameter)]
-        layers, self.reasons = find_layers(model, self.parameters, affine=True)
+        layers, self.reasons = find_layers(model, self.parameters, affine=True, composite=False)
         wanted = {id(p) for p in self.parameters}
-        self.layers: list[Layer] = []
-        for layer in layers:
+        self.layers: list[Member] = []
+        for layer in (found.members[0] for found in layers):
             if isinstance(layer.module, nn.modules.batchnorm._BatchNorm):
                 self.reasons[layer.name] = "batch normalisation"
             elif any(id(p) not in wanted for p in _trainable(layer)):
@@ -112,7 +111,7 @@ class Linearizer:
             )
         return report
 
-    def _active(self) -> list[Layer]:
+    def _active(self) -> list[Member]:
         return [layer for layer in self.layers if layer.module.weight.requires_grad]
 
     def _named_parameters(self) -> dict[str, Parameter]:
@@ -157,7 +156,7 @@ class Linearizer:
         others = [p for p in self.parameters if p.requires_grad and p not in owners]
         groups = []
         for component in block.values.unbind(1):
-            uses: dict[Layer, list[Use]] = defaultdict(list)
+            uses: dict[Member, list[Use]] = defaultdict(list)
             if owners:
                 self.recorder.uses = uses
                 try:
@@ -236,7 +235,7 @@ class Linearizer:
         self._checked = described
 
 
-def _check_rows(block: Block, layer: Layer, uses: Sequence[Use]) -> None:
+def _check_rows(block: Block, layer: Member, uses: Sequence[Use]) -> None:
     samples = len(block.values)
     sizes = {use.e.shape[0] for use in uses} - {samples}
     if sizes:
@@ -247,5 +246,5 @@ def _check_rows(block: Block, layer: Layer, uses: Sequence[Use]) -> None:
         )
 
 
-def _trainable(layer: Layer) -> list[Parameter]:
+def _trainable(layer: Member) -> list[Parameter]:
     return [p for p in layer.parameters if p is not None and p.requires_grad]

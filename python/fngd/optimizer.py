@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from fngd_kernels.ops.coefficients import DAMPING_MODES, NORMALIZATIONS
 
-from .capture import WISHES, find_layers, release, route
+from .capture import release, route
+from .discovery import WISHES, find_layers
 from .engine import Engine
 from .sharing import SHARES, Sharing
 from .update import Update, base_class, fuses_on_cuda
@@ -115,7 +116,7 @@ class FNGD(Optimizer):
             raise ValueError(f"strict: modules without a rule ({listed})")
         self.share = share
         self._model = model
-        device = layers[0].module.weight.device
+        device = layers[0].parameters[0].device
         self._update = Update(updating, self, device)
         self._sharing = Sharing(share, refresh_every, len(layers), device, process_group)
         self._engine = Engine(layers, self._sharing, float(damping), damping_mode, normalize)
@@ -128,7 +129,7 @@ class FNGD(Optimizer):
     def attach(self) -> None:
         """Route the model's layers again after `detach`."""
         if self._restore is None:
-            self._restore = route(self._engine.layers, self._engine)
+            self._restore = route(self._engine.members, self._engine)
 
     def detach(self) -> None:
         """Give the model its own forwards back; gradients are plain from here on."""
@@ -252,17 +253,18 @@ class FNGD(Optimizer):
     def coverage(self) -> dict[str, str]:
         """Return for every optimized parameter the rule that weights it, or "plain: " and the reason."""
         optimized = {id(p) for group in self.param_groups for p in group["params"]}
-        served = {layer.name: layer for layer in self._engine.layers}
+        served = {id(p): layer for layer in self._engine.layers for p in layer.parameters}
         report = {}
         for module_name, module in self._model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if id(parameter) not in optimized:
                     continue
                 path = f"{module_name}.{name}" if module_name else name
-                if module_name not in served:
+                layer = served.get(id(parameter))
+                if layer is None:
                     report[path] = f"plain: {self._plain.get(module_name, ADDED)}"
                 else:
-                    report[path] = self._engine.describe(served[module_name], parameter)
+                    report[path] = self._engine.describe(layer, parameter)
         return report
 
     def stats(self) -> dict[str, Any]:

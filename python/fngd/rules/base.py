@@ -42,19 +42,17 @@ class Rule(Protocol):
     def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
         """Return K (N, N), K_ij = <C_i, C_j>, with C_n summed over the uses."""
 
-    def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
-        """Return the C_n (N, *shape) to weight and bias, None for a bias that takes no part."""
+    def contributions(self, module: Any, uses: Sequence[Use]) -> Sequence[Tensor | None]:
+        """Return the C_n (N, *shape) to each parameter, weight and bias; None for one that takes no part."""
 
-    def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
-        """Return sum_n s_n C_n: (weight gradient, bias gradient), None for a bias without gradient."""
+    def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Sequence[Tensor | None]:
+        """Return sum_n s_n C_n, the gradient of each parameter, None for one without."""
 
 
-def added(parts: Sequence[Gradients]) -> Gradients:
-    """Return the sum of several uses' (weight gradient, bias gradient)."""
-    if len(parts) == 1:
-        return parts[0]
-    weight, bias = ([g for g in column if g is not None] for column in zip(*parts, strict=True))
-    return torch.stack(weight).sum(0), torch.stack(bias).sum(0) if bias else None
+def added(parts: Sequence[Sequence[Tensor | None]]) -> tuple[Tensor | None, ...]:
+    """Return the sum of several uses' gradients, parameter by parameter."""
+    columns = ([g for g in column if g is not None] for column in zip(*parts, strict=True))
+    return tuple(torch.stack(found).sum(0) if len(found) > 1 else (*found, None)[0] for found in columns)
 
 
 def pair(result: Tensor | tuple[Tensor, Tensor]) -> Gradients:

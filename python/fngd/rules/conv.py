@@ -1,4 +1,4 @@
-"""nn.Conv1d, Conv2d, Conv3d: C_n is the weight gradient of sample n's own convolution."""
+"""Convolutions and transposed ones: C_n is the weight gradient of sample n's own convolution."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -62,9 +62,9 @@ class ConvRule:
             )
             for use in uses
         ]
-        bias = [use.e.flatten(2).sum(2) for use in biased(module, uses)]
+        with_bias = biased(module, uses)
         summed = torch.stack(weight).sum(0).view(-1, *module.weight.shape)
-        return summed, torch.stack(bias).sum(0) if bias else None
+        return summed, _bias_rows(with_bias) if with_bias else None
 
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
         shape, options = module.weight.shape, geometry(module)
@@ -72,7 +72,65 @@ class ConvRule:
             pair(fk.combine_conv(use.a, use.e, s, shape, bias=bool(biased(module, [use])), **options))
             for use in uses
         ]
-        return added(parts)
+        weight, bias_gradient = added(parts)
+        return weight, bias_gradient
+
+
+class ConvTransposeRule(ConvRule):
+    """Transposed convolutions: their weight sees a convolution from output gradient to input."""
+
+    name = "conv_transpose"
+
+    def reason_against(self, module: Any) -> str | None:
+        if any(p >= s for p, s in zip(module.output_padding, module.stride, strict=True)):
+            return f"{type(module).__name__} with output_padding of its stride or more"
+        return None
+
+    def forward(
+        self,
+        module: Any,
+        x: Tensor,
+        scale: Tensor | None,
+        sink: Sink | None,
+        output_size: list[int] | None = None,
+    ) -> Tensor:
+        sizes = (module.stride, module.padding, module.kernel_size, len(module.kernel_size), module.dilation)
+        output_padding = module._output_padding(x, output_size, *sizes)
+        return nodes.conv(
+            x,
+            module.weight,
+            module.bias,
+            scale,
+            sink,
+            **geometry(module),
+            transposed=True,
+            output_padding=output_padding,
+        )
+
+    def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
+        k = super().gram(module, _exchanged(uses))
+        with_bias = biased(module, uses)
+        return k + fk.gram_rows(_bias_rows(with_bias)) if with_bias else k
+
+    def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
+        weight, _ = super().contributions(module, _exchanged(uses))
+        with_bias = biased(module, uses)
+        return weight, _bias_rows(with_bias) if with_bias else None
+
+    def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
+        weight, _ = super().combine(module, _exchanged(uses), s)
+        with_bias = biased(module, uses)
+        return weight, fk.combine_rows(_bias_rows(with_bias), s) if with_bias else None
+
+
+def _exchanged(uses: Sequence[Use]) -> list[Use]:
+    """Return the uses of the convolution of which the transposed one is the input gradient."""
+    return [Use(use.e, use.a, False) for use in uses]
+
+
+def _bias_rows(uses: Sequence[Use]) -> Tensor:
+    """Return the contributions (N, O) to the bias."""
+    return torch.stack([use.e.flatten(2).sum(2) for use in uses]).sum(0)
 
 
 def split_padding(module: Any) -> tuple[list[int] | None, tuple[int, ...]]:

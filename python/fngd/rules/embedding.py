@@ -38,9 +38,7 @@ class EmbeddingRule:
         return fk.gram_embedding(*_positions(uses), padding_idx=module.padding_idx)
 
     def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
-        ids, e = _positions(uses)
-        if module.padding_idx is not None:
-            e = e.masked_fill((ids == module.padding_idx).unsqueeze(-1), 0)
+        ids, e = masked_positions(module, uses)
         rows = e.new_zeros((len(ids), *module.weight.shape))
         samples = torch.arange(len(ids), device=ids.device).unsqueeze(1).expand_as(ids)
         return rows.index_put_((samples, ids), e, accumulate=True), None
@@ -55,3 +53,11 @@ def _positions(uses: Sequence[Use]) -> tuple[Tensor, Tensor]:
     """Return all uses as one: ids (N, T), e (N, T, D)."""
     ids = torch.cat([ids.reshape(ids.shape[0], -1) for ids, *_ in uses], dim=1)
     return ids, torch.cat([e.reshape(e.shape[0], -1, e.shape[-1]) for _, e, _ in uses], dim=1)
+
+
+def masked_positions(module: Any, uses: Sequence[Use]) -> tuple[Tensor, Tensor]:
+    """Return all uses as one, with a zero gradient where the id is padding."""
+    ids, e = _positions(uses)
+    if module.padding_idx is None:
+        return ids, e
+    return ids, e.masked_fill((ids == module.padding_idx).unsqueeze(-1), 0)

@@ -31,22 +31,41 @@ class LinearRule:
         with_bias = biased(module, uses)
         if len(with_bias) in (0, len(uses)):
             return fk.gram(*positions(uses), bias=bool(with_bias))
-        return fk.gram(*positions(uses)) + fk.gram_rows(_bias_rows(with_bias))
+        return fk.gram(*positions(uses)) + fk.gram_rows(bias_rows(with_bias))
 
     def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
         a, e = positions(uses)
         with_bias = biased(module, uses)
-        return e.mT @ a, _bias_rows(with_bias) if with_bias else None
+        return e.mT @ a, bias_rows(with_bias) if with_bias else None
 
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
         with_bias = biased(module, uses)
         if len(with_bias) in (0, len(uses)):
             return pair(fk.combine(*positions(uses), s, bias=bool(with_bias)))
         weight, _ = pair(fk.combine(*positions(uses), s))
-        return weight, fk.combine_rows(_bias_rows(with_bias), s)
+        return weight, fk.combine_rows(bias_rows(with_bias), s)
 
 
-def _bias_rows(uses: Sequence[Use]) -> Tensor:
+class TransposedLinearRule(LinearRule):
+    """Hugging Face's Conv1D: a linear layer that keeps its weight as (I, O)."""
+
+    name = "transposed linear"
+
+    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
+        return nodes.linear(x, module.weight.T, module.bias, scale, sink)
+
+    def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
+        weight, bias = super().contributions(module, uses)
+        assert weight is not None
+        return weight.mT, bias
+
+    def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
+        weight, bias = super().combine(module, uses, s)
+        assert weight is not None
+        return weight.T, bias
+
+
+def bias_rows(uses: Sequence[Use]) -> Tensor:
     """Return the contributions (N, O) to the bias."""
     return torch.stack([use.e.flatten(1, -2).sum(1) if use.e.ndim > 2 else use.e for use in uses]).sum(0)
 

@@ -1,0 +1,178 @@
+"""Modules of any kind whose rows do not mix: C_n by torch.func, weights through in- and output gradients."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.parametrize import is_parametrized
+
+import fngd_kernels as fk
+from fngd_kernels.ops import nodes
+from fngd_kernels.ops.nodes import Sink
+
+from .base import Use
+from .opaque import Call, Opaque
+
+LEAST = 1e-3
+"""Least |s| in units of the largest: by 1 / s gradients are scaled back at the module's input."""
+
+
+class GenericRule:
+    """A module whose parameters are all its own, and whose output rows depend on the same input rows alone.
+
+    Solving forms the per-sample gradients of one module (N, P) at a time. With weights given, nothing but the
+    module's ordinary backward runs, between a gradient scaled by s at its output and by 1 / s at its input.
+    """
+
+    name = "generic"
+
+    def reason_against(self, module: nn.Module) -> str | None:
+        kind, parameters = type(module).__name__, list(module.parameters())
+        children = [child for name, child in module.named_children() if name != "parametrizations"]
+        if any(True for child in children for _ in child.parameters()):
+            return f"no rule for {kind}"
+        if type(module).forward is nn.Module.forward or isinstance(module, torch.jit.ScriptModule):
+            return f"no rule for {kind}"
+        if any(not p.is_floating_point() or p.dtype != parameters[0].dtype for p in parameters):
+            return f"{kind} has parameters of several types"
+        if getattr(module, "sparse", False) or getattr(module, "max_norm", None) is not None:
+            return f"{kind} with sparse gradients or max_norm"
+        if is_parametrized(module) and any(True for _ in module.parametrizations.buffers()):  # type: ignore[union-attr]
+            return f"{kind} with a parametrization that has a state"
+        if (isinstance(module, nn.RNNBase) and module.dropout > 0) or any(
+            isinstance(child, _DropoutNd) and child.p > 0 for child in module.modules()
+        ):
+            return f"{kind} with dropout inside"
+        return None
+
+    def batched(self, module: Opaque, x: Tensor) -> bool:
+        return x.ndim >= 1
+
+    def forward(
+        self,
+        module: Opaque,
+        x: Tensor,
+        scale: Tensor | None,
+        sink: Sink | None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        call = Call(module, args, kwargs or {})
+        # Views, so that a hook on them, or on an output that is an input, is on nothing else.
+        tensors = [t.view_as(t) for t in call.tensors]
+        if sink is not None:
+            return _captured(module, call, tensors, sink)
+        assert scale is not None
+        s = _away_from_zero(scale)
+        for t, dim in zip(tensors, call.dims, strict=True):
+            _scale_gradient(t, 1 / s, dim)
+        args, kwargs = call.arguments(tensors)
+        result = module.forward(x, args, kwargs)
+        for t, dim in call.outputs(result):
+            _scale_gradient(t, s, dim)
+        return result
+
+    def gram(self, module: Opaque, uses: Sequence[Use]) -> Tensor:
+        return fk.gram_rows(_rows(module, uses))
+
+    def contributions(self, module: Opaque, uses: Sequence[Use]) -> tuple[Tensor | None, ...]:
+        return _split(module, _rows(module, uses))
+
+    def combine(self, module: Opaque, uses: Sequence[Use], s: Tensor) -> tuple[Tensor | None, ...]:
+        total: list[Tensor] = []
+        for use in uses:
+            with torch.enable_grad():
+                parameters = use.a.trained()
+                y = use.a.flat_output(parameters, [t.detach() for t in use.a.tensors])
+                weighted = (use.e * s.unsqueeze(1)).to(y.dtype)
+                gradients = torch.autograd.grad(
+                    y, list(parameters.values()), weighted, allow_unused=True, materialize_grads=True
+                )
+            total.append(torch.cat([g.flatten() for g in gradients]))
+        return _split(module, torch.stack(total).sum(0))
+
+
+def _rows(module: Opaque, uses: Sequence[Use]) -> Tensor:
+    rows = [module.rows(use.a, use.e)[0] for use in uses]
+    return rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
+
+
+def _split(module: Opaque, flat: Tensor) -> tuple[Tensor | None, ...]:
+    """Return flat (..., P) as one (..., *shape) for each parameter, None for a frozen one."""
+    trained = [p for p in module.parameters if p.requires_grad]
+    parts = iter(flat.split([p.numel() for p in trained], -1))
+    leading = flat.shape[:-1]
+    return tuple(next(parts).view(*leading, *p.shape) if p.requires_grad else None for p in module.parameters)
+
+
+def _away_from_zero(s: Tensor) -> Tensor:
+    """Return s with |s| of at least LEAST times the largest, signs kept; 1 where all are 0."""
+    largest = s.abs().amax()
+    largest = torch.where(largest > 0, largest, 1.0)
+    return s.abs().clamp(min=LEAST * largest).copysign(s)
+
+
+def _scale_gradient(t: Tensor, s: Tensor, dim: int) -> None:
+    if t.requires_grad:
+        shape = [-1 if d == dim else 1 for d in range(t.ndim)]
+        t.register_hook(lambda gradient: (gradient * s.view(shape)).to(gradient.dtype))
+
+
+class _Cotangents:
+    """The gradients that arrive at a module's outputs in one backward."""
+
+    def __init__(self) -> None:
+        self.task = -1
+        self.arrived: dict[int, Tensor] = {}
+        self.differentiable = False  # whether one of them was to be differentiated again
+
+    def note(self, index: int, gradient: Tensor) -> None:
+        self.differentiable |= torch.is_grad_enabled()
+        task = torch._C._current_graph_task_id()
+        if task != self.task:
+            self.task, self.arrived = task, {}
+        self.arrived[index] = gradient.detach()
+
+
+def _captured(module: Opaque, call: Call, tensors: Sequence[Tensor], sink: Sink) -> Any:
+    """Return the module's output; its parameters' ordinary gradient is taken, and sink answers instead.
+
+    The parameters enter as one vector through a node, which hears when all of it has arrived.
+    """
+    trained = {name: p for name, p in zip(module.names, module.parameters, strict=True) if p.requires_grad}
+    cotangents = _Cotangents()
+    versions = [t._version for t in call.tensors]
+    sizes: list[tuple[torch.Size, int, torch.dtype]] = []
+
+    def answer(_: Any, ordinary: Tensor, __: bool, selective: bool) -> Any:
+        if cotangents.differentiable or [t._version for t in call.tensors] != versions:
+            return ordinary[0], None
+        samples, dtype = call.samples, ordinary.dtype
+        e = torch.cat(
+            [
+                cotangents.arrived[i].transpose(0, dim).reshape(samples, -1)
+                if i in cotangents.arrived
+                else ordinary.new_zeros(samples, math.prod(shape) // samples, dtype=dtype)
+                for i, (shape, dim, dtype) in enumerate(sizes)
+            ],
+            1,
+        )
+        cotangents.arrived = {}
+        gradients = sink(call, e, True, selective)
+        if gradients is None:
+            return None
+        return torch.cat([g.flatten() for g in gradients if g is not None]).to(dtype), None
+
+    vector = torch.cat([p.flatten() for p in trained.values()])
+    gated = nodes.rows(vector, 1, None, answer)[0].split([p.numel() for p in trained.values()])
+    parameters = {name: g.view_as(p) for (name, p), g in zip(trained.items(), gated, strict=True)}
+    result = call.run(parameters, tensors)
+    for index, (t, dim) in enumerate(call.outputs(result)):
+        sizes.append((t.shape, dim, t.dtype))
+        if t.requires_grad:
+            t.register_hook(partial(cotangents.note, index))
+    return result
