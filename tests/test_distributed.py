@@ -1,5 +1,9 @@
 """Data-parallel runs on gloo processes: gradients and coefficients against the definition, checkpoints."""
 
+import os
+import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -349,3 +353,25 @@ def test_two_ranks(tmp_path):
 def test_four_ranks_and_a_checkpoint_for_two(tmp_path):
     run(4, tmp_path, check_ddp, check_uneven_ranks, check_means, check_writing)
     run(2, tmp_path, check_reading)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_programs_of_the_guide_page(tmp_path, number):
+    page = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+    program = re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[number]
+    (tmp_path / "train.py").write_text(program)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "train.py",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    samples, solved = ((50, 4), (48, 2))[number]
+    for rank in range(2):
+        assert f"rank {rank} knows {samples} samples, solved {solved}\n" in done.stdout
