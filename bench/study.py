@@ -177,7 +177,8 @@ def _contenders(study: Study, task: Task, methods: list[str]) -> Iterator[tuple[
             update.start_epoch()
         return step
 
-    for name in methods:
+    # a single step says little of a method that refreshes a preconditioner now and then: bench.peers averages
+    for name in (name for name in methods if METHODS[name].period == 1):
         if METHODS[name].solves != "always":
             yield name, contender(name, study.share)
         if METHODS[name].solves != "never":

@@ -203,3 +203,18 @@ def test_fngd_serves_every_layer_of_the_translator(folder):
     plain = {name for name, rule in optimizer.coverage().items() if rule.startswith("plain")}
     assert not {name for name in plain if "norm" not in name}
     assert optimizer.stats()["failed_solves"] == 0
+
+
+def test_training_ends_in_translations(folder):
+    task = load(folder, train_size=30)
+    torch.manual_seed(0)
+    model = task.model("transformer", 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
+    for epoch in range(120):
+        model.train()
+        for batch in task.batches(30, torch.Generator().manual_seed(epoch)):
+            optimizer.zero_grad()
+            task.loss(model, batch, torch.Generator()).backward()
+            optimizer.step()
+    assert task.evaluate(model, task.train)[1] > 0.9
+    assert task.score(model, task.train) > 80
