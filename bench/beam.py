@@ -39,7 +39,7 @@ def translate(
     first_row = torch.arange(n, device=source.device).unsqueeze(1) * width
     best: list[tuple[float, list[int]]] = [(-torch.inf, [])] * n
     for length in range(1, longest + 1):
-        logits = model.decode(memory, source, tokens)[:, -1].float()
+        logits = model.head(model.decode(memory, source, tokens)[:, -1]).float()
         continued = scores.unsqueeze(2) + logits.log_softmax(dim=1).view(n, width, vocabulary)
         ended = continued[:, :, end] / ((5 + length) / 6) ** penalty
         continued[:, :, end] = -torch.inf

@@ -22,7 +22,7 @@ train noise --epochs 3 --width 4 --lr 0.03 --label-noise 0.4
 if [[ -n $data ]]; then
     train cifar10 --data cifar10 --data-dir "$data" --model resnet18 --width 16 --train-size 2000 --epochs 1 \
         --batch-size 128 --lr sgd=0.1 --lr fngd=0.1 --optimizer sgd --optimizer fngd
-    train multi30k --data multi30k --data-dir "$data" --width 2 --train-size 1000 --epochs 1 --lr 0.003 \
+    train multi30k --data multi30k --data-dir "$data" --width 2 --train-size 500 --epochs 2 --lr 0.003 \
         --optimizer adamw --optimizer fngd-adamw
 fi
 "$python" -m bench.report --results "$out"

@@ -112,10 +112,10 @@ def conduct(
             method: choose(runs) for method, runs in tuning.items() if not all(run.diverged for run in runs)
         }
         for method in study.methods:
-            point = (
+            outcome = (
                 f", {describe_point(chosen[method])}" if method in chosen else ": diverged at all it tried"
             )
-            progress.note(f"chosen on validation: {METHODS[method].label}{point}")
+            progress.note(f"chosen on validation: {METHODS[method].label}{outcome}")
         if not chosen:
             raise ValueError("lr: every method diverged at all it tried; try smaller rates")
         final: dict[str, list[Run]] = {method: [] for method in chosen}

@@ -49,7 +49,7 @@ class Translator(nn.Module):
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         """(N,S) source and (N,T) target ids -> (N,T,vocabulary) logits of the token after each position."""
-        return self.decode(self.encode(source), source, target)
+        return self.head(self.decode(self.encode(source), source, target))
 
     def encode(self, source: Tensor) -> Tensor:
         """(N,S) ids -> (N,S,D)."""
@@ -59,11 +59,11 @@ class Translator(nn.Module):
         return self.memory_norm(x)
 
     def decode(self, memory: Tensor, source: Tensor, target: Tensor) -> Tensor:
-        """Encoded (N,S,D) and ids (N,S) of the source, target ids (N,T) -> (N,T,vocabulary) logits."""
+        """Encoded (N,S,D) and ids (N,S) of the source, target ids (N,T) -> (N,T,D), what the head reads."""
         x = self._embed(self.target, target)
         for layer in self.decoder:
             x = layer(x, memory, memory_mask=self._mask(source))
-        return self.head(self.norm(x))
+        return self.norm(x)
 
     def _embed(self, embedding: nn.Module, ids: Tensor) -> Tensor:
         return self.dropout(embedding(ids) * self.scale + self.positions[: ids.shape[1]])
