@@ -1,5 +1,6 @@
 """Data-parallel runs on gloo processes: gradients and coefficients against the definition, checkpoints."""
 
+import copy
 import os
 import re
 import subprocess
@@ -19,7 +20,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -233,6 +236,35 @@ def check_groups(rank, ranks, folder):
     assert opt._sharing.table.knows(torch.tensor([rank]))
 
 
+def check_named_fallbacks(rank, ranks, folder):
+    """What keeps the plain gradient: layers used several times, and those of tensor parallelism."""
+    model, data = dataset("reused")
+    definitions = [Definition(model, plain=["conv", "linear"]) for _ in range(ranks)]
+    for definition in definitions:
+        definition.model = definitions[0].model
+    net, opt = DistributedDataParallel(model), fngd.FNGD(model, **OPTIONS)
+    named = [range(N * r, N * r + N) for r in range(ranks)]
+    averaged_backward(definitions, [(ids, *data[list(ids)]) for ids in named])
+    opt.set_samples(named[rank])
+    x, y = data[list(named[rank])]
+    F.cross_entropy(net(x), y).backward()
+    for p, q in zip(model.parameters(), definitions[0].model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+    assert opt.coverage()["conv.weight"].startswith("plain: used several times")
+    assert opt.coverage()["head.weight"] == "linear"
+
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)).double()
+    twin = copy.deepcopy(model)
+    styles = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+    parallelize_module(model, init_device_mesh("cpu", (ranks,)), styles)
+    opt, x = fngd.FNGD(model, share="none", **OPTIONS), torch.ones(N, 6, dtype=torch.float64)
+    model(x).square().mean().backward()
+    twin(x).square().mean().backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.full_tensor(), q.grad)
+    assert all(reason.startswith("plain: ") for reason in opt.coverage().values())
+
+
 PLAIN = [
     "decoder.layers.0.multihead_attn",  # query and value are inputs of their own: used several times
     "encoder.layers.0.norm1",
@@ -347,7 +379,16 @@ def run(ranks, folder, *checks):
 
 
 def test_two_ranks(tmp_path):
-    run(2, tmp_path, check_ddp, check_accumulation, check_means, check_groups, check_fully_sharded)
+    run(
+        2,
+        tmp_path,
+        check_ddp,
+        check_accumulation,
+        check_means,
+        check_groups,
+        check_named_fallbacks,
+        check_fully_sharded,
+    )
 
 
 def test_four_ranks_and_a_checkpoint_for_two(tmp_path):

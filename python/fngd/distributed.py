@@ -34,6 +34,11 @@ def weighted_mean(
     return torch.where(weight > 0, total / torch.where(weight > 0, weight, 1), values), weight
 
 
+def is_split(weight: Tensor) -> bool:
+    """Return whether ranks hold parts of a weight even while it is used, as under tensor parallelism."""
+    return type(weight).__name__ == "DTensor"  # by name: the import takes long, and can fail
+
+
 def local_shards(tensors: Sequence[Tensor]) -> tuple[list[Tensor], "dist.ProcessGroup | None"]:
     """Return what this rank holds of each tensor, and the ranks that hold the rest: None for whole ones."""
     if not in_use():

@@ -12,6 +12,7 @@ from torch.autograd import Variable
 from fngd_kernels.ops.coefficients import coefficients
 
 from .capture import Layer, Member
+from .distributed import is_split
 from .rules import Part, Use, added, tied_gram
 from .sharing import Batch, Sharing
 from .stopwatch import Stopwatch
@@ -91,6 +92,9 @@ class Engine:
         # Spelled out: torch.compile is wrong about `in` where a size is symbolic.
         if batch.size is not None and batch.size != samples:
             layer.note = f"its input has {samples} rows, the batch has {batch.size} samples"
+            return member.plain(x, *arguments)
+        if is_split(member.module._parameters["weight"]):
+            layer.note = "its weight is split over ranks by tensor parallelism"
             return member.plain(x, *arguments)
         scale = self.sharing.weights(batch, layer.index, samples)
         if scale is None:
