@@ -8,7 +8,7 @@
 # report       REPORT.md and its pictures from both files
 # RESULTS_FOLDER is runs/gpu_study; rows that are to stay are appended to the files of bench/results.
 # A part stops after $SECONDS_A_PART (500) and is called again until it prints its table: a finished run is never
-# repeated, also on another machine, as long as RESULTS_FOLDER comes along. Data is read from $DATA_DIR (runs/data:
+# repeated, also on another machine, as long as its two .jsonl files come along. Data is read from $DATA_DIR (runs/data:
 # cifar10-jpeg.tar.gz or the published archive, multi30k/*.gz). Libraries of peers are taken from PYTHONPATH; those
 # that are missing are named and left out. $DEVICE and $SIZE=small make the same calls in miniature.
 set -euo pipefail

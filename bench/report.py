@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from bench import figures, record, summary
 from bench.peers import METHODS
-from bench.study import SHARED, Results, choose
+from bench.study import SHARED, Results, choose, parse_run
 from bench.training import Run, RunConfig
 
 PEERS, TRAINING = "peers.jsonl", "training.jsonl"
@@ -141,8 +141,7 @@ def studies(rows: list[Row]) -> list[Trained]:
     for row in latest.values():
         key = json.dumps({name: row["config"][name] for name in sorted(SHARED)})
         study = found.setdefault(key, Trained(row["task"], {}, {}))
-        run = Run(**{name: value for name, value in row.items() if name not in ("stage", "task")})
-        run.config = RunConfig(**row["config"])
+        run = parse_run(row)
         stage = study.tuning if row["stage"] == "tune" else study.final
         stage.setdefault(run.config.method, []).append(run)
     return list(found.values())

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -87,11 +88,18 @@ class Results:
 
 
 def conduct(
-    study: Study, task: Task, folder: Path, *, rows: Path | None = None, seconds: float | None = None
+    study: Study,
+    task: Task,
+    folder: Path,
+    *,
+    rows: Path | None = None,
+    resume: bool = False,
+    seconds: float | None = None,
 ) -> Results:
     """Do what of the study is not yet in `folder`; every finished run is kept there at once.
 
     rows: file to which every finished run is appended as well
+    resume: whether runs found in `rows` count as done, so that nothing but this file has to be kept
     seconds: the last step is taken after so many
 
     A method that diverges at every setting has no final runs.
@@ -104,7 +112,7 @@ def conduct(
     runs = len(points) + len(study.methods) * len(study.seeds)
     deadline = None if seconds is None else time.monotonic() + seconds
     with Progress(runs * per_run) as progress:
-        runner = _Runner(task, folder, rows, deadline, progress, per_run)
+        runner = _Runner(task, folder, rows, recorded(rows) if resume else {}, deadline, progress, per_run)
         tuning: dict[str, list[Run]] = {method: [] for method in study.methods}
         for method, point in points:
             tuning[method].append(runner.run(study.run_config(method, point, study.seeds[0]), "tune"))
@@ -192,6 +200,7 @@ class _Runner:
     task: Task
     folder: Path
     rows: Path | None
+    recorded: Mapping[tuple[str, RunConfig], Run]
     deadline: float | None
     progress: Progress
     steps: int
@@ -203,7 +212,9 @@ class _Runner:
         self.progress.doing(name)
         finished = self.folder / "runs" / f"{name}.json"
         before = self.progress.done
-        if finished.exists():
+        if (stage, config) in self.recorded:
+            run = self.recorded[stage, config]
+        elif finished.exists():
             run = load_run(finished)
             if run.config != config:
                 raise ValueError(
@@ -270,5 +281,19 @@ def save_run(path: Path, run: Run) -> None:
 
 def load_run(path: Path) -> Run:
     """Read what `save_run` wrote."""
-    stored = json.loads(path.read_text())
-    return Run(**{**stored, "config": RunConfig(**stored["config"])})
+    return parse_run(json.loads(path.read_text()))
+
+
+def parse_run(row: Mapping[str, Any]) -> Run:
+    """Run of a result row, which also says its stage and task."""
+    values = {name: value for name, value in row.items() if name not in ("stage", "task")}
+    return Run(**{**values, "config": RunConfig(**values["config"])})
+
+
+def recorded(rows: Path | None) -> dict[tuple[str, RunConfig], Run]:
+    """Finished runs of a file of rows by stage and configuration; none when it is not there."""
+    if rows is None or not rows.exists():
+        return {}
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    runs = [(row["stage"], parse_run(row)) for row in found]
+    return {(stage, run.config): run for stage, run in runs}

@@ -126,7 +126,7 @@ def _compare(options: argparse.Namespace) -> None:
     )
     target = task.target if options.target is None else options.target
     _announce(study, task, folder)
-    results = conduct(study, task, folder, rows=options.rows, seconds=options.seconds)
+    results = conduct(study, task, folder, rows=options.rows, resume=options.resume, seconds=options.seconds)
     rows = summary.summarise(results, target=target)
     summary.write_json(folder / "results.json", study, task, results, rows, target)
     seeds = ", ".join(map(str, study.seeds))

@@ -191,7 +191,14 @@ def test_study_out_of_time_goes_on_where_it_stopped(tmp_path, capsys):
     assert "--resume goes on" in capsys.readouterr().err
     assert not (tmp_path / "rows.jsonl").exists()
     assert train_main([*arguments, "--resume"]) == 0
-    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2
+    rows = (tmp_path / "rows.jsonl").read_text()
+    assert len(rows.splitlines()) == 2
+    # elsewhere, with the rows alone
+    arguments[arguments.index("--output") + 1] = str(tmp_path / "elsewhere")
+    assert train_main([*arguments, "--resume"]) == 0
+    assert (tmp_path / "rows.jsonl").read_text() == rows
+    assert train_main([*arguments, "--resume", "--batch-size", "32"]) == 0
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 4
 
 
 def script(part, folder, **settings):
