@@ -139,6 +139,8 @@ class RoutedOpaque(RoutedForward):
         router, member = self.router(), self.member
         x = member.module.samples_first(args, kwargs)
         if router is None or x is None or not member.takes(x):
+            if x is None and member.module.training:
+                member.layer.note = "its input has no row per sample"
             return member.plain(x, args, kwargs)
         reason = member.module.reason_against_call(args, kwargs)
         if reason:

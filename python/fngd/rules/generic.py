@@ -1,7 +1,7 @@
 """Modules of any kind whose rows do not mix: C_n by torch.func, weights through in- and output gradients."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -69,11 +69,11 @@ class GenericRule:
         assert scale is not None
         s = _away_from_zero(scale)
         for t, dim in zip(tensors, call.dims, strict=True):
-            _scale_gradient(t, 1 / s, dim)
+            _hook(t, partial(_divided, _along(s, t, dim)))
         args, kwargs = call.arguments(tensors)
         result = module.forward(x, args, kwargs)
         for t, dim in call.outputs(result):
-            _scale_gradient(t, s, dim)
+            _hook(t, partial(_scaled, _along(s, t, dim)))
         return result
 
     def gram(self, module: Opaque, uses: Sequence[Use]) -> Tensor:
@@ -116,10 +116,22 @@ def _away_from_zero(s: Tensor) -> Tensor:
     return s.abs().clamp(min=LEAST * largest).copysign(s)
 
 
-def _scale_gradient(t: Tensor, s: Tensor, dim: int) -> None:
+def _along(s: Tensor, t: Tensor, dim: int) -> Tensor:
+    """Return s (N,) in a shape that multiplies dimension dim of t."""
+    return s.view([-1 if d == dim else 1 for d in range(t.ndim)])
+
+
+def _scaled(s: Tensor, gradient: Tensor) -> Tensor:
+    return (gradient * s).to(gradient.dtype)
+
+
+def _divided(s: Tensor, gradient: Tensor) -> Tensor:
+    return (gradient / s).to(gradient.dtype)
+
+
+def _hook(t: Tensor, hook: Callable[[Tensor], Tensor | None]) -> None:
     if t.requires_grad:
-        shape = [-1 if d == dim else 1 for d in range(t.ndim)]
-        t.register_hook(lambda gradient: (gradient * s.view(shape)).to(gradient.dtype))
+        t.register_hook(hook)
 
 
 class _Cotangents:
@@ -173,6 +185,5 @@ def _captured(module: Opaque, call: Call, tensors: Sequence[Tensor], sink: Sink)
     result = call.run(parameters, tensors)
     for index, (t, dim) in enumerate(call.outputs(result)):
         sizes.append((t.shape, dim, t.dtype))
-        if t.requires_grad:
-            t.register_hook(partial(cotangents.note, index))
+        _hook(t, partial(cotangents.note, index))
     return result

@@ -56,16 +56,16 @@ class Opaque:
         """Run a call on copies, as one batch and sample by sample, and compare outputs and gradients."""
         name = type(self.owner).__name__
         tensors = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in call.tensors]
-        versions = [t._version for t in tensors]
         devices = [t.device for t in tensors if t.is_cuda]
         with torch.random.fork_rng(devices), torch.enable_grad():
-            before = torch.get_rng_state()
+            before = _random_states(devices)
             try:
                 parameters = call.trained()
-                y = call.flat_output(parameters, tensors)
-                if not torch.equal(before, torch.get_rng_state()):
+                inputs = [t.clone() for t in tensors]  # which the module may overwrite
+                y = call.flat_output(parameters, inputs)
+                if not all(map(torch.equal, before, _random_states(devices))):
                     return f"{name} draws random numbers"
-                if [t._version for t in tensors] != versions:
+                if any(t._version for t in inputs):
                     return f"{name} modifies its input"
                 if not _leaves(y) <= {id(t) for t in (*parameters.values(), *tensors)}:
                     return f"{name} depends on tensors that are not its arguments"
@@ -75,7 +75,7 @@ class Opaque:
                 )
                 rows, outputs = self._first_rows(call, e)
             except Exception as error:  # whatever a module of any kind may raise
-                return f"{name} cannot be run sample by sample ({type(error).__name__}: {error:.80})"
+                return f"{name} cannot be run sample by sample ({type(error).__name__}: {error!s:.80})"
         tolerance = torch.finfo(y.dtype).eps ** 0.5
         total = torch.cat([g.flatten() for g in expected])
         if not (rows.sum(0) - total).norm() <= tolerance * rows.norm():
@@ -195,6 +195,10 @@ def _without_vendor_libraries() -> Iterator[None]:
         warnings.simplefilter("ignore")  # about speed, and about devices that are not there
         with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
             yield
+
+
+def _random_states(devices: Sequence[torch.device]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
 
 
 def _sample_dim(module: nn.Module, position: int) -> int:
