@@ -105,6 +105,16 @@ def test_a_shared_weight_stays_plain_when_one_of_its_modules_is_skipped(skip):
     assert opt.coverage()["mix.weight"] == "linear"
 
 
+def test_a_shared_weight_whose_gradient_is_awaited_stays_plain_and_says_so():
+    model, x, y = make("language-model", N)
+    expected = plain_gradients(model, x, y)["embedding.weight"]
+    opt, seen = fngd.FNGD(model, share="none"), []
+    model.head.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    F.cross_entropy(model(x), y).backward()
+    torch.testing.assert_close(seen[-1], expected)
+    assert opt.coverage()["head.weight"].startswith("plain: used several times")
+
+
 # ---- modules that cannot be served
 
 
