@@ -14,7 +14,8 @@ from tabulate import tabulate
 
 from bench import figures, record, summary
 from bench.peers import METHODS
-from bench.study import SHARED, Results, choose, parse_run
+from bench.runs import parse_run
+from bench.study import SHARED, Results, choose
 from bench.training import Run, RunConfig
 
 PEERS, TRAINING = "peers.jsonl", "training.jsonl"

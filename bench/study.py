@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -18,6 +15,7 @@ import fngd
 from bench import environment, record
 from bench.peers import METHODS, Settings
 from bench.progress import Progress
+from bench.runs import load_run, recorded, save_run
 from bench.timing import Step, Timing, round_robin
 from bench.training import PRECISIONS, Run, RunConfig, train
 from bench.workloads import Task
@@ -270,30 +268,3 @@ def describe(name: str, run: Run) -> str:
         f"validation accuracy {last['validation_accuracy']:.2%}, score {run.validation_score:.2f}, "
         f"{seconds:.1f} s of training"
     )
-
-
-def save_run(path: Path, run: Run) -> None:
-    """Write a run as JSON, whole or not at all."""
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(asdict(run), allow_nan=False))
-    os.replace(unfinished, path)
-
-
-def load_run(path: Path) -> Run:
-    """Read what `save_run` wrote."""
-    return parse_run(json.loads(path.read_text()))
-
-
-def parse_run(row: Mapping[str, Any]) -> Run:
-    """Run of a result row, which also says its stage and task."""
-    values = {name: value for name, value in row.items() if name not in ("stage", "task")}
-    return Run(**{**values, "config": RunConfig(**values["config"])})
-
-
-def recorded(rows: Path | None) -> dict[tuple[str, RunConfig], Run]:
-    """Finished runs of a file of rows by stage and configuration; none when it is not there."""
-    if rows is None or not rows.exists():
-        return {}
-    found = [json.loads(line) for line in rows.read_text().splitlines()]
-    runs = [(row["stage"], parse_run(row)) for row in found]
-    return {(stage, run.config): run for stage, run in runs}

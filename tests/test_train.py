@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import checkpoint, models, study, summary, workloads
+from bench import checkpoint, models, runs, study, summary, workloads
 from bench.peers import CORE, METHODS
 from bench.progress import Progress
 from bench.timing import Timing
@@ -171,8 +171,8 @@ def test_diverged_run_is_recorded_without_nan(digits, tmp_path):
     assert run.diverged
     assert run.test_score is None
     assert all(math.isfinite(value) for epoch in run.epochs for value in epoch.values())
-    study.save_run(tmp_path / "run.json", run)
-    assert study.load_run(tmp_path / "run.json") == run
+    runs.save_run(tmp_path / "run.json", run)
+    assert runs.load_run(tmp_path / "run.json") == run
     assert "diverged in epoch" in study.describe("run", run)
 
 
