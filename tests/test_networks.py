@@ -282,7 +282,24 @@ def test_state_of_a_parametrization_keeps_the_plain_gradient():
     assert coverage["1.weight"] == "linear"
 
 
-# ---- checkpointing, several optimizers, batches
+# ---- compiled, checkpointed, several optimizers, batches
+
+
+@pytest.mark.parametrize("network", ["language-model", "transposed-conv1d", "lstm"])
+def test_a_compiled_steady_state_has_the_eager_gradients(network):
+    torch._dynamo.reset()
+    model, x, y = make(network, N)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, backend="aot_eager", fullgraph=network != "lstm")
+    for net, steady in ((model, model), (twin, compiled)):
+        opt = fngd.FNGD(net, lr=0.0)
+        for forward in (net, steady):
+            opt.set_samples(range(N))
+            opt.zero_grad()
+            F.cross_entropy(forward(x), y).backward()
+        assert opt.stats()["solved_batches"] == 1
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
 
 
 class Checkpointed(nn.Module):

@@ -134,19 +134,21 @@ class RoutedAttention(RoutedForward):
 class RoutedOpaque(RoutedForward):
     """The `forward` of a routed module of any kind."""
 
+    @torch.compiler.disable(reason="hooks weight the gradients of modules that the generic rule serves")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the module returns; the arguments are its own."""
         router, member = self.router(), self.member
         x = member.module.samples_first(args, kwargs)
-        if router is None or x is None or not member.takes(x):
-            if x is None and member.module.training:
-                member.layer.note = "its input has no row per sample"
-            return member.plain(x, args, kwargs)
-        reason = member.module.reason_against_call(args, kwargs)
-        if reason:
+        reason = ""
+        if x is None or member.time_first:
+            reason = "its input has no row per sample"
+        elif router is not None and member.takes(x):
+            reason = member.module.reason_against_call(args, kwargs)
+            if not reason:
+                return router.forward(member, x, args, kwargs)
+        if reason and member.module.training:
             member.layer.note = reason
-            return member.plain(x, args, kwargs)
-        return router.forward(member, x, args, kwargs)
+        return member.plain(x, args, kwargs)
 
 
 def _routed(member: Member, router: Router) -> RoutedForward:
