@@ -197,6 +197,13 @@ def embedding():
     return model, list(model.parameters()), lambda: model(ids).squeeze(1) - 1
 
 
+def attending():
+    layer = nn.TransformerDecoderLayer(4, 2, dim_feedforward=5, dropout=0.0, batch_first=True)
+    model = nn.ModuleDict({"layer": layer, "head": nn.Linear(4, 1)}).double()
+    x, memory = points(N, 3, 4), points(N, 2, 4)
+    return model, list(model.parameters()), lambda: model["head"](model["layer"](x, memory)).mean((1, 2)) - 1
+
+
 def recurrent():
     model = nn.Sequential(nn.Linear(2, 3), nn.RNN(3, 3, batch_first=True)).double()
     x = points(N, 4, 2)
@@ -217,6 +224,7 @@ PROBLEMS = [
     weight_used_outside,
     normalised,
     embedding,
+    attending,
     recurrent,
 ]
 
