@@ -95,9 +95,8 @@ def test_exact_gradient_of_a_loss_with_a_gradient_penalty(network):
 
 
 LAYOUTS = [(name, torch.contiguous_format) for name in NETWORKS]
-LAYOUTS += [
-    (name, torch.channels_last) for name in NETWORKS if name.startswith(("conv2d", "group", "reused"))
-]
+IMAGES = ("conv2d", "transposed-conv2d", "group", "reused")
+LAYOUTS += [(name, torch.channels_last) for name in NETWORKS if name.startswith(IMAGES)]
 
 
 @pytest.mark.parametrize(("network", "memory_format"), LAYOUTS, ids=str)

@@ -274,6 +274,19 @@ def test_a_differentiated_derivative_of_a_module_keeps_the_plain_gradient():
         torch.testing.assert_close(p.grad, q.grad)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_weight_that_a_hook_computes_keeps_the_plain_gradient():
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 3)).double()
+    x, y = torch.randn(N, 4, dtype=torch.float64), torch.randint(0, 3, (N,))
+    expected = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 3)).double()
+    expected.load_state_dict(model.state_dict())
+    opt = fngd.FNGD(model, share="none")
+    for net in (model, expected):
+        F.cross_entropy(net(x), y).backward()
+    torch.testing.assert_close(model[0].weight_v.grad, expected[0].weight_v.grad)
+    assert opt.coverage()["0.weight_g"] == "plain: its weight is computed before every forward"
+
+
 def test_state_of_a_parametrization_keeps_the_plain_gradient():
     model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 3))
     coverage = fngd.FNGD(model, share="none").coverage()

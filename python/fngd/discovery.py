@@ -53,6 +53,8 @@ def find_layers(
             rule, reason = None, NORMALISATION
         elif rule is not None and rule.name == "generic" and not composite:
             rule, reason = None, f"no rule for {type(module).__name__}"
+        elif rule is not None and rule.name != "generic" and _weight(module) is None:
+            rule, reason = None, "its weight is computed before every forward"
         elif rule is not None and rule.name != "generic" and id(_weight(module)) not in wanted:
             rule, reason = None, "its weight is not optimized here"
         if rule is None:

@@ -155,7 +155,7 @@ def _captured(module: Opaque, call: Call, tensors: Sequence[Tensor], sink: Sink)
 
     The parameters enter as one vector through a node, which hears when all of it has arrived.
     """
-    trained = {name: p for name, p in zip(module.names, module.parameters, strict=True) if p.requires_grad}
+    trained = {name: p for name, p in module.owner.named_parameters() if p.requires_grad}
     cotangents = _Cotangents()
     versions = [t._version for t in call.tensors]
     sizes: list[tuple[torch.Size, int, torch.dtype]] = []

@@ -16,14 +16,19 @@ class Opaque:
 
     def __init__(self, owner: nn.Module) -> None:
         self.owner = owner
-        self.names, self.parameters = zip(*owner.named_parameters(), strict=True)
         self.vectorized = True
         self._reason: str | None = None  # against the module, "" for none, None before it is known
 
     @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The module's parameters, those of its parametrizations included."""
+        return list(self.owner.parameters())
+
+    @property
     def _parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameter that stands for all when it is asked whether the module trains."""
-        return {"weight": next((p for p in self.parameters if p.requires_grad), self.parameters[0])}
+        parameters = self.parameters
+        return {"weight": next((p for p in parameters if p.requires_grad), parameters[0])}
 
     @property
     def training(self) -> bool:
@@ -125,7 +130,7 @@ class Call:
     """
 
     def __init__(self, module: Opaque, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.owner, self._names = module.owner, module.names
+        self.owner = module.owner
         self._leaves, self._spec = tree_flatten((args, kwargs))
         order = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
         self.samples = self._leaves[order[0]].shape[_sample_dim(self.owner, 0)]
@@ -147,7 +152,7 @@ class Call:
 
     def trained(self) -> dict[str, Tensor]:
         """Return the parameters to differentiate by, detached from the module, by name."""
-        named = zip(self._names, self.owner.parameters(), strict=True)
+        named = self.owner.named_parameters()
         return {name: p.detach().requires_grad_() for name, p in named if p.requires_grad}
 
     def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
