@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Build, check, time and profile the package on a machine with a CUDA device:
-#     bench/gpu.sh kernels|steps|compiled|profile|check|all [RESULTS_FOLDER]
+#     bench/gpu.sh kernels|steps|compiled|equations|profile|check|all [RESULTS_FOLDER]
 # kernels  each kernel against float64, then timed over real layer shapes        -> kernels.jsonl
 # steps    training steps, eager and as CUDA graphs; batched solves               -> gpu.jsonl
 # compiled training steps under torch.compile                                    -> gpu.jsonl
+# equations Gauss-Newton steps and their phases                                  -> gpu.jsonl
 # profile  where the time of a step goes: tables and Chrome traces               -> profile/
 # check    tests that need a device; compute-sanitizer's memcheck and racecheck
 # Needs torch with CUDA, triton, nvcc and a C++ compiler; no network. A part takes 9 minutes at most: each stage
@@ -11,8 +12,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 case ${1-} in
-    kernels | steps | compiled | profile | check) parts=("$1") ;;
-    all) parts=(kernels steps compiled profile check) ;;
+    kernels | steps | compiled | equations | profile | check) parts=("$1") ;;
+    all) parts=(kernels steps compiled equations profile check) ;;
     *) sed -n '2,10s/^# \?//p' "$0" >&2 && exit 2 ;;
 esac
 results=$(mkdir -p "${2:-bench/results}" && cd "${2:-bench/results}" && pwd)
@@ -70,6 +71,11 @@ steps() {
 }
 
 compiled() { time_steps 200 compiled; }
+
+equations() {
+    stage gauss-newton 300 "$python" -m bench.gauss_newton --device cuda --output "$results/gpu.jsonl"
+    cat "$logs/gauss-newton.log"
+}
 
 # time_steps SECONDS MODE...: a network each SECONDS at most
 time_steps() {

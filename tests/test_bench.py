@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fngd
-from bench import contenders, environment, gate, record, solves, steps
+from bench import contenders, environment, gate, gauss_newton, record, solves, steps
 from bench.memory import peak_memory
 from bench.networks import Network
 from bench.timing import Timing, round_robin
@@ -230,3 +230,14 @@ def test_wrong_solves_get_no_figure(kind, tmp_path, monkeypatch, capsys):
     assert solves.main(["--device=cpu", "--batches", "2", "--orders", "8", f"--output={path}"]) == 4
     assert f"FAILED {kind} 2 x 8 float32: AssertionError" in capsys.readouterr().out
     assert not path.exists()
+
+
+def test_phases_of_a_gauss_newton_step_are_recorded(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    gauss_newton.main(
+        ["--points", "20", "--dimensions", "2", "--width", "8", "--rounds", "1", f"--output={path}"]
+    )
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    phases = ["step", "residuals and capture", "Gram", "solve", "combine"]
+    assert [row["contender"] for row in rows] == 2 * phases
+    assert all(row["median_s"] > 0 for row in rows)
