@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.." || exit
 case ${1-} in
     kernels | steps | compiled | equations | profile | check) parts=("$1") ;;
     all) parts=(kernels steps compiled equations profile check) ;;
-    *) sed -n '2,10s/^# \?//p' "$0" >&2 && exit 2 ;;
+    *) sed -n '2,11s/^# \?//p' "$0" >&2 && exit 2 ;;
 esac
 results=$(mkdir -p "${2:-bench/results}" && cd "${2:-bench/results}" && pwd)
 logs=$results/logs

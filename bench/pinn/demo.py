@@ -24,7 +24,7 @@ LOG_INTERVAL_S = 5.0
 def main(arguments: list[str] | None = None) -> int:
     """Train both in turns, showing their errors, and leave the picture; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.pinn.demo", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=25.0, help="CPU seconds of training each (default: 25)")
+    parser.add_argument("--seconds", type=float, default=25.0, help="CPU seconds of each (default: 25)")
     parser.add_argument("--seed", type=int, default=1, help="draws the points and the network (default: 1)")
     parser.add_argument("--output", type=Path, default=Path("runs/pinn-demo.png"), help="picture to write")
     options = parser.parse_args(arguments)

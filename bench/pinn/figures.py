@@ -70,7 +70,7 @@ def save_side_by_side(
     figure = _figure(3.6 * (len(networks) + 2), 7)
     above, below = np.ravel(np.asarray(figure.subfigures(2, 1)))
     axes = above.subplots(1, 2, sharey=True)
-    for axis, clock, name in zip(axes, ("seconds", "step"), ("CPU seconds of training", "steps"), strict=True):
+    for axis, clock, name in zip(axes, ("seconds", "step"), ("CPU seconds", "steps"), strict=True):
         for method, history in histories.items():
             draw(axis, method, (history,), clock, "test_error", METHODS[method].label)
         axis.set_xlabel(name)
