@@ -433,8 +433,8 @@ Tensor captured_conv(
     std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, bool transposed,
     std::vector<int64_t> output_padding) {
   const Autocast cast(x);
-  const ConvGeometry geometry{std::move(stride), std::move(padding),   std::move(dilation),
-                              groups,            transposed,           std::move(output_padding)};
+  const ConvGeometry geometry{
+      std::move(stride), std::move(padding), std::move(dilation), groups, transposed, std::move(output_padding)};
   return Conv::apply(
       cast(x), cast(weight), cast(bias), OptionalTensor(), geometry, OptionalTensor(),
       c10::make_intrusive<Sink>(std::move(sink)));
