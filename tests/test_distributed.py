@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -108,10 +109,11 @@ def assert_same_on_all_ranks(tensor):
 
 def check_ddp(rank, ranks, folder):
     """Three epochs of DDP, reshuffled, with padded duplicates and a short last batch."""
-    for network in ("conv2d-groups-reflect", "sequence")[: 4 // ranks]:
+    cases = {"conv2d-groups-reflect": {"gradient_as_bucket_view": True}, "sequence": {"static_graph": True}}
+    for network, options in list(cases.items())[: 4 // ranks]:
         model, data = dataset(network)
         definition = definition_of(model, data, ranks, range(3))[rank]
-        net = DistributedDataParallel(model)
+        net = DistributedDataParallel(model, **options)
         opt = fngd.FNGD(model, norms="weighted", **OPTIONS)
         batches = fngd.track(loader(data, rank, ranks), opt)
         train(net, opt, batches, range(3))
@@ -303,9 +305,38 @@ def check_fully_sharded(rank, ranks, folder):
         torch.testing.assert_close(p.full_tensor(), q, rtol=1e-6, atol=1e-9, msg=name)
     assert opt.stats()["solved_batches"] == 1
 
+    check_that_all_skip(model, opt, rank)
+
+
+def check_hybrid_sharding(rank, ranks, folder):
+    """Replicas of sharded models, in low precision, with clipping and a fused update."""
+    model, data = dataset("mlp")
+    mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicate", "shard"))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = fully_shard(model.float(), mesh=mesh, mp_policy=policy)
+    opt = fngd.FNGD(model, base="adamw", lr=0.01, fused=True)
+    ids = list(range(N * rank, N * rank + N))
+    x, y = data[ids]
+    losses = []
+    for _ in range(5):
+        opt.zero_grad()
+        opt.set_samples(ids)
+        losses.append(F.cross_entropy(model(x.float()).float(), y))
+        losses[-1].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+    losses = torch.stack(losses).detach()
+    dist.all_reduce(losses)
+    assert (losses.diff() < 0).all()
+    assert opt.stats()["solved_batches"] == 1
+    check_that_all_skip(model, opt, rank)
+
+
+def check_that_all_skip(model, opt, rank):
     before = [p.full_tensor().clone() for p in model.parameters()]
+    weights = [p.grad.to_local() for p in model.parameters()]
     if rank == 0:
-        model.head.weight.grad.to_local()[0, 0] = float("nan")
+        next(w for w in weights if w.numel()).view(-1)[0] = float("nan")
     opt.step()
     for p, value in zip(model.parameters(), before, strict=True):
         assert torch.equal(p.full_tensor(), value)
@@ -365,7 +396,8 @@ def check_reading(rank, ranks, folder):
 def _rank(rank, ranks, folder, checks):
     torch.set_num_threads(1)
     warnings.simplefilter("error", UserWarning)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks-{ranks}", rank=rank, world_size=ranks)
+    store, limit = f"file://{folder}/ranks-{ranks}", timedelta(minutes=2)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=limit)
     try:
         for check in checks:
             check(rank, ranks, Path(folder))
@@ -378,26 +410,14 @@ def run(ranks, folder, *checks):
     torch.multiprocessing.spawn(_rank, (ranks, str(folder), checks), nprocs=ranks)
 
 
-def test_two_ranks(tmp_path):
-    run(
-        2,
-        tmp_path,
-        check_ddp,
-        check_accumulation,
-        check_means,
-        check_groups,
-        check_named_fallbacks,
-        check_fully_sharded,
-    )
+def test_four_ranks_and_then_two(tmp_path):
+    run(4, tmp_path, check_ddp, check_uneven_ranks, check_hybrid_sharding, check_writing)
+    checks = (check_ddp, check_accumulation, check_means, check_groups, check_named_fallbacks)
+    run(2, tmp_path, check_reading, *checks, check_fully_sharded)
 
 
-def test_four_ranks_and_a_checkpoint_for_two(tmp_path):
-    run(4, tmp_path, check_ddp, check_uneven_ranks, check_means, check_writing)
-    run(2, tmp_path, check_reading)
-
-
-@pytest.mark.parametrize("number", [0, 1])
-def test_programs_of_the_guide_page(tmp_path, number):
+@pytest.mark.parametrize(("number", "samples", "solved"), [(0, 50, 4), (1, 48, 2)])
+def test_programs_of_the_guide_page(tmp_path, number, samples, solved):
     page = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
     program = re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[number]
     (tmp_path / "train.py").write_text(program)
@@ -410,9 +430,8 @@ def test_programs_of_the_guide_page(tmp_path, number):
         "2",
         "train.py",
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    options = {"cwd": tmp_path, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "timeout": 300}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     assert done.returncode == 0, done.stderr
-    samples, solved = ((50, 4), (48, 2))[number]
     for rank in range(2):
         assert f"rank {rank} knows {samples} samples, solved {solved}\n" in done.stdout

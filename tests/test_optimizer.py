@@ -423,68 +423,7 @@ def test_on_cuda_the_update_is_fused_unless_another_is_named(base):
         assert not build(differentiable=True).param_groups[0]["fused"]
 
 
-# ---- state
-# ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("share", ["sample", "position", "mean", "none"])
-@pytest.mark.parametrize("base", ["sgd", "adamw"])
-def test_a_resumed_run_is_the_same_bit_for_bit(share, base):
-    options = {"momentum": 0.9} if base == "sgd" else {}
-
-    def run(model, opt, scheduler, epochs):
-        for _ in range(epochs):
-            opt.start_epoch()
-            for batch in torch.arange(2 * N).view(2, N):
-                train(model, opt, x[batch], y[batch], 1, batch)
-            scheduler.step()
-
-    def setup(model):
-        opt = fngd.FNGD(model, lr=0.05, base=base, share=share, **options)
-        return opt, torch.optim.lr_scheduler.StepLR(opt, 2, 0.5)
-
-    model, x, y = make("mlp", 2 * N, torch.float32)
-    fresh = copy.deepcopy(model)
-    opt, scheduler = setup(model)
-    run(model, opt, scheduler, 2)
-    file = io.BytesIO()
-    torch.save(
-        {"model": model.state_dict(), "opt": opt.state_dict(), "scheduler": scheduler.state_dict()}, file
-    )
-    run(model, opt, scheduler, 3)
-
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    resumed_opt, resumed_scheduler = setup(fresh)
-    fresh.load_state_dict(saved["model"])
-    resumed_opt.load_state_dict(saved["opt"])
-    resumed_scheduler.load_state_dict(saved["scheduler"])
-    run(fresh, resumed_opt, resumed_scheduler, 3)
-
-    for p, q in zip(model.parameters(), fresh.parameters(), strict=True):
-        assert torch.equal(p, q)
-    before, after = opt.stats(), resumed_opt.stats()
-    assert [before[k] for k in ("epoch", "solved_batches", "seen_samples")] == [
-        after[k] for k in ("epoch", "solved_batches", "seen_samples")
-    ]
-
-
-def test_foreign_states_are_refused_and_change_nothing():
-    model, x, y = make("mlp", N)
-    opt = fngd.FNGD(model, momentum=0.9)
-    train(model, opt, x, y, 2, torch.arange(N))
-    before = copy.deepcopy(opt.state_dict())
-    with pytest.raises(ValueError, match="'fngd' is missing"):
-        opt.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
-    other, *_ = make("conv1d", N)
-    with pytest.raises(ValueError, match="layers"):
-        opt.load_state_dict(fngd.FNGD(other).state_dict())
-    twin = copy.deepcopy(model)
-    with pytest.raises(ValueError, match="share='sample'"):
-        opt.load_state_dict(fngd.FNGD(twin, share="none").state_dict())
-    after = opt.state_dict()
-    assert torch.equal(before["fngd"]["values"], after["fngd"]["values"])
-    assert before["param_groups"] == after["param_groups"]
+# ---- groups
 
 
 def test_groups_schedulers_and_closures():

@@ -1,5 +1,6 @@
 """Runs that end and go on: killed in the solving epoch, through torch's checkpoints, on another device."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -101,6 +102,24 @@ def test_a_state_in_use_does_not_change_with_the_run(tmp_path):
     other.train(range(3, STEPS))
     assert torch.equal(state["opt"]["fngd"]["values"], kept)
     assert other.opt._sharing.table.values.shape == kept.shape
+
+
+def test_foreign_states_are_refused_and_change_nothing():
+    run = Run("sample", "sgd")
+    run.train(range(2))
+    model, opt = run.model, run.opt
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match="'fngd' is missing"):
+        opt.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
+    other, *_ = make("conv1d", N)
+    with pytest.raises(ValueError, match="layers"):
+        opt.load_state_dict(fngd.FNGD(other).state_dict())
+    twin = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="share='sample'"):
+        opt.load_state_dict(fngd.FNGD(twin, share="none").state_dict())
+    after = opt.state_dict()
+    assert torch.equal(before["fngd"]["values"], after["fngd"]["values"])
+    assert before["param_groups"] == after["param_groups"]
 
 
 @pytest.mark.gpu

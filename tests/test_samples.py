@@ -7,6 +7,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     WeightedRandomSampler,
@@ -51,6 +52,7 @@ LOADERS = {
     "drop-last": {"batch_size": 5, "shuffle": True, "drop_last": True},
     "workers": {"batch_size": 3, "shuffle": True, "num_workers": 2},
     "persistent-workers": {"batch_size": 3, "shuffle": True, "num_workers": 2, "persistent_workers": True},
+    "distributed": {"batch_size": 4, "sampler": DistributedSampler(range(23), 2, 1)},
     "weighted": {"batch_size": 4, "sampler": WeightedRandomSampler(torch.ones(23), 30)},
     "batch-sampler": {"batch_sampler": BatchSampler(RandomSampler(range(23)), 7, False)},
     "sampler-of-batches": {"batch_size": None, "sampler": BatchSampler(range(23), 7, False)},
@@ -101,6 +103,17 @@ def test_leaving_an_epoch_early_and_nesting_iterators():
     for first, second in zip(tracked, tracked, strict=True):
         assert first.tolist() == recorder.ids[-2]
         assert second.tolist() == recorder.ids[-1]
+
+
+def test_several_optimizers_hear_the_same():
+    first, second, mean = Recorder(), Recorder(), Recorder()
+    mean.share = "mean"
+    for batch in fngd.track(DataLoader(range(10), batch_size=4, shuffle=True), mean, first, second):
+        assert batch.tolist() == first.ids[-1] == second.ids[-1]
+    assert len(first.ids) == 3
+    assert first.epochs == second.epochs == mean.epochs == 1
+    with pytest.raises(TypeError, match="optimizer: expected"):
+        fngd.track(DataLoader(range(3)), first, object())
 
 
 def test_the_tracked_loader_shows_the_loaders_attributes():

@@ -39,22 +39,23 @@ def is_split(weight: Tensor) -> bool:
     return type(weight).__name__ == "DTensor"  # by name: the import takes long, and can fail
 
 
-def local_shards(tensors: Sequence[Tensor]) -> tuple[list[Tensor], "dist.ProcessGroup | None"]:
-    """Return what this rank holds of each tensor, and the ranks that hold the rest: None for whole ones."""
+def local_shards(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list["dist.ProcessGroup"]]:
+    """Return what this rank holds of each tensor, and the groups, one per mesh dimension, that hold the rest.
+
+    There are no groups where all tensors are whole.
+    """
     if not in_use():
-        return list(tensors), None
+        return list(tensors), []
     from torch.distributed.tensor import DTensor
 
-    sharded = [t for t in tensors if isinstance(t, DTensor)]
-    if not sharded:
-        return list(tensors), None
-    mesh = sharded[0].device_mesh
-    group = mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group()
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors], group
+    meshes = [t.device_mesh for t in tensors if isinstance(t, DTensor)]
+    if not meshes:
+        return list(tensors), []
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors], meshes[0].get_all_groups()
 
 
-def on_any_rank(found: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
-    """Return the largest `found` of the group's ranks, so that all of them leave out the same steps."""
-    if group is not None:
+def on_any_rank(found: Tensor, groups: Sequence["dist.ProcessGroup"]) -> Tensor:
+    """Return the largest `found` over the ranks of a mesh, so that all of them leave out the same steps."""
+    for group in groups:
         dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
     return found
