@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fngd
+from fngd.rules import opaque
 from fngd.rules.tied import gram_embedding_linear
 from fngd_kernels import native
 from networks import Recurrent, blocks, make, sample_gradients
@@ -223,6 +224,18 @@ def test_parameters_of_a_module_may_be_frozen_and_unfrozen():
         found = torch.cat([p.grad.flatten() for p in trained])
         torch.testing.assert_close(found, v @ g / N, rtol=1e-9, atol=1e-12)
         assert (model.layer.weight_ih_l0.grad is None) == frozen
+
+
+@pytest.mark.parametrize("network", ["lstm", "gru-time-first", "own"])
+def test_per_sample_gradients_in_chunks_give_the_same(network, monkeypatch):
+    model, x, y = make(network, N)
+    expected = fngd.layer_grams(model, lambda: F.cross_entropy(model(x), y))
+    model = copy.deepcopy(model)
+    size = {"lstm": 304, "gru-time-first": 216, "own": 10}[network]
+    monkeypatch.setattr(opaque, "ROWS", 2 * 2 * 8 * size)  # two samples of one module at a time
+    found = fngd.layer_grams(model, lambda: F.cross_entropy(model(x), y))
+    for name, k in expected.items():
+        torch.testing.assert_close(found[name], k, rtol=1e-10, atol=1e-14)
 
 
 def test_dropout_inside_a_module_is_named_and_evaluation_is_torchs_own():

@@ -24,8 +24,9 @@ LEAST = 1e-3
 class GenericRule:
     """A module whose parameters are all its own, and whose output rows depend on the same input rows alone.
 
-    Solving forms the per-sample gradients of one module (N, P) at a time. With weights given, nothing but the
-    module's ordinary backward runs, between a gradient scaled by s at its output and by 1 / s at its input.
+    Solving forms the per-sample gradients (N, P) of one module at a time, in chunks under a bound. With weights
+    given, nothing but the module's ordinary backward runs, between a gradient scaled by s at its output and by
+    1 / s at its input.
     """
 
     name = "generic"
@@ -77,10 +78,22 @@ class GenericRule:
         return result
 
     def gram(self, module: Opaque, uses: Sequence[Use]) -> Tensor:
-        return fk.gram_rows(_rows(module, uses))
+        samples = len(uses[0].e)
+        chunks = module.chunks(samples)
+        if len(chunks) == 1:
+            return fk.gram_rows(_rows(module, uses, chunks[0]))
+        dtype = torch.promote_types(module.parameters[0].dtype, torch.float32)
+        k = uses[0].e.new_empty((samples, samples), dtype=dtype)
+        for i, some in enumerate(chunks):
+            rows = _rows(module, uses, some)
+            k[some, some] = fk.gram_rows(rows)
+            for others in chunks[i + 1 :]:
+                k[some, others] = rows.to(dtype) @ _rows(module, uses, others).to(dtype).T
+                k[others, some] = k[some, others].T
+        return k
 
     def contributions(self, module: Opaque, uses: Sequence[Use]) -> tuple[Tensor | None, ...]:
-        return _split(module, _rows(module, uses))
+        return _split(module, _rows(module, uses, slice(0, len(uses[0].e))))
 
     def combine(self, module: Opaque, uses: Sequence[Use], s: Tensor) -> tuple[Tensor | None, ...]:
         total: list[Tensor] = []
@@ -96,8 +109,9 @@ class GenericRule:
         return _split(module, torch.stack(total).sum(0))
 
 
-def _rows(module: Opaque, uses: Sequence[Use]) -> Tensor:
-    rows = [module.rows(use.a, use.e)[0] for use in uses]
+def _rows(module: Opaque, uses: Sequence[Use], samples: slice) -> Tensor:
+    """Return the contributions (M, P) of some samples, summed over the uses."""
+    rows = [module.rows(use.a, use.e[samples], samples.start)[0] for use in uses]
     return rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
 
 

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+ROWS = 2**29
+"""Bytes of per-sample gradients held at a time; what does not fit is computed anew for pairs of chunks."""
+
 
 class Opaque:
     """A module of any kind with all its parameters, and what its first training call showed."""
@@ -78,26 +81,42 @@ class Opaque:
                 expected = torch.autograd.grad(
                     (y * e).sum(), list(parameters.values()), allow_unused=True, materialize_grads=True
                 )
-                rows, outputs = self._first_rows(call, e)
+                size, found, outputs = self._first_rows(call, e)
             except Exception as error:  # whatever a module of any kind may raise
                 return f"{name} cannot be run sample by sample ({type(error).__name__}: {error!s:.80})"
         tolerance = torch.finfo(y.dtype).eps ** 0.5
         total = torch.cat([g.flatten() for g in expected])
-        if not (rows.sum(0) - total).norm() <= tolerance * rows.norm():
+        if not (found - total).norm() <= tolerance * size:
             return f"{name} couples samples: its gradient is no sum over samples"
         if not (outputs - y).norm() <= tolerance * y.norm():
             return f"{name} couples samples"
         return ""
 
-    def _first_rows(self, call: "Call", e: Tensor) -> tuple[Tensor, Tensor]:
+    def _first_rows(self, call: "Call", e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the norm of the per-sample gradients (N, P), their sum (P,), and the outputs (N, D)."""
         try:
-            return self.rows(call, e)
+            self.rows(call, e[:1])
         except Exception:  # an operator that vmap has no rule for
             self.vectorized = False
-            return self.rows(call, e)
+        norms, sums, outputs = [], [], []
+        for samples in self.chunks(call.samples):
+            rows, y = self.rows(call, e[samples], samples.start)
+            norms.append(rows.norm())
+            sums.append(rows.sum(0))
+            outputs.append(y)
+        return torch.stack(norms).norm(), torch.stack(sums).sum(0), torch.cat(outputs)
 
-    def rows(self, call: "Call", e: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the per-sample gradients (N, P) for e (N, D) at the outputs, and the outputs (N, D)."""
+    def chunks(self, samples: int) -> list[slice]:
+        """Return the samples in chunks, two of whose gradients take no more than ROWS bytes."""
+        row = sum(p.nbytes for p in self.parameters if p.requires_grad)
+        step = max(1, ROWS // (2 * row))
+        return [slice(begin, min(begin + step, samples)) for begin in range(0, samples, step)]
+
+    def rows(self, call: "Call", e: Tensor, begin: int = 0) -> tuple[Tensor, Tensor]:
+        """Return the gradients (M, P) of M samples for e (M, D) at the outputs, and the outputs (M, D).
+
+        begin: the first of these samples
+        """
         parameters = call.trained()
 
         def weighted(parameters: Mapping[str, Tensor], e: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +125,7 @@ class Opaque:
             return (y * e).sum(), y
 
         each = grad(weighted, has_aux=True)
-        tensors = [t.detach() for t in call.tensors]
+        tensors = [t.detach().narrow(d, begin, len(e)) for t, d in zip(call.tensors, call.dims, strict=True)]
         # Vendor libraries' recurrent layers have no batching rule; other operators without one run in a loop.
         with _without_vendor_libraries():
             if self.vectorized:
