@@ -24,9 +24,9 @@ LEAST = 1e-3
 class GenericRule:
     """A module whose parameters are all its own, and whose output rows depend on the same input rows alone.
 
-    Solving forms the per-sample gradients (N, P) of one module at a time, in chunks under a bound. With weights
-    given, nothing but the module's ordinary backward runs, between a gradient scaled by s at its output and by
-    1 / s at its input.
+    Solving forms the per-sample gradients (N, P) of one module at a time, in chunks under a bound. With
+    weights given, nothing but the module's ordinary backward runs, between a gradient scaled by s at its
+    output and by 1 / s at its input.
     """
 
     name = "generic"
