@@ -168,7 +168,10 @@ class FNGD(Optimizer):
         self._sharing.set_samples(torch.frombuffer(named, dtype=torch.int64), high)
 
     def start_epoch(self, dataset_size: int | None = None) -> None:
-        """Begin an epoch. A tracked loader says so itself; other loops do where epochs count in sharing."""
+        """Begin an epoch; a tracked loader says so itself, other loops do where epochs count in sharing.
+
+        In data-parallel runs all ranks call it, and merge what the epoch that ends has solved for.
+        """
         self._sharing.start_epoch(dataset_size)
 
     def merge_coefficients(self) -> None:
