@@ -160,7 +160,7 @@ def _gauss_newton(task: Task, *, damping: float) -> Step:
 
 
 METHODS = {
-    "adam": Method("Adam", tuple({"lr": lr} for lr in (1e-3, 3e-3, 1e-2, 3e-2)), _adam),
+    "adam": Method("Adam", tuple({"lr": lr} for lr in (3e-3, 1e-2, 3e-2, 1e-1)), _adam),
     "adam-lbfgs": Method(
         "Adam, then L-BFGS",
         tuple({"lr": lr, "adam_share": share} for lr in (3e-3, 1e-2) for share in (0.1, 0.4)),
