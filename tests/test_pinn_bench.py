@@ -191,7 +191,7 @@ def test_every_method_lowers_the_loss(name, problem):
     if obstacle is not None:
         pytest.skip(obstacle)
     task = Task.of(loaded, 0)
-    step = method.build(task, **method.settings[2])
+    step = method.build(task, **method.settings[1])
     before = base.mean_squares(task.residuals()).item()
     done = sum(step(share) for share in (0.0, 0.3, 0.6))
     assert done >= 3
