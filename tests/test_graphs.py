@@ -196,7 +196,6 @@ def test_bad_arguments(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
 def test_graphs_on_the_device(share, base):

@@ -88,7 +88,6 @@ def test_gram_matrices_are_formed_inside_backward(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("share", ["sample", "position", "mean", "none"])
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
 @pytest.mark.parametrize("network", ["mlp", "conv2d-groups-reflect", "group-norm", "sequence"])

@@ -412,7 +412,6 @@ def test_zero_gradients_are_no_failure():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
 def test_on_cuda_the_update_is_fused_unless_another_is_named(base):
     build = functools.partial(fngd.FNGD, nn.Linear(2, 2).cuda(), base=base, share="none")

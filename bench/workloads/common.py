@@ -53,6 +53,13 @@ def as_fetched(batch: Any) -> Any:
     return batch
 
 
+def shuffled(fetched: Dataset[Any], batch_size: int, generator: torch.Generator) -> DataLoader:
+    """Batches of what fetches them whole, in a new random order every epoch."""
+    return DataLoader(
+        fetched, batch_size=batch_size, shuffle=True, collate_fn=as_fetched, generator=generator
+    )
+
+
 @dataclass(frozen=True)
 class Workload:
     """A classification task; `mean` and `std` (C,1,1) are statistics of the training split alone.
@@ -106,13 +113,7 @@ class Workload:
 
     def batches(self, batch_size: int, generator: torch.Generator) -> DataLoader:
         """Training batches in a new random order every epoch."""
-        return DataLoader(
-            Fetched(self.train),
-            batch_size=batch_size,
-            shuffle=True,
-            collate_fn=as_fetched,
-            generator=generator,
-        )
+        return shuffled(Fetched(self.train), batch_size, generator)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
         """Mean loss of a batch of augmented training images."""

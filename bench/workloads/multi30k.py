@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.beam import translate
 from bench.translator import LONGEST, Translator
-from bench.workloads.common import as_fetched
+from bench.workloads.common import shuffled
 
 NAME = "multi30k"
 FILES = {"train": "train", "validation": "val", "test": "test_2016_flickr"}
@@ -116,13 +116,7 @@ class Translation:
 
     def batches(self, batch_size: int, generator: torch.Generator) -> DataLoader:
         """Training batches in a new random order every epoch."""
-        return DataLoader(
-            Fetched(self.train),
-            batch_size=batch_size,
-            shuffle=True,
-            collate_fn=as_fetched,
-            generator=generator,
-        )
+        return shuffled(Fetched(self.train), batch_size, generator)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
         """Mean over the batch's tokens, with smoothed labels."""
