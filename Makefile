@@ -1,10 +1,10 @@
-# make train | pinn | test | lint | bench | profile; each sets up .venv by itself.
+# make train | pinn | test | lint | bench | profile | reliability; each sets up .venv by itself.
 # PYTHON chooses the interpreter, ARGS is passed on.
 PYTHON ?= python3
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: setup train pinn test lint bench profile clean
+.PHONY: setup train pinn test lint bench profile bench-small reliability clean
 
 setup: .venv/ready
 
@@ -37,6 +37,9 @@ profile: setup
 
 bench-small: setup
 	PYTHON=$(PY) bench/small.sh $(DATA_DIR)
+
+reliability: setup
+	$(PY) -m bench.reliability $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info fngd_kernels/*.so

@@ -8,6 +8,11 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run the reliability campaign at full size")
+    parser.addoption("--tally", metavar="PATH", help="write what became of the campaign's cases, as JSON")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     """Every test draws the same numbers, alone or in the suite."""

@@ -1,0 +1,65 @@
+"""Run the reliability campaign, and write its table into docs/reliability.md.
+
+python -m bench.reliability            the whole campaign
+python -m bench.reliability --quick    the part that runs with the tests
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+from .environment import describe
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs/reliability.md"
+BEGIN, END = "<!-- begin table -->\n", "<!-- end table -->\n"
+
+
+def table(tallies: dict[str, dict[str, dict[str, int]]]) -> str:
+    """Return the tallies {area: {given: {outcome: cases}}} as Markdown tables, one per area."""
+    parts = []
+    for area, rows in tallies.items():
+        lines = []
+        for given, outcomes in rows.items():
+            cases = sum(outcomes.values())
+            happened = "; ".join(
+                outcome if count == cases else f"{count:,} {outcome}" for outcome, count in outcomes.items()
+            )
+            lines.append((given, f"{cases:,}", happened))
+        head = (area, "cases", "what happened")
+        parts.append(tabulate(lines, head, "github", colalign=("left", "right", "left")))
+    return "\n\n".join(parts) + "\n"
+
+
+def put(page: str, text: str) -> str:
+    """Return the page with the text between its two marks."""
+    before, rest = page.split(BEGIN)
+    return before + BEGIN + text + END + rest.split(END)[1]
+
+
+def main() -> int:
+    """Run the campaign; returns pytest's exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.reliability", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="as many cases as the tests run")
+    quick = parser.parse_args().quick
+    tally = ROOT / "runs/reliability.json"
+    tally.parent.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "pytest", "tests/reliability", f"--tally={tally}"]
+    status = subprocess.run(command + ([] if quick else ["--full"]), cwd=ROOT).returncode
+    if not status:
+        machine = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        size = "the quick part" if quick else "the whole campaign"
+        where = "Commit {commit}, torch {torch}, {cpu}, GPU: {gpu}; ".format(**machine) + f"{size}.\n\n"
+        PAGE.write_text(put(PAGE.read_text(), where + table(json.loads(tally.read_text()))))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
