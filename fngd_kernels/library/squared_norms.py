@@ -58,10 +58,9 @@ def embedding_norms(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: 
     norms = []
     chunk = _samples(t * (t + 2 * dim), dtype, workspace)
     for ids_n, e_n in zip(ids.split(chunk), e.split(chunk), strict=True):
-        equal = ids_n.unsqueeze(2) == ids_n.unsqueeze(1)
-        if padding_idx is not None:
-            equal &= (ids_n != padding_idx).unsqueeze(1)
-        e_n = e_n.to(dtype)
+        equal, e_n = ids_n.unsqueeze(2) == ids_n.unsqueeze(1), e_n.to(dtype)
+        if padding_idx is not None:  # not in `equal`: 0 times NaN is NaN
+            e_n = e_n.masked_fill((ids_n == padding_idx).unsqueeze(2), 0)
         # sum_t <e_t, sum_{u: id_u = id_t} e_u>
         norms.append((e_n * (equal.to(dtype) @ e_n)).sum((1, 2)))
     return torch.cat(norms)
