@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,40 @@ import torch
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to `path`; an interruption at any point leaves the previous file as it was."""
-    unfinished = path.with_suffix(".tmp")
-    with unfinished.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    """Write `state` to `path`; an interruption at any point leaves the previous file as it was.
+
+    What is written lies beside it as NAME.*.tmp, one for each writer. An error removes it; a process that is
+    killed leaves it behind.
+
+    Raises: OSError, RuntimeError where the file cannot be written.
+    """
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with unfinished.open("xb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what `save` wrote, tensors and plain values only, onto the CPU."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """Read what `save` wrote, tensors and plain values only, onto the CPU.
+
+    Raises: OSError for a file that cannot be opened, ValueError for one that is not as `save` wrote it.
+    """
+    with path.open("rb") as file:
+        try:
+            with zipfile.ZipFile(file) as parts:
+                # torch.load looks at no checksum, and reads nothing for an entry that is marked as a folder.
+                damaged = parts.testzip() or next(
+                    (e.filename for e in parts.infolist() if e.external_attr), ""
+                )
+            if damaged:
+                raise zipfile.BadZipFile(f"{damaged} is not as it was written")
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a reader of foreign bytes may raise
+            raise ValueError(f"checkpoint: {path} is damaged or of another kind ({error})") from error
