@@ -28,9 +28,10 @@ struct ThreadBlock {
   }
 };
 
-// Without memory of the grid, the factor lies in shared memory.
+// Without memory of the grid, the factor lies in shared memory. One block at least shall fit a multiprocessor: it may
+// take all registers.
 template <typename T, typename Params, bool SHARED>
-__global__ void __launch_bounds__(MAX_THREADS<T>) run_kernel(Params params, T* scratch, int64_t scratch_size) {
+__global__ void __launch_bounds__(MAX_THREADS<T>, 1) run_kernel(Params params, T* scratch, int64_t scratch_size) {
   extern __shared__ double2 shared[];
   const int64_t b = blockIdx.x;
   run<Solver<T>>(ThreadBlock(), params, b, SHARED ? reinterpret_cast<T*>(shared) : scratch + b * scratch_size);

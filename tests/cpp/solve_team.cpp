@@ -253,6 +253,30 @@ void check_coefficients(const Problem<T>& p) {
   }
 }
 
+// A matrix that is definite only once the damping was raised, and one that never is.
+template <typename Shape, typename T>
+void check_raises(Problem<T> p) {
+  std::vector<T> first, s;
+  const double damping = 0.125 * p.n;  // lam / N = 0.125
+  T& element = p.k[(p.n / 2) * (p.n + 1)];
+  element = T(-2);
+  const auto exact =
+      coefficients_exactly(p, 100 * damping, fngd::DampingMode::absolute, fngd::Normalization::lambda);
+  for (int threads : sizes(Shape::GROUP)) {
+    const int info = coefficients<Shape>(p, threads, damping, 2, 1, s);
+    if (first.empty()) first = s;
+    const double error = distance(s, exact) / std::numeric_limits<T>::epsilon();
+    if (info != -2) fail("info after raises", p.n, threads, info);
+    if (!(error <= 256)) fail("coefficients after raises", p.n, threads, error);
+    if (std::memcmp(first.data(), s.data(), p.n * sizeof(T)) != 0) fail("other bits", p.n, threads, 0);
+  }
+  p.k[p.n * p.n - 2] = std::numeric_limits<T>::infinity();
+  element = T(1);
+  const int info = coefficients<Shape>(p, 2 * Shape::GROUP, damping, 2, 1, s);
+  if (info != p.n) fail("info of what is not finite", p.n, 2 * Shape::GROUP, info);
+  if (std::count(s.begin(), s.end(), T(1)) != p.n) fail("not 1", p.n, 2 * Shape::GROUP, 0);
+}
+
 template <typename T>
 using Cuda = Shape<T, 1, 128 / sizeof(T), 8, 4>;
 template <typename T>
@@ -274,6 +298,8 @@ void check_all() {
     check_coefficients<Cuda<T>>(make_problem<T>(n));
     check_coefficients<Vectors<T>>(make_problem<T>(n));
   }
+  check_raises<Cuda<T>>(make_problem<T>(37));
+  check_raises<Vectors<T>>(make_problem<T>(37));
 }
 
 // Every step of the algorithm once by several threads, for a thread sanitizer.
@@ -284,6 +310,7 @@ void check_races() {
   if (solve<Vectors<float>>(p, 3, true, out) != 0) fail("info", p.n, 3, 1);
   if (coefficients<Cuda<float>>(p, 8, 0.125, 0, 3, out) != 0) fail("info of coefficients", p.n, 8, 1);
   check_failure<Cuda<float>>(make_problem<float>(17));
+  check_raises<Cuda<float>>(make_problem<float>(17));
 }
 
 }  // namespace
