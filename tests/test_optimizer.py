@@ -390,25 +390,17 @@ def test_a_refresh_forgets_pending_samples():
     assert opt.stats()["seen_samples"] == 0
 
 
-def test_a_gram_without_a_positive_pivot_falls_back_to_the_plain_gradient():
+def test_damping_is_raised_where_rounding_leaves_no_positive_pivot():
     model, x, y = make("mlp", N)
     x, y = x[:1].repeat(N, 1), y[:1].repeat(N)  # rank one, and no damping
     twin = copy.deepcopy(model)
     opt = fngd.FNGD(model, share="none", damping=0.0)
     F.cross_entropy(model(x), y).backward()
     F.cross_entropy(twin(x), y).backward()
-    failed = opt.stats()["failed_solves"]
-    assert failed == 2
+    stats = opt.stats()
+    assert (stats["raised_dampings"], stats["failed_solves"], stats["fallbacks"]) == (2, 0, {})
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad)
-
-
-def test_zero_gradients_are_no_failure():
-    model, x, y = make("mlp", N)
-    opt = fngd.FNGD(model, share="none")
-    (F.cross_entropy(model(x), y) * 0).backward()
-    assert opt.stats()["failed_solves"] == 0
-    assert all((p.grad == 0).all() for p in model.parameters())
+        torch.testing.assert_close(p.grad, q.grad, rtol=0.05, atol=1e-12)  # condition times eps
 
 
 @pytest.mark.gpu

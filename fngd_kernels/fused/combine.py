@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..cost_model import WORKSPACE
+from ..workspace import default_workspace
 from .common import aligned, capability, dot, multiprocessors
 from .rounding import rounded
 from .tiles import tile
@@ -124,7 +124,7 @@ def combine(a: Tensor, e: Tensor, s: Tensor, bias: bool, precision: str = "ieee"
     grid_i, grid_o = max(1, triton.cdiv(inputs, bi)), triton.cdiv(outputs, bo)
     # Weight and bias of a part lie side by side, so that one launch sums both.
     weights, biases = outputs * inputs, outputs if bias else 0
-    limit = WORKSPACE // max(1, 4 * (weights + biases))
+    limit = default_workspace() // max(1, 4 * (weights + biases))
     parts = parts_of(triton.cdiv(rows, bk), grid_i * grid_o, multiprocessors(a.device), limit)
 
     w = a.new_empty((outputs, inputs))

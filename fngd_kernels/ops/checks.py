@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import output_size
+from ..workspace import default_workspace
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Dtypes that activations, gradients and coefficients may have."""
@@ -28,10 +29,13 @@ def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor, *, dty
         raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {tensor.dtype}")
 
 
-def check_workspace(workspace: int) -> None:
-    """Require a number of bytes."""
+def workspace_bytes(workspace: int | None) -> int:
+    """Require a number of bytes; return it, or for None the default."""
+    if workspace is None:
+        return default_workspace()
     if workspace < 0:
         raise ValueError(f"workspace: expected 0 bytes or more, got {workspace}")
+    return workspace
 
 
 def check_precision(precision: str | None) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .. import cost_model
-from ..cost_model import WORKSPACE
 from ..geometry import expand
 from ..library.gram_conv_explicit import gram_conv_explicit
 from ..library.gram_conv_pairs import gram_conv_pairs
@@ -42,7 +41,7 @@ def gram(
     *,
     bias: bool = False,
     diag: bool = False,
-    workspace: int = WORKSPACE,
+    workspace: int | None = None,
     precision: str | None = None,
 ) -> Tensor:
     """Return the Gram matrix of a linear layer's contributions.
@@ -53,7 +52,7 @@ def gram(
     e: (N,O) or (N,T,O) float, gradient at the layer output, of a's dtype
     bias: whether the bias belongs to the block (a column of ones on A)
     diag: whether to return the diagonal alone, the squared norms ||C_n||^2
-    workspace: upper bound of scratch memory in bytes
+    workspace: upper bound of scratch memory in bytes, by default 64 MiB
     precision: of float32 products on a GPU, "ieee", "tf32" or "tf32x3"; by default what
         torch.set_float32_matmul_precision says. The CPU's are always "ieee"
 
@@ -62,7 +61,7 @@ def gram(
     Source: the Gram form of the empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).
     """
     checks.check_linear(a, e)
-    checks.check_workspace(workspace)
+    workspace = checks.workspace_bytes(workspace)
     checks.check_precision(precision)
     op = torch.ops.fngd.gram_diag if diag else torch.ops.fngd.gram
     return call(op.default, a, e, bias, workspace, precision)
@@ -79,7 +78,7 @@ def gram_conv(
     groups: int = 1,
     bias: bool = False,
     diag: bool = False,
-    workspace: int = WORKSPACE,
+    workspace: int | None = None,
     precision: str | None = None,
 ) -> Tensor:
     """Return the Gram matrix of a 1-3 d convolution's contributions, without a patch tensor.
@@ -92,7 +91,7 @@ def gram_conv(
     stride, padding, dilation, groups: as in torch.conv2d, padding with zeros
     bias: whether the bias belongs to the block
     diag: whether to return the diagonal alone, the squared norms ||C_n||^2
-    workspace: upper bound of scratch memory in bytes
+    workspace: upper bound of scratch memory in bytes, by default 64 MiB
     precision: of float32 products on a GPU, "ieee", "tf32" or "tf32x3"; by default what
         torch.set_float32_matmul_precision says. The CPU's are always "ieee"
 
@@ -103,7 +102,7 @@ def gram_conv(
     dims = len(weight_shape) - 2
     stride, padding, dilation = expand(stride, dims), expand(padding, dims), expand(dilation, dims)
     checks.check_conv(x, e, weight_shape, stride, padding, dilation, groups)
-    checks.check_workspace(workspace)
+    workspace = checks.workspace_bytes(workspace)
     checks.check_precision(precision)
     op = torch.ops.fngd.gram_conv_diag if diag else torch.ops.fngd.gram_conv
     return call(op.default, x, e, weight_shape, stride, padding, dilation, groups, bias, workspace, precision)
@@ -115,7 +114,7 @@ def gram_embedding(
     *,
     padding_idx: int | None = None,
     diag: bool = False,
-    workspace: int = WORKSPACE,
+    workspace: int | None = None,
     precision: str | None = None,
 ) -> Tensor:
     """Return the Gram matrix of an embedding's contributions.
@@ -126,7 +125,7 @@ def gram_embedding(
     e: (N,D) or (N,T,D) float, gradient at the layer output
     padding_idx: id that contributes nothing
     diag: whether to return the diagonal alone, the squared norms ||C_n||^2
-    workspace: upper bound of scratch memory in bytes
+    workspace: upper bound of scratch memory in bytes, by default 64 MiB
     precision: of float32 products on a GPU, "ieee", "tf32" or "tf32x3"; by default what
         torch.set_float32_matmul_precision says. The CPU's are always "ieee"
 
@@ -135,27 +134,27 @@ def gram_embedding(
     Source: the Gram form of the empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).
     """
     checks.check_embedding(ids, e)
-    checks.check_workspace(workspace)
+    workspace = checks.workspace_bytes(workspace)
     checks.check_precision(precision)
     op = torch.ops.fngd.gram_embedding_diag if diag else torch.ops.fngd.gram_embedding
     return call(op.default, ids, e, padding_idx, workspace, precision)
 
 
-def gram_rows(g: Tensor, *, diag: bool = False, workspace: int = WORKSPACE) -> Tensor:
+def gram_rows(g: Tensor, *, diag: bool = False, workspace: int | None = None) -> Tensor:
     """Return the Gram matrix of contributions that are already formed.
 
     K_ij = <g_i, g_j>
 
     g: (N,...) float, contribution of each sample
     diag: whether to return the diagonal alone, the squared norms ||C_n||^2
-    workspace: upper bound of scratch memory in bytes
+    workspace: upper bound of scratch memory in bytes, by default 64 MiB
 
     Returns: (N,N) float32 or float64, K; with diag (N,)
     Raises: ValueError, TypeError when g is no batch or not floating.
     Source: the Gram form of the empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).
     """
     checks.check_rows(g)
-    checks.check_workspace(workspace)
+    workspace = checks.workspace_bytes(workspace)
     op = torch.ops.fngd.gram_rows_diag if diag else torch.ops.fngd.gram_rows
     return call(op.default, g, workspace)
 

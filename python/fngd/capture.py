@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .journal import Journal
 from .rules import InputProjection, Opaque, Rule, attention
 
 
@@ -54,6 +55,7 @@ class Layer:
         self.members, self.index = tuple(members), index
         self.name = "+".join(member.name for member in members)
         self.note = ""  # why the last batches that could not be weighted were not
+        self.journal = Journal(f"layer {self.name}")
         self.solves = 0
         self.weights: Tensor | None = None  # of the last solve
         # What was captured in forwards and still can be differentiated.
@@ -61,6 +63,12 @@ class Layer:
         self.answered_task = -1  # the last backward in which a use had to be answered at once
         for member in members:
             member.layer = self
+
+    def keep_plain(self, reason: str, detail: str = "") -> None:
+        """Note why a batch takes the plain gradient here; detail: what is read in place of the reason."""
+        self.note = detail or reason
+        if not torch.compiler.is_compiling():
+            self.journal.count(reason, detail=f"plain gradient, {self.note}")
 
     @property
     def kind(self) -> str:
@@ -147,7 +155,7 @@ class RoutedOpaque(RoutedForward):
             if not reason:
                 return router.forward(member, x, args, kwargs)
         if reason and member.module.training:
-            member.layer.note = reason
+            member.layer.keep_plain(reason)
         return member.plain(x, args, kwargs)
 
 

@@ -1,6 +1,6 @@
 """What one training step does: layers are captured, solved for at the end of backward, and weighted."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,18 +13,30 @@ from fngd_kernels.ops.coefficients import coefficients
 
 from .capture import Layer, Member
 from .distributed import is_split
+from .journal import DeviceCounts
+from .memory import within_memory
 from .rules import Part, Use, added, tied_gram
 from .sharing import Batch, Sharing
 from .stopwatch import Stopwatch
 
 Uses = dict[Member, list[Use]]
 
+OUTCOMES = (
+    "its Gram matrix is not finite or could not be factored",
+    "its gradient is zero or underflows in its Gram matrix",
+    "its damping was raised",
+)
+"""What the solve of a layer may come to; all but the last one, RAISED, leave it the plain gradient."""
+RAISED = 2
+OUT_OF_MEMORY = "out of memory for its Gram matrix"
+
 
 class Captured:
-    """The uses of a layer's members in one batch, and its Gram matrix where it was formed inside backward."""
+    """The uses of a layer's members in one batch, and what came of its Gram matrix inside backward."""
 
     def __init__(self) -> None:
         self.uses: Uses = defaultdict(list)
+        self.complete = False  # whether k was looked for with all uses known
         self.k: Tensor | None = None
 
 
@@ -57,8 +69,9 @@ class Engine:
         self.captured_bytes = 0
         device = sharing.table.values.device
         self._stopwatch = Stopwatch(device)
-        # Counted where the solves run: reading it is what synchronises.
-        self.failed_solves = torch.zeros((), dtype=torch.int64, device=device)
+        # By outcome and layer, counted where the solves run: reading them is what synchronises.
+        self._outcomes = DeviceCounts((len(OUTCOMES), len(self.layers)), device)
+        self._journalled = torch.zeros_like(self._outcomes.arrived)
         self._captures = False  # whether a forward was captured since the last step
         # By autograd graph task, batch and layer; a backward that failed leaves its own behind.
         self._pending: dict[int, dict[Batch, dict[Layer, Captured]]] = {}
@@ -91,10 +104,13 @@ class Engine:
             )
         # Spelled out: torch.compile is wrong about `in` where a size is symbolic.
         if batch.size is not None and batch.size != samples:
-            layer.note = f"its input has {samples} rows, the batch has {batch.size} samples"
+            layer.keep_plain(
+                "its input has other rows than the batch's samples",
+                f"its input has {samples} rows, the batch has {batch.size} samples",
+            )
             return member.plain(x, *arguments)
         if is_split(member.module._parameters["weight"]):
-            layer.note = "its weight is split over ranks by tensor parallelism"
+            layer.keep_plain("its weight is split over ranks by tensor parallelism")
             return member.plain(x, *arguments)
         scale = self.sharing.weights(batch, layer.index, samples)
         if scale is None:
@@ -121,14 +137,13 @@ class Engine:
             only_use = last_use and layer.answered_task != task
             layer.answered_task = task
             weights: dict[Layer, Tensor] = {}
-            if only_use:
-                k = member.rule.gram(member.module, [use])
-                self._note_bytes([use], [k])
-                weights = self._solve(batch, {layer: k}, task)
-            else:
-                layer.note = (
+            if not only_use:
+                layer.keep_plain(
                     "used several times, and its gradient must be returned before the last use is known"
                 )
+            elif (k := _gram(layer, {member: [use]})) is not None:
+                self._note_bytes([use], [k])
+                weights = self._solve(batch, {layer: k}, task)
             return _combined(member, [use], weights.get(layer))
         if task not in self._pending:
             self._pending[task] = defaultdict(lambda: defaultdict(Captured))
@@ -136,6 +151,7 @@ class Engine:
         captured = self._pending[task][batch][layer]
         captured.uses[member].append(use)
         # At once, while e is in the cache; a derivative of the layer that comes still later makes it void.
+        captured.complete = last_use
         captured.k = _gram(layer, captured.uses) if last_use else None
         return None
 
@@ -145,7 +161,7 @@ class Engine:
         for batch, captured in self._pending.pop(task).items():
             grams = {}
             for layer, found in captured.items():
-                k = _gram(layer, found.uses) if found.k is None else found.k
+                k = found.k if found.complete else _gram(layer, found.uses)
                 if k is not None:
                     grams[layer] = k
             self._note_bytes(
@@ -172,19 +188,41 @@ class Engine:
         solutions = []
         with self._stopwatch.running():
             for members in groups.values():
-                layers, matrices = zip(*members, strict=True)
-                k = torch.stack(matrices)
-                s, info = coefficients(k, self.damping, self.damping_mode, self.normalize)
-                self.failed_solves += (info > 0).sum().to(self.failed_solves.device)
-                solutions.append(([layer.index for layer in layers], k, s))
-                for layer, row in zip(layers, s.unbind(0), strict=True):
+                layers = [layer for layer, _ in members]
+                solved = within_memory(partial(self._coefficients, layers, [k for _, k in members]))
+                if solved is None:
+                    for layer in layers:
+                        layer.keep_plain(OUT_OF_MEMORY)
+                    continue
+                solutions.append(([layer.index for layer in layers], *solved))
+                for layer, row in zip(layers, solved[1].unbind(0), strict=True):
                     layer.solves += 1
                     layer.weights = weights[layer] = row
             self.sharing.keep(batch, solutions)
+        self._outcomes.send()
+        self._write_journals()
         if self._last_solved != (task, batch):  # its layers may come one by one
             self._last_solved = (task, batch)
             self.solved_batches += 1
         return weights
+
+    def _coefficients(self, layers: Sequence[Layer], matrices: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the matrices as one batch k (len(layers), N, N) and their weights s (len(layers), N)."""
+        k = torch.stack(matrices)
+        s, info = coefficients(k, self.damping, self.damping_mode, self.normalize)
+        zero = info == k.shape[-1] + 2
+        outcomes = torch.stack([(info > 0) & ~zero, zero, info < 0])
+        counts = self._outcomes.values
+        counts.index_add_(1, self.sharing.table.index([layer.index for layer in layers]), outcomes.to(counts))
+        return k, s
+
+    def _write_journals(self) -> None:
+        """Count and log what the host knows by now of the solves that gave plain weights."""
+        known = self._outcomes.arrived.clone()
+        new, self._journalled = known - self._journalled, known
+        for outcome, index in new[:RAISED].nonzero().tolist():
+            reason, layer = OUTCOMES[outcome], self.layers[index]
+            layer.journal.count(reason, int(new[outcome, index]), f"plain gradient, {reason}")
 
     def _note_bytes(self, uses: Iterable[Use], grams: Iterable[Tensor]) -> None:
         held = [x for use in uses for x in (use.a, use.e) if x is not None]
@@ -197,7 +235,8 @@ class Engine:
         return self.sharing.state_dict() | {
             "layers": [layer.name for layer in self.layers],
             "solved_batches": self.solved_batches,
-            "failed_solves": self.failed_solves,
+            "fallbacks": self._fallbacks(),
+            "outcomes": self._outcomes.values.clone(),
         }
 
     def check_state(self, state: dict[str, Any]) -> None:
@@ -213,7 +252,16 @@ class Engine:
         """Restore a checked state."""
         self.sharing.load_state_dict(state)
         self.solved_batches = state["solved_batches"]
-        self.failed_solves = state["failed_solves"].to(self.failed_solves.device, copy=True)
+        self._outcomes.load(state["outcomes"])
+        self._journalled = self._outcomes.arrived.clone()
+        for layer in self.layers:
+            layer.journal.counts = Counter(state["fallbacks"].get(layer.name, {}))
+
+    def _fallbacks(self) -> dict[str, dict[str, int]]:
+        """Return how often a layer took the plain gradient, by reason; waits for the device."""
+        self._outcomes.send(wait=True)
+        self._write_journals()
+        return {layer.name: dict(layer.journal.counts) for layer in self.layers if layer.journal.counts}
 
     def describe(self, layer: Layer, parameter: Tensor) -> str:
         """Return the rule that weights a layer's parameter, or "plain: " and why none did so far."""
@@ -228,10 +276,14 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """Return the counters, and the spread of each layer's coefficients in its last solve."""
         last = {layer.name: layer.weights for layer in self.layers if layer.weights is not None}
+        failed, zero, raised = self._outcomes.values.sum(1).long().tolist()
         return {
             "epoch": self.sharing.epoch,
             "solved_batches": self.solved_batches,
-            "failed_solves": int(self.failed_solves),
+            "failed_solves": failed,
+            "zero_grams": zero,
+            "raised_dampings": raised,
+            "fallbacks": self._fallbacks(),
             "seen_samples": self.sharing.table.count_seen(),
             "coefficients": {
                 name: {"min": float(s.min()), "mean": float(s.mean()), "max": float(s.max())}
@@ -243,13 +295,18 @@ class Engine:
         }
 
 
-def _gram(layer: Layer, uses: Uses) -> Tensor | None:
-    """Return the layer's Gram matrix, None where its uses are not of the same samples."""
+def _gram(layer: Layer, uses: Mapping[Member, Sequence[Use]]) -> Tensor | None:
+    """Return the layer's Gram matrix, None where its uses are not of the same samples or memory runs out."""
     sizes = {use.e.shape[0] for found in uses.values() for use in found}
-    if len(sizes) == 1:
-        return tied_gram([Part(member.rule, member.module, found) for member, found in uses.items()])
-    layer.note = f"used on batches of several sizes ({sorted(sizes)}) in one backward"
-    return None
+    if len(sizes) > 1:
+        reason = "used on batches of several sizes"
+        layer.keep_plain(reason, f"{reason} ({sorted(sizes)}) in one backward")
+        return None
+    parts = [Part(member.rule, member.module, found) for member, found in uses.items()]
+    k = within_memory(partial(tied_gram, parts))
+    if k is None:
+        layer.keep_plain(OUT_OF_MEMORY)
+    return k
 
 
 def _combined(member: Member, uses: Sequence[Use], s: Tensor | None) -> Sequence[Tensor | None]:

@@ -229,7 +229,7 @@ class FNGD(Optimizer):
         state = super().state_dict()
         for group in state["param_groups"]:
             group["fngd"] = True  # tells the base optimizer's part from another optimizer's state
-        own = self._engine.state_dict() | {"skipped_steps": int(self._update.skipped_steps)}
+        own = self._engine.state_dict() | {"skipped_steps": self._update.skipped_steps}
         return {**state, "fngd": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -249,7 +249,7 @@ class FNGD(Optimizer):
         self._update.link(self)
         if own is not None:
             self._engine.load_state_dict(own)
-            self._update.skipped_steps.fill_(own["skipped_steps"])
+            self._update.skipped_steps = own["skipped_steps"]
 
     # ---- reports ----
 
@@ -274,7 +274,7 @@ class FNGD(Optimizer):
         """Return counters of batches, solves and steps, the coefficients' spread, seconds in batched solves,
         and bytes; waits for the device.
         """
-        return self._engine.stats() | {"skipped_steps": int(self._update.skipped_steps)}
+        return self._engine.stats() | {"skipped_steps": self._update.skipped_steps}
 
 
 def _one_of(name: str, value: object, choices: Sequence[str]) -> None:

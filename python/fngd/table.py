@@ -91,7 +91,7 @@ class Table:
 
     def record(self, ids: Tensor, columns: Tensor, layers: Sequence[int], s: Tensor, learned: Tensor) -> None:
         """Keep s (len(layers), N) as the weights of the samples ids (N,) in these layers, if learned."""
-        rows = self._index(layers)[:, None]
+        rows = self.index(layers)[:, None]
         kept = self.values[rows, columns]
         self.values[rows, columns] = torch.where(learned, s.to(kept), kept)
         if self._pending and self._pending[-1][0] is ids:  # the same batch, solved for layer by layer
@@ -107,7 +107,7 @@ class Table:
         size = s.shape[1]
         self.grow(size)
         self.averaged = F.pad(self.averaged, (0, len(self) - self.averaged.shape[1]))
-        rows = self._index(layers)
+        rows = self.index(layers)
         averaged = self.averaged[rows, :size] + learned
         means = self.values[rows, :size]
         self.averaged[rows, :size] = averaged
@@ -140,7 +140,7 @@ class Table:
         # Each rank keeps its part of the count, so that merging again changes nothing.
         self.averaged = batches / ranks(group)
 
-    def _index(self, layers: Sequence[int]) -> Tensor:
+    def index(self, layers: Sequence[int]) -> Tensor:
         """Return the layers as an index on the device; made once, because the host waits for its copy."""
         key = tuple(layers)
         if key not in self._rows:

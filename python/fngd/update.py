@@ -9,8 +9,10 @@ from torch.optim import Optimizer
 from fngd_kernels.ops.finite import found_non_finite
 
 from .distributed import local_shards, on_any_rank
+from .journal import DeviceCounts, Journal
 
 _BASES: dict[str, type[Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+LEFT_OUT = "left out, its gradient is not finite"
 _FUSED_ON_CUDA = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
@@ -20,7 +22,8 @@ class Update:
     def __init__(self, base: Optimizer, owner: Optimizer, device: torch.device) -> None:
         self.base = base
         # Counted on the device: a fused update is left out without the host knowing.
-        self.skipped_steps = torch.zeros((), dtype=torch.float64, device=device)
+        self._skipped = DeviceCounts((), device)
+        self._journal = Journal("step")
         self.link(owner)
 
     def link(self, owner: Optimizer) -> None:
@@ -45,15 +48,34 @@ class Update:
             found_inf = self._found_non_finite()
         if self.skips_on_device:
             found_inf = found_inf.view(())
-            self.skipped_steps += found_inf
+            self._skipped.values += found_inf
+            self._skipped.send()
+            self._write_journal()
             self._begin_momentum()
         elif found_inf:
-            self.skipped_steps += 1
+            self._skipped.values += 1
+            self._write_journal()
             return
         else:
             found_inf = None
         self.base.found_inf, self.base.grad_scale = found_inf, grad_scale  # type: ignore[attr-defined]
         self.base.step()
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were left out so far; waits for the device."""
+        return int(self._skipped.values)
+
+    @skipped_steps.setter
+    def skipped_steps(self, steps: int) -> None:
+        self._skipped.load(steps)
+        self._journal.counts[LEFT_OUT] = steps
+
+    def _write_journal(self) -> None:
+        """Log the steps that were left out, as far as the host knows of them."""
+        new = int(self._skipped.arrived) - self._journal.counts[LEFT_OUT]
+        if new:
+            self._journal.count(LEFT_OUT, new)
 
     def _begin_momentum(self) -> None:
         """Write the momentum 0 that torch's fused SGD leaves undefined when its first step is left out."""
@@ -68,7 +90,7 @@ class Update:
         parameters = (p for group in self.base.param_groups for p in group["params"])
         local, groups = local_shards([p.grad for p in parameters if p.grad is not None])
         dense = [g.coalesce().values() if g.is_sparse else g for g in local]
-        found = found_non_finite(dense) if dense else torch.zeros(1, device=self.skipped_steps.device)
+        found = found_non_finite(dense) if dense else torch.zeros(1, device=self._skipped.values.device)
         return on_any_rank(found, groups)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fngd_kernels as fk
-from fngd_kernels.cost_model import WORKSPACE
+from fngd_kernels.workspace import default_workspace
 
 from . import embedding, linear
 from .base import Rule, Use, biased
@@ -44,17 +44,20 @@ def tied_gram(parts: Sequence[Part]) -> Tensor:
     return torch.stack(shares).sum(0)
 
 
-def gram_embedding_linear(ids: Tensor, g: Tensor, a: Tensor, e: Tensor, workspace: int = WORKSPACE) -> Tensor:
+def gram_embedding_linear(
+    ids: Tensor, g: Tensor, a: Tensor, e: Tensor, workspace: int | None = None
+) -> Tensor:
     """Return X_ij = <C_i of an embedding, C_j of a linear layer> for one weight (V, D) of both.
 
     X_ij = sum_{t,u} E_ju[ids_it] <g_it, A_ju>, in chunks of i and j.
 
     ids: (N, T) int; g: (N, T, D), gradient at the embedding's output
     a: (N, U, D), the linear layer's input; e: (N, U, V), gradient at its output
-    workspace: bound of the two scratch matrices in bytes, where one sample fits
+    workspace: bound of the two scratch matrices in bytes, where one sample fits, by default 64 MiB
 
     Returns: (N, N) of the inputs' common dtype, at least float32.
     """
+    workspace = default_workspace() if workspace is None else workspace
     dtype = torch.promote_types(torch.promote_types(g.dtype, e.dtype), torch.float32)
     (samples, t), u = ids.shape, e.shape[1]
     x = g.new_empty((samples, samples), dtype=dtype)
