@@ -158,6 +158,21 @@ def test_other_errors_in_a_kernel_reach_the_user(monkeypatch):
     assert opt.stats()["fallbacks"] == {}
 
 
+@pytest.mark.parametrize("damping", ["lm", 0.1])
+def test_gauss_newton_steps_that_are_left_out(damping, lines):
+    model, x = nn.Linear(3, 1), torch.randn(5, 3)
+    opt = fngd.GaussNewton(model, damping=damping, line_search=damping != "lm")
+    for _ in range(10):
+        opt.step(lambda: model(x * float("nan")).squeeze(-1))
+    opt.step(lambda: model(x).squeeze(-1) * 0 + 1)  # stationary
+    left_out = "step: left out, its loss or Jacobian is not finite"
+    assert lines() == [left_out, f"{left_out} (10 times so far)"]
+    calls = iter(range(100))
+    opt.step(lambda: model(x).squeeze(-1) + next(calls))  # every trial raises the loss
+    assert lines()[2:] == ["step: given up after 12 trials"]
+    assert (opt.stats()["skipped_steps"], opt.stats()["given_up_steps"]) == (10, 1)
+
+
 def test_counts_are_part_of_the_state(lines):
     model, x, y = make("mlp", N)
     opt = fngd.FNGD(model, share="none")

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from fngd_kernels import solve
 
 from .jacobian import Jacobian
+from .journal import Journal
 from .linearize import Linearizer
 
 LM = "lm"
@@ -89,6 +90,7 @@ class GaussNewton(Optimizer):
         self._linearize = Linearizer(model, self._parameters())
         counters = ("steps", "undone_trials", "given_up_steps", "skipped_steps")
         self._counts = dict.fromkeys(counters, 0)
+        self._journal = Journal("step")
 
     def _parameters(self) -> list[Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -117,7 +119,7 @@ class GaussNewton(Optimizer):
             k = jacobian.gram()
         unit = float(k.diagonal().mean())
         if not (math.isfinite(unit) and bool(loss.isfinite())):
-            self._counts["skipped_steps"] += 1
+            self._leave_out("skipped_steps", "left out, its loss or Jacobian is not finite")
             return loss
         if unit == 0:  # stationary
             return loss
@@ -126,6 +128,10 @@ class GaussNewton(Optimizer):
         else:
             self._fixed(residuals, float(loss), jacobian, k, unit)
         return loss
+
+    def _leave_out(self, counter: str, reason: str) -> None:
+        self._counts[counter] += 1
+        self._journal.count(reason)
 
     # ---- the direction ----
 
@@ -158,7 +164,7 @@ class GaussNewton(Optimizer):
                 self.damping = max(self.damping / DECREASE, smallest)
                 return
             self.damping = min(self.damping * INCREASE, LARGEST_DAMPING)
-        self._counts["given_up_steps"] += 1
+        self._leave_out("given_up_steps", f"given up after {MAX_TRIALS} trials")
 
     def _fixed(
         self, residuals: Callable[[], Any], before: float, jacobian: Jacobian, k: Tensor, unit: float
@@ -167,14 +173,14 @@ class GaussNewton(Optimizer):
         ladder = (self.damping * INCREASE**i * unit for i in range(MAX_TRIALS))
         direction = next(filter(None, (self._direction(jacobian, k, damping) for damping in ladder)), None)
         if direction is None:
-            self._counts["given_up_steps"] += 1
+            self._leave_out("given_up_steps", f"given up after {MAX_TRIALS} trials")
             return
         if not self.line_search:
             self._move(direction, 1.0)
             self._finish(direction)
             return
         if not any(self._try(residuals, before, direction, 0.5**halvings) for halvings in range(MAX_TRIALS)):
-            self._counts["given_up_steps"] += 1
+            self._leave_out("given_up_steps", f"given up after {MAX_TRIALS} trials")
 
     # ---- the parameters ----
 
@@ -239,7 +245,10 @@ class GaussNewton(Optimizer):
         return self._linearize.coverage()
 
     def stats(self) -> dict[str, Any]:
-        """Return the damping and counters of steps, undone trials, given up and skipped steps."""
+        """Return the damping and counters of steps, undone trials, given up and skipped steps.
+
+        The logger "fngd" tells of the 1st, 10th, 100th, ... given up or skipped one.
+        """
         return {"damping": self.damping, **self._counts}
 
 
