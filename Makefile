@@ -3,16 +3,21 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 ARGS ?=
+# Nothing that is not in a lock file, nothing whose hash differs, nothing built from source.
+LOCKED := $(PY) -m pip install --quiet --require-hashes --no-deps --only-binary :all:
 
 .PHONY: setup train pinn test lint bench profile bench-small reliability clean
 
 setup: .venv/ready
 
-.venv/ready: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+.venv/ready: setup.py pyproject.toml $(wildcard requirements/*.txt) $(wildcard csrc/*)
 	@echo "== setting up .venv (a few minutes the first time)"
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet -c constraints.txt torch setuptools wheel ninja pybind11
-	$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@# The CPU build where pip is given one by its configuration, else the index's with its CUDA packages.
+	$(LOCKED) -r requirements/torch-cpu.txt 2>/dev/null || $(LOCKED) -r requirements/torch.txt
+	$(LOCKED) -r requirements/dev.txt
+	$(PY) -m pip check
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
 train: setup
