@@ -69,7 +69,8 @@ def find_layers(
     for name in list(served):
         group = groups.get(name, [name])
         if len(group) > 1 and not (composite and _share_a_weight([served.get(other) for other in group])):
-            reasons[name] = f"shares a parameter with {', '.join(other for other in group if other != name)}"
+            others = ", ".join(other or "the model itself" for other in group if other != name)
+            reasons[name] = f"shares a parameter with {others}"
         elif name == group[0]:
             layers.append(Layer([served[other] for other in group], len(layers)))
     time_first = _time_first(model)
@@ -83,9 +84,13 @@ def _weight(module: nn.Module) -> nn.Parameter | None:
     return module._parameters.get(name)
 
 
+_NORMALISATIONS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
+
 def _is_normalisation(module: nn.Module) -> bool:
-    """Return whether the module normalises: torch's own, or one that says so in its name (LlamaRMSNorm)."""
-    return "Norm" in type(module).__name__
+    """Return whether the module normalises: torch's own, or one with vectors that says so in its name."""
+    vectors = all(p.numel() == max(p.shape, default=1) for p in module.parameters())
+    return isinstance(module, _NORMALISATIONS) or ("Norm" in type(module).__name__ and vectors)
 
 
 def _sharing(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:

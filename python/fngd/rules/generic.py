@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import fngd_kernels as fk
 from fngd_kernels.ops import nodes
 from fngd_kernels.ops.nodes import Sink
 
 from .base import Use
-from .opaque import Call, Opaque
+from .call import Call, gradients_by
+from .opaque import Opaque
 
 LEAST = 1e-3
 """Least |s| in units of the largest: by 1 / s gradients are scaled back at the module's input."""
@@ -62,8 +64,8 @@ class GenericRule:
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        call = Call(module, args, kwargs or {})
-        # Views, so that a hook on them, or on an output that is an input, is on nothing else.
+        call = Call(module.owner, args, kwargs or {})
+        # Views, so that a hook on them is on nothing else.
         tensors = [t.view_as(t) for t in call.tensors]
         if sink is not None:
             return _captured(module, call, tensors, sink)
@@ -72,7 +74,7 @@ class GenericRule:
         for t, dim in zip(tensors, call.dims, strict=True):
             _hook(t, partial(_divided, _along(s, t, dim)))
         args, kwargs = call.arguments(tensors)
-        result = module.forward(x, args, kwargs)
+        result = _apart(call, module.forward(x, args, kwargs), tensors)
         for t, dim in call.outputs(result):
             _hook(t, partial(_scaled, _along(s, t, dim)))
         return result
@@ -101,10 +103,7 @@ class GenericRule:
             with torch.enable_grad():
                 parameters = use.a.trained()
                 y = use.a.flat_output(parameters, [t.detach() for t in use.a.tensors])
-                weighted = (use.e * s.unsqueeze(1)).to(y.dtype)
-                gradients = torch.autograd.grad(
-                    y, list(parameters.values()), weighted, allow_unused=True, materialize_grads=True
-                )
+                gradients = gradients_by(parameters, y, (use.e * s.unsqueeze(1)).to(y.dtype))
             total.append(torch.cat([g.flatten() for g in gradients]))
         return _split(module, torch.stack(total).sum(0))
 
@@ -141,6 +140,18 @@ def _scaled(s: Tensor, gradient: Tensor) -> Tensor:
 
 def _divided(s: Tensor, gradient: Tensor) -> Tensor:
     return (gradient / s).to(gradient.dtype)
+
+
+def _apart(call: Call, result: Any, tensors: Sequence[Tensor]) -> Any:
+    """Return a result whose tensors nothing inside the module uses, as an input or for another output.
+
+    A hook on one of them then sees only what arrives from outside. A copy, because a view may be written to.
+    """
+    outputs = [t for t, _ in call.outputs(result)]
+    if len(outputs) == 1 and all(outputs[0] is not t for t in tensors):
+        return result
+    leaves, spec = tree_flatten(result)
+    return tree_unflatten([t.clone() if isinstance(t, Tensor) else t for t in leaves], spec)
 
 
 def _hook(t: Tensor, hook: Callable[[Tensor], Tensor | None]) -> None:
@@ -196,7 +207,7 @@ def _captured(module: Opaque, call: Call, tensors: Sequence[Tensor], sink: Sink)
     vector = torch.cat([p.flatten() for p in trained.values()])
     gated = nodes.rows(vector, 1, None, answer)[0].split([p.numel() for p in trained.values()])
     parameters = {name: g.view_as(p) for (name, p), g in zip(trained.items(), gated, strict=True)}
-    result = call.run(parameters, tensors)
+    result = _apart(call, call.run(parameters, tensors), tensors)
     for index, (t, dim) in enumerate(call.outputs(result)):
         sizes.append((t.shape, dim, t.dtype))
         _hook(t, partial(cotangents.note, index))
