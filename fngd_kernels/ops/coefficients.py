@@ -99,7 +99,7 @@ def _attempt(k: Tensor, relative: Tensor, trace: Tensor, normalize: str) -> tupl
     elif normalize == "lambda":
         s = x * relative[:, None]
     elif normalize == "raw":
-        s = x / (samples * trace[:, None])
+        s = x / samples / trace[:, None]  # their product may overflow
     else:
         full = k.tril() + k.tril(-1).mT
         plain, natural = full.sum((-2, -1)), torch.einsum("li,lij,lj->l", x, full, x)
