@@ -182,3 +182,34 @@ def test_keys_that_are_no_integers_are_refused():
     loader = DataLoader(Named(), batch_sampler=[["a", "b"]])
     with pytest.raises(TypeError, match="ids: expected integers"):
         list(fngd.track(loader, fngd.FNGD(nn.Linear(2, 1))))
+
+
+class Prefetching(DataLoader):
+    """Leaves out its first batch, or yields one that it did not draw."""
+
+    extra = 0
+
+    def __iter__(self):
+        batches = list(super().__iter__())
+        yield from batches[1:] if self.extra == 0 else [*batches, batches[0]]
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_a_loader_that_yields_other_batches_than_it_draws_is_found_out(extra):
+    loader = Prefetching(Squares(), batch_size=5, collate_fn=collate)
+    loader.extra = extra
+    with pytest.raises(
+        RuntimeError, match="this Prefetching does not yield the batches that its sampler draws"
+    ):
+        list(fngd.track(loader, Recorder()))
+
+
+def test_a_loader_that_accelerate_prepared_is_refused_where_ids_are_needed():
+    accelerate = pytest.importorskip("accelerate")
+    loader = accelerate.Accelerator(cpu=True).prepare(DataLoader(Squares(), batch_size=5, collate_fn=collate))
+    with pytest.raises(ValueError, match=r"loader: a DataLoaderShard around a DataLoader.*set_samples"):
+        fngd.track(loader, Recorder())
+    unnamed = Recorder()
+    unnamed.share = "none"
+    assert len(list(fngd.track(loader, unnamed))) == 5
+    assert unnamed.epochs == 1

@@ -30,7 +30,8 @@ def track(loader: DataLoader, optimizer: TakesSamples, *others: TakesSamples) ->
     Raises:
         TypeError: loader is not a DataLoader, or optimizer does not take sample ids.
         ValueError: ids are needed and the loader has none: an IterableDataset, batch_size=None with single
-            indices, or in_order=False.
+            indices, in_order=False, or a loader that accelerate prepared.
+        RuntimeError: while iterating, a subclass of DataLoader yields other batches than its sampler draws.
     """
     if not isinstance(loader, DataLoader):
         raise TypeError(f"loader: expected a torch.utils.data.DataLoader, got {type(loader).__name__}")
@@ -62,10 +63,14 @@ class TrackedLoader:
         batches = iter(self._source)
         drawn = self._recorder.drawn
         for batch in batches:
+            if not drawn:
+                raise _not_its_batches(self.loader)
             ids = drawn.popleft()
             for optimizer in self.optimizers:
                 optimizer.set_samples(ids)
             yield batch
+        if drawn:
+            raise _not_its_batches(self.loader)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -102,12 +107,24 @@ class _RecordingSampler:
         return len(self.sampler)
 
 
+def _not_its_batches(loader: DataLoader) -> RuntimeError:
+    return RuntimeError(
+        f"loader: this {type(loader).__name__} does not yield the batches that its sampler draws; "
+        "call optimizer.set_samples(ids) before each forward"
+    )
+
+
 def _recording(loader: DataLoader) -> tuple[DataLoader, _RecordingSampler]:
     """Return a copy of the loader that draws through a recording sampler, and that sampler."""
     if isinstance(loader.dataset, IterableDataset):
         raise ValueError(
             "loader: an IterableDataset has no sample indices; call optimizer.set_samples(ids) before each "
             "forward, or choose share='none' (solve at every step), share='position' or share='mean'"
+        )
+    if not issubclass(type(loader), DataLoader):  # accelerate's loaders only say that they are one
+        raise ValueError(
+            f"loader: a {type(loader).__name__} around a DataLoader draws batches ahead; let the dataset "
+            "return its indices and call optimizer.set_samples(ids) before each forward"
         )
     if not getattr(loader, "in_order", True):
         raise ValueError(

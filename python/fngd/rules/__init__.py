@@ -1,4 +1,4 @@
-"""Which rule serves which module."""
+"""Which rule serves which module; `register` adds one."""
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -14,7 +14,18 @@ from .linear import LinearRule, TransposedLinearRule
 from .opaque import Opaque
 from .tied import Part, tied_gram
 
-__all__ = ["InputProjection", "Opaque", "Part", "Rule", "Use", "added", "attention", "rule_for", "tied_gram"]
+__all__ = [
+    "InputProjection",
+    "Opaque",
+    "Part",
+    "Rule",
+    "Use",
+    "added",
+    "attention",
+    "register",
+    "rule_for",
+    "tied_gram",
+]
 
 _RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: LinearRule(),
@@ -37,16 +48,46 @@ _GENERIC = GenericRule()
 _TRANSPOSED_LINEAR = TransposedLinearRule()
 
 
+_METHODS = ("reason_against", "batched", "forward", "gram", "contributions", "combine")
+
+
+def register(module_type: type[nn.Module], rule: Rule) -> None:
+    """Serve the modules of a type by a rule, in optimizers made from now on.
+
+    Subclasses that have the type's own `forward` take the rule too, unless a nearer type has one.
+
+    module_type: a subclass of torch.nn.Module; one that has a rule gets this one in its place
+    rule: an object with the attributes of `fngd.rules.Rule`
+
+    Raises: TypeError for what is no type of modules, or a rule without a name or one of the methods;
+        ValueError for the name of the generic rule.
+    """
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise TypeError(f"module_type: expected a subclass of torch.nn.Module, got {module_type!r}")
+    if isinstance(rule, type):
+        raise TypeError(f"rule: expected an object, got the class {rule.__name__}")
+    missing = [method for method in _METHODS if not callable(getattr(rule, method, None))]
+    if not isinstance(getattr(rule, "name", None), str):
+        missing.insert(0, "name")
+    if missing:
+        raise TypeError(
+            f"rule: expected an fngd.rules.Rule, {type(rule).__name__} lacks {', '.join(missing)}"
+        )
+    if rule.name == _GENERIC.name:
+        raise ValueError(f"rule: expected a name of its own, got {rule.name!r}")
+    _RULES[module_type] = rule
+
+
 def rule_for(module: nn.Module) -> tuple[Rule | None, str]:
     """Return (rule, its name), or (None, the reason why the module keeps the plain gradient).
 
-    Subclasses share their parent's rule as long as they do not compute differently.
+    Subclasses share the rule of their nearest parent with one, as long as they do not compute differently.
     """
-    if (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
-        return _TRANSPOSED_LINEAR, _TRANSPOSED_LINEAR.name
+    kind = next((kind for kind in type(module).__mro__ if kind in _RULES), None)
     rule: Rule = _GENERIC
-    for kind, own in _RULES.items():
-        if isinstance(module, kind) and type(module).forward is kind.forward and not is_parametrized(module):
-            rule = own
+    if kind is not None and type(module).forward is kind.forward and not is_parametrized(module):
+        rule = _RULES[kind]
+    elif (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        rule = _TRANSPOSED_LINEAR
     reason = rule.reason_against(module)
     return (None, reason) if reason else (rule, rule.name)

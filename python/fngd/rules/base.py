@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+import fngd_kernels as fk
 from fngd_kernels.ops.nodes import Gradients, Sink
 
 
@@ -63,6 +64,26 @@ def pair(result: Tensor | tuple[Tensor, Tensor]) -> Gradients:
 def biased(module: Any, uses: Sequence[Use]) -> list[Use]:
     """Return the uses in which a trainable bias takes part."""
     return [use for use in uses if use.biased] if trainable_bias(module) else []
+
+
+def bias_rows(module: Any, uses: Sequence[Use], channel: int) -> Tensor | None:
+    """Return the contributions (N, O) to a trainable bias, None where it takes no part.
+
+    channel: the dimension of e that counts the outputs
+    """
+    rows = [use.e.movedim(channel, -1) for use in biased(module, uses)]
+    summed = [e.reshape(e.shape[0], -1, e.shape[-1]).sum(1) for e in rows]
+    return torch.stack(summed).sum(0) if summed else None
+
+
+def with_bias(k: Tensor, rows: Tensor | None) -> Tensor:
+    """Return the Gram matrix of weight and bias from the weight's own and the contributions to the bias."""
+    return k if rows is None else k + fk.gram_rows(rows)
+
+
+def combined_bias(rows: Tensor | None, s: Tensor) -> Tensor | None:
+    """Return the gradient of the bias from the contributions to it."""
+    return None if rows is None else fk.combine_rows(rows, s)
 
 
 def trainable_bias(module: Any) -> bool:

@@ -12,7 +12,7 @@ from fngd_kernels.library.conv_contributions import conv_contributions
 from fngd_kernels.ops import nodes
 from fngd_kernels.ops.nodes import Gradients, Sink
 
-from .base import Use, added, biased, pair
+from .base import Use, added, bias_rows, biased, combined_bias, pair, with_bias
 
 _CONV_FORWARDS = {kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
@@ -39,13 +39,12 @@ class ConvRule:
     def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
         if len(uses) == 1:
             (use,) = uses
-            bias = bool(biased(module, uses))
-            return fk.gram_conv(use.a, use.e, module.weight.shape, bias=bias, **geometry(module))
+            some = bool(biased(module, uses))
+            return fk.gram_conv(use.a, use.e, module.weight.shape, bias=some, **geometry(module))
         # A sample's contributions are summed over the uses before the inner product, cross terms included.
-        weight, bias_rows = self.contributions(module, uses)
+        weight, bias = self.contributions(module, uses)
         assert weight is not None
-        k = fk.gram_rows(weight)
-        return k if bias_rows is None else k + fk.gram_rows(bias_rows)
+        return with_bias(fk.gram_rows(weight), bias)
 
     def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
         groups, kernel = module.groups, module.kernel_size
@@ -62,9 +61,7 @@ class ConvRule:
             )
             for use in uses
         ]
-        with_bias = biased(module, uses)
-        summed = torch.stack(weight).sum(0).view(-1, *module.weight.shape)
-        return summed, _bias_rows(with_bias) if with_bias else None
+        return torch.stack(weight).sum(0).view(-1, *module.weight.shape), bias_rows(module, uses, 1)
 
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
         shape, options = module.weight.shape, geometry(module)
@@ -108,29 +105,20 @@ class ConvTransposeRule(ConvRule):
         )
 
     def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
-        k = super().gram(module, _exchanged(uses))
-        with_bias = biased(module, uses)
-        return k + fk.gram_rows(_bias_rows(with_bias)) if with_bias else k
+        return with_bias(super().gram(module, _exchanged(uses)), bias_rows(module, uses, 1))
 
     def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
         weight, _ = super().contributions(module, _exchanged(uses))
-        with_bias = biased(module, uses)
-        return weight, _bias_rows(with_bias) if with_bias else None
+        return weight, bias_rows(module, uses, 1)
 
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
         weight, _ = super().combine(module, _exchanged(uses), s)
-        with_bias = biased(module, uses)
-        return weight, fk.combine_rows(_bias_rows(with_bias), s) if with_bias else None
+        return weight, combined_bias(bias_rows(module, uses, 1), s)
 
 
 def _exchanged(uses: Sequence[Use]) -> list[Use]:
     """Return the uses of the convolution of which the transposed one is the input gradient."""
     return [Use(use.e, use.a, False) for use in uses]
-
-
-def _bias_rows(uses: Sequence[Use]) -> Tensor:
-    """Return the contributions (N, O) to the bias."""
-    return torch.stack([use.e.flatten(2).sum(2) for use in uses]).sum(0)
 
 
 def split_padding(module: Any) -> tuple[list[int] | None, tuple[int, ...]]:

@@ -10,7 +10,7 @@ import fngd_kernels as fk
 from fngd_kernels.ops import nodes
 from fngd_kernels.ops.nodes import Gradients, Sink
 
-from .base import Use, biased, pair
+from .base import Use, bias_rows, biased, combined_bias, pair, with_bias
 
 
 class LinearRule:
@@ -28,22 +28,21 @@ class LinearRule:
         return nodes.linear(x, module.weight, module.bias, scale, sink)
 
     def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
-        with_bias = biased(module, uses)
-        if len(with_bias) in (0, len(uses)):
-            return fk.gram(*positions(uses), bias=bool(with_bias))
-        return fk.gram(*positions(uses)) + fk.gram_rows(bias_rows(with_bias))
+        biases = len(biased(module, uses))
+        if biases in (0, len(uses)):
+            return fk.gram(*positions(uses), bias=biases > 0)
+        return with_bias(fk.gram(*positions(uses)), bias_rows(module, uses, -1))
 
     def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
         a, e = positions(uses)
-        with_bias = biased(module, uses)
-        return e.mT @ a, bias_rows(with_bias) if with_bias else None
+        return e.mT @ a, bias_rows(module, uses, -1)
 
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
-        with_bias = biased(module, uses)
-        if len(with_bias) in (0, len(uses)):
-            return pair(fk.combine(*positions(uses), s, bias=bool(with_bias)))
+        biases = len(biased(module, uses))
+        if biases in (0, len(uses)):
+            return pair(fk.combine(*positions(uses), s, bias=biases > 0))
         weight, _ = pair(fk.combine(*positions(uses), s))
-        return weight, fk.combine_rows(bias_rows(with_bias), s)
+        return weight, combined_bias(bias_rows(module, uses, -1), s)
 
 
 class TransposedLinearRule(LinearRule):
@@ -63,11 +62,6 @@ class TransposedLinearRule(LinearRule):
         weight, bias = super().combine(module, uses, s)
         assert weight is not None
         return weight.T, bias
-
-
-def bias_rows(uses: Sequence[Use]) -> Tensor:
-    """Return the contributions (N, O) to the bias."""
-    return torch.stack([use.e.flatten(1, -2).sum(1) if use.e.ndim > 2 else use.e for use in uses]).sum(0)
 
 
 def positions(uses: Sequence[Use]) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import fngd_kernels as fk
 from fngd_kernels.workspace import default_workspace
 
 from . import embedding, linear
-from .base import Rule, Use, biased
+from .base import Rule, Use, bias_rows
 
 
 class Part(NamedTuple):
@@ -77,8 +77,8 @@ def _grams_of_biases(parts: Sequence[Part]) -> list[Tensor]:
     """Return the share of each bias in K; a bias of several modules is summed over them first."""
     rows: dict[Parameter, Tensor] = {}
     for part in parts:
-        if uses := biased(part.module, part.uses):
-            found = linear.bias_rows(uses)
+        found = bias_rows(part.module, part.uses, -1)
+        if found is not None:
             bias = part.module.bias
             rows[bias] = rows[bias] + found if bias in rows else found
     return [fk.gram_rows(r) for r in rows.values()]
