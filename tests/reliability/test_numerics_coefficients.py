@@ -1,7 +1,7 @@
 """Coefficients of hard Gram matrices: always finite, and right in float64 or plain.
 
-With M = K / tr(K) + rho I the weights are s = f x, M x = 1. As for `solve`, and with a few roundings of f, M s
-is constant to c u |M| |s| in maximum norms, c = 3 n + 16.
+With M = K / tr(K) + rho I the weights are s = f x, M x = 1. As for `solve`, and with a few roundings of f,
+M s is constant to c u |M| |s| in maximum norms, c = 3 n + 16.
 """
 
 import pytest

@@ -1,7 +1,8 @@
 """Weighted sums of hard inputs, against float64 contributions formed one sample at a time.
 
-|G - sum_n s_n C_n| <= (3 u + L u') sum_n |s_n| |C|_n with |C|_n the sum over positions of |e_nt| |a_nt|, element by
-element: s_n e_n and the result are rounded to the inputs' dtype, of roundoff u, and L terms are summed at roundoff u'.
+|G - sum_n s_n C_n| <= (3 u + L u') sum_n |s_n| |C|_n with |C|_n the sum over positions of |e_nt| |a_nt|,
+element by element: s_n e_n and the result are rounded to the inputs' dtype, of roundoff u, and L terms are
+summed at roundoff u'.
 """
 
 import pytest
