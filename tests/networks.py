@@ -81,7 +81,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, x):
         y = self.embedding(x)
-        return self.head(y + torch.tanh(self.mix(y.cumsum(1)))).mean(1)[:, :3]
+        return self.head(y + torch.tanh(self.mix(y.cumsum(1)))).mean(1)[:, :3].clone()  # FSDP2 warns of views
 
 
 class TiedConv(nn.Module):
@@ -230,7 +230,15 @@ def sample_gradients(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor
 
 
 def blocks(model: nn.Module, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return {layer: (N, D)}: the per-sample gradients of each layer's parameters side by side.
+    """Return {layer: (N, D)}: the per-sample gradients of each layer's parameters side by side."""
+    layers, result = layer_names(model), {}
+    for name, gradient in gradients.items():
+        result.setdefault(layers[name], []).append(gradient.flatten(1))
+    return {name: torch.cat(parts, dim=1) for name, parts in result.items()}
+
+
+def layer_names(model: nn.Module) -> dict[str, str]:
+    """Return {parameter: layer}.
 
     A layer is a module, or several modules that share a parameter, their names joined by "+".
     """
@@ -242,8 +250,4 @@ def blocks(model: nn.Module, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     joined = {
         module: "+".join(modules) for modules in owners.values() if len(modules) > 1 for module in modules
     }
-    result: dict[str, list[Tensor]] = {}
-    for name, gradient in gradients.items():
-        module = owners[name][0]
-        result.setdefault(joined.get(module, module), []).append(gradient.flatten(1))
-    return {name: torch.cat(parts, dim=1) for name, parts in result.items()}
+    return {name: joined.get(modules[0], modules[0]) for name, modules in owners.items()}

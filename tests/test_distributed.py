@@ -3,11 +3,8 @@
 import copy
 import os
 import re
-import signal
 import subprocess
 import sys
-import warnings
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -30,6 +27,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fngd
 from networks import make
+from ranks import run
 from trajectory import Definition
 
 SAMPLES, N = 22, 3
@@ -239,23 +237,45 @@ def check_groups(rank, ranks, folder):
     assert opt._sharing.table.knows(torch.tensor([rank]))
 
 
-def check_named_fallbacks(rank, ranks, folder):
-    """What keeps the plain gradient: layers used several times, and those of tensor parallelism."""
-    model, data = dataset("reused")
-    definitions = [Definition(model, plain=["conv", "linear"]) for _ in range(ranks)]
-    for definition in definitions:
-        definition.model = definitions[0].model
-    net, opt = DistributedDataParallel(model), fngd.FNGD(model, **OPTIONS)
-    named = [range(N * r, N * r + N) for r in range(ranks)]
-    averaged_backward(definitions, [(ids, *data[list(ids)]) for ids in named])
-    opt.set_samples(named[rank])
-    x, y = data[list(named[rank])]
-    F.cross_entropy(net(x), y).backward()
-    for p, q in zip(model.parameters(), definitions[0].model.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
-    assert opt.coverage()["conv.weight"].startswith("plain: used several times")
-    assert opt.coverage()["head.weight"] == "linear"
+def sharded_by_layer(model):
+    for child in model.children():
+        fully_shard(child)
+    return fully_shard(model)
 
+
+def check_weights_used_several_times(rank, ranks, folder):
+    """Layers called twice and tied ones, with biases of their own: solved for after the last use."""
+    cases = [
+        ("reused", DistributedDataParallel),
+        ("reused", sharded_by_layer),
+        ("language-model-bias", DistributedDataParallel),
+        ("language-model-bias", fully_shard),
+        ("own", DistributedDataParallel),
+    ]
+    for network, wrap in cases:
+        model, data = dataset(network)
+        definitions = [Definition(model) for _ in range(ranks)]
+        for definition in definitions:
+            definition.model = definitions[0].model
+        net, opt = wrap(model), fngd.FNGD(model, norms="weighted", **OPTIONS)
+        named = [range(N * r, N * r + N) for r in range(ranks)]
+        x, y = data[list(named[rank])]
+        for _ in range(2):  # solved for, then shared
+            opt.zero_grad()
+            definitions[0].model.zero_grad()
+            averaged_backward(definitions, [(ids, *data[list(ids)]) for ids in named])
+            opt.set_samples(named[rank])
+            F.cross_entropy(net(x), y).backward()
+            for p, q in zip(model.parameters(), definitions[0].model.parameters(), strict=True):
+                gradient = p.grad if wrap is DistributedDataParallel else p.grad.full_tensor()
+                torch.testing.assert_close(gradient, q.grad, rtol=1e-6, atol=1e-9)
+        assert opt.stats()["solved_batches"] == 1
+        assert not any("plain" in reason for reason in opt.coverage().values())
+
+
+def check_tensor_parallel(rank, ranks, folder):
+    """What tensor parallelism splits keeps the plain gradient."""
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)).double()
     twin = copy.deepcopy(model)
     styles = {"0": ColwiseParallel(), "1": RowwiseParallel()}
@@ -269,7 +289,6 @@ def check_named_fallbacks(rank, ranks, folder):
 
 
 PLAIN = [
-    "decoder.layers.0.multihead_attn",  # query and value are inputs of their own: used several times
     "encoder.layers.0.norm1",
     "encoder.layers.0.norm2",
     "encoder.norm",
@@ -394,27 +413,10 @@ def check_reading(rank, ranks, folder):
     assert_same_on_all_ranks(opt._sharing.table.values)
 
 
-def _rank(rank, ranks, folder, checks):
-    torch.set_num_threads(1)
-    warnings.simplefilter("error", UserWarning)
-    store, limit = f"file://{folder}/ranks-{ranks}", timedelta(minutes=2)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=limit)
-    try:
-        for check in checks:
-            check(rank, ranks, Path(folder))
-            dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-def run(ranks, folder, *checks):
-    torch.multiprocessing.spawn(_rank, (ranks, str(folder), checks), nprocs=ranks)
-
-
 def test_four_ranks_and_then_two(tmp_path):
     run(4, tmp_path, check_ddp, check_uneven_ranks, check_hybrid_sharding, check_writing)
-    checks = (check_ddp, check_accumulation, check_means, check_groups, check_named_fallbacks)
-    run(2, tmp_path, check_reading, *checks, check_fully_sharded)
+    checks = (check_ddp, check_accumulation, check_means, check_groups, check_tensor_parallel)
+    run(2, tmp_path, check_reading, *checks, check_weights_used_several_times, check_fully_sharded)
 
 
 @pytest.mark.parametrize(("number", "samples", "solved"), [(0, 50, 4), (1, 48, 2)])
@@ -422,23 +424,20 @@ def test_programs_of_the_guide_page(tmp_path, number, samples, solved):
     page = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
     program = re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[number]
     (tmp_path / "train.py").write_text(program)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "train.py",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    options = {"cwd": tmp_path, "env": environment, "text": True, "start_new_session": True}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
+    watch = str(Path(__file__).with_name("ranks.py"))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with subprocess.Popen(
+        [sys.executable, watch, *torchrun, watch, "train.py"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
         try:
             printed, errors = process.communicate(timeout=120)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the ranks as well, which hold the pipes
-            raise
+        finally:
+            process.kill()  # its ranks, which hold the pipes, end with it
     assert process.returncode == 0, errors
     # Both ranks print at once: a line may begin where the other's ends.
     lines = re.findall(rf"rank ([01]) knows {samples} samples, solved {solved}(?!\d)", printed)

@@ -13,6 +13,7 @@ from fngd.rules import opaque
 from fngd.rules.tied import gram_embedding_linear
 from fngd_kernels import native
 from networks import Recurrent, blocks, make, sample_gradients
+from trajectory import Definition
 
 N = 7
 KINDS = [
@@ -106,14 +107,45 @@ def test_a_shared_weight_stays_plain_when_one_of_its_modules_is_skipped(skip):
     assert opt.coverage()["mix.weight"] == "linear"
 
 
-def test_a_shared_weight_whose_gradient_is_awaited_stays_plain_and_says_so():
-    model, x, y = make("language-model", N)
-    expected = plain_gradients(model, x, y)["embedding.weight"]
-    opt, seen = fngd.FNGD(model, share="none"), []
-    model.head.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+@pytest.mark.parametrize("network", ["reused", "language-model-bias", "tied-conv", "transformer", "own"])
+def test_hooks_see_the_weighted_gradient_of_a_weight_used_several_times(network):
+    model, x, y = make(network, N)
+    theirs, seen = Definition(model), {}
+    opt = fngd.FNGD(model, share="none", norms="weighted")
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: seen.setdefault(p, []).append(p.grad.clone()))
+    theirs.name(range(N))
+    theirs.backward(F.cross_entropy(theirs.model(x), y, reduction="none") / N)
     F.cross_entropy(model(x), y).backward()
-    torch.testing.assert_close(seen[-1], expected)
-    assert opt.coverage()["head.weight"].startswith("plain: used several times")
+    for p, q in zip(model.parameters(), theirs.model.parameters(), strict=True):
+        (gradient,) = seen[p]
+        torch.testing.assert_close(gradient, q.grad, rtol=1e-8, atol=1e-11)
+    assert not any("plain" in reason for reason in opt.coverage().values())
+
+
+def test_hooked_gradients_of_several_forwards_and_backwards_before_a_step():
+    model, x, y = make("reused", 2 * N)
+    plain, hooked = model, copy.deepcopy(model)
+    for p in hooked.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: None)
+    for net in (plain, hooked):
+        opt = fngd.FNGD(net, lr=0.0)
+        opt.set_samples(range(N))
+        (F.cross_entropy(net(x[:N]), y[:N]) + F.cross_entropy(net(x[:N].sin()), y[:N])).backward()
+        with torch.no_grad():
+            net.head.weight.mul_(2)
+        loss = F.cross_entropy(net(x[:N].cos()), y[:N])
+        loss.backward(retain_graph=True)
+        loss.backward()
+        opt.set_samples(range(N, 2 * N))
+        for frozen in (True, False):
+            net.linear.bias.requires_grad_(not frozen)
+            F.cross_entropy(net(x[N:]), y[N:]).backward()
+        assert opt.stats()["seen_samples"] == 2 * N
+        opt.step()
+        assert not opt._engine._passages
+    for p, q in zip(plain.parameters(), hooked.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-10, atol=1e-13)
 
 
 # ---- modules that cannot be served
@@ -356,6 +388,38 @@ def test_checkpointing_changes_no_gradient(network, reentrant):
         else:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-11)
     assert not any(layer.open_uses for opt in optimizers for layer in opt._engine.layers)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    ("network", "checkpointed"),
+    [
+        ("tied-linear", ["first"]),
+        ("tied-linear", ["second"]),
+        ("tied-linear", ["first", "second"]),
+        ("language-model-bias", ["head"]),
+        ("language-model-bias", ["mix"]),
+        ("reused", ["linear"]),
+        ("reused", ["conv", "linear"]),
+    ],
+)
+def test_checkpointing_some_uses_of_a_weight_changes_no_gradient(network, checkpointed, reentrant):
+    model, x, y = make(network, N)
+    theirs = Definition(model)
+    for name in checkpointed:
+        setattr(model, name, Checkpointed(getattr(model, name), reentrant))
+    opt = fngd.FNGD(model, lr=0.0)
+    for _ in range(2):  # solves, then shares
+        for side in (opt, theirs.model):
+            side.zero_grad()
+        opt.set_samples(range(N))
+        theirs.name(range(N))
+        F.cross_entropy(model(x), y).backward()
+        theirs.backward(F.cross_entropy(theirs.model(x), y, reduction="none") / N)
+        for p, q in zip(model.parameters(), theirs.model.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-11)
+    assert opt.stats()["solved_batches"] == 1
+    assert not opt._engine._pending
 
 
 def test_optimizers_of_disjoint_parts_of_a_model_both_work():

@@ -165,16 +165,20 @@ def test_gradients_asked_for_inside_backward_are_the_same(how):
         torch.testing.assert_close(gradient, reference)
 
 
-def test_a_reused_layer_with_hooks_keeps_the_plain_gradient_and_says_so():
+@pytest.mark.parametrize("how", ["autograd.grad", "hook registered after the forward"])
+def test_a_reused_layer_asked_for_out_of_the_blue_keeps_the_plain_gradient_and_says_so(how):
     model, x, y = make("reused", N)
+    twin = copy.deepcopy(model)
     opt = fngd.FNGD(model, share="none")
-    model.linear.weight.register_post_accumulate_grad_hook(lambda p: None)
-    F.cross_entropy(model(x), y).backward()
-    actual = model.linear.weight.grad.clone()
-    opt.detach()
-    model.zero_grad()
-    F.cross_entropy(model(x), y).backward()
-    torch.testing.assert_close(actual, model.linear.weight.grad)
+    loss, weight = F.cross_entropy(model(x), y), model.linear.weight
+    if how == "autograd.grad":
+        (actual,) = torch.autograd.grad(loss, weight)
+    else:
+        weight.register_post_accumulate_grad_hook(lambda p: None)
+        loss.backward()
+        actual = weight.grad
+    F.cross_entropy(twin(x), y).backward()
+    torch.testing.assert_close(actual, twin.linear.weight.grad)
     assert opt.coverage()["linear.weight"].startswith("plain: used several times")
 
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from networks import blocks
+from networks import blocks, layer_names
 
 
 class Definition:
-    """A copy of a model whose `backward` leaves what FNGD's should: one weight per sample and module.
+    """A copy of a model whose `backward` leaves what FNGD's should: one weight per sample and layer.
 
-    known: {sample: {module: weight}}
-    plain: modules that keep the plain gradient
+    known: {sample: {layer: weight}}
+    plain: layers that keep the plain gradient
     """
 
     def __init__(self, model: nn.Module, damping: float = 0.1, plain: Sequence[str] = ()) -> None:
@@ -37,8 +37,9 @@ class Definition:
                 self.known[i] = {m: s[n].float().double() for m, s in weights.items()}
         else:
             weights = {m: torch.stack([self.known[i][m] for i in self.ids]) for m in self.known[self.ids[0]]}
+        layers = layer_names(self.model)
         for name, parameter in self.model.named_parameters():
-            gradient = torch.tensordot(weights[name.rpartition(".")[0]], gradients[name], dims=1)
+            gradient = torch.tensordot(weights[layers[name]], gradients[name], dims=1)
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     def _solved(self, module: str, g: Tensor) -> Tensor:

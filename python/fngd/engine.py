@@ -13,6 +13,7 @@ from fngd_kernels.ops.coefficients import coefficients
 
 from .capture import Layer, Member
 from .distributed import is_split
+from .gate import Gate, Passage
 from .journal import DeviceCounts
 from .memory import within_memory
 from .rules import Part, Use, added, tied_gram
@@ -45,6 +46,9 @@ class Sink:
 
     def __init__(self, engine: "Engine", member: Member, batch: Batch) -> None:
         self.engine, self.member, self.batch = engine, member, batch
+        self.gate: Gate | None = None
+        # Of the backward that this forward runs in, where a checkpoint runs it again; else -1.
+        self.task = torch._C._current_graph_task_id()
 
     def __call__(self, a: Any, e: Tensor, biased: bool, selective: bool) -> Sequence[Tensor | None] | None:
         """Receive one use inside backward, as nodes.py describes."""
@@ -75,10 +79,12 @@ class Engine:
         self._captures = False  # whether a forward was captured since the last step
         # By autograd graph task, batch and layer; a backward that failed leaves its own behind.
         self._pending: dict[int, dict[Batch, dict[Layer, Captured]]] = {}
+        self._passages: dict[Layer, tuple[Batch, Passage]] = {}  # of the last forward
 
     def finish_step(self) -> None:
         """Drop what a failed or unused backward left behind."""
         self._pending.clear()
+        self._passages.clear()
         if self._captures:
             self._captures = False
             for layer in self.layers:
@@ -122,7 +128,22 @@ class Engine:
         self._captures = True
         sink = Sink(self, member, batch)
         member.layer.open_uses.add(sink)
-        return member.rule.forward(member.module, x, None, sink, *arguments)
+        if sink.task != -1:
+            self._open_task(sink.task)
+        if not _awaited(member.layer):
+            return member.rule.forward(member.module, x, None, sink, *arguments)
+        passage = self._passage(member.layer, batch)
+        sink.gate = passage.gate
+        with passage.open(member.owner):
+            return member.rule.forward(member.module, x, None, sink, *arguments)
+
+    def _passage(self, layer: Layer, batch: Batch) -> Passage:
+        """Return the one through which all uses of a layer in this forward reach its parameters."""
+        named, passage = self._passages.get(layer, (None, None))
+        if passage is None or named is not batch or not passage.leads_to(layer):
+            passage = Passage(Gate(layer, partial(self._answer, layer, batch)))
+            self._passages[layer] = batch, passage
+        return passage
 
     # ---- backward ----
 
@@ -133,6 +154,9 @@ class Engine:
         layer = member.layer
         layer.open_uses.discard(sink)
         last_use = not layer.open_uses
+        if sink.gate is not None:
+            sink.gate.collect(member, use)
+            return None
         if selective or _awaited(layer):
             only_use = last_use and layer.answered_task != task
             layer.answered_task = task
@@ -145,15 +169,32 @@ class Engine:
                 self._note_bytes([use], [k])
                 weights = self._solve(batch, {layer: k}, task)
             return _combined(member, [use], weights.get(layer))
-        if task not in self._pending:
-            self._pending[task] = defaultdict(lambda: defaultdict(Captured))
-            Variable._execution_engine.queue_callback(partial(self._finish_backward, task))
+        if (
+            sink.task in self._pending
+        ):  # one backward inside another: the uses of both are solved for together
+            task = sink.task
+        self._open_task(task)
         captured = self._pending[task][batch][layer]
         captured.uses[member].append(use)
         # At once, while e is in the cache; a derivative of the layer that comes still later makes it void.
         captured.complete = last_use
         captured.k = _gram(layer, captured.uses) if last_use else None
         return None
+
+    @torch.no_grad()
+    def _answer(self, layer: Layer, batch: Batch, uses: Uses) -> dict[Member, Sequence[Tensor | None]]:
+        """Return the weighted gradients of a layer whose uses in this backward are done."""
+        k = _gram(layer, uses)
+        grams = {} if k is None else {layer: k}
+        self._note_bytes((use for found in uses.values() for use in found), grams.values())
+        weights = self._solve(batch, grams, torch._C._current_graph_task_id())
+        return {member: _combined(member, found, weights.get(layer)) for member, found in uses.items()}
+
+    def _open_task(self, task: int) -> None:
+        """Have the end of the backward that runs now solve for what is captured until then."""
+        if task not in self._pending:
+            self._pending[task] = defaultdict(lambda: defaultdict(Captured))
+            Variable._execution_engine.queue_callback(partial(self._finish_backward, task))
 
     @torch.no_grad()
     def _finish_backward(self, task: int) -> None:
