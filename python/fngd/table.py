@@ -91,9 +91,15 @@ class Table:
 
     def record(self, ids: Tensor, columns: Tensor, layers: Sequence[int], s: Tensor, learned: Tensor) -> None:
         """Keep s (len(layers), N) as the weights of the samples ids (N,) in these layers, if learned."""
+        s = s.to(self.values)
+        drawn = ids.tolist()
+        last = dict(zip(drawn, range(len(drawn)), strict=True))
+        if len(last) < len(drawn):
+            # Both places of a sample drawn twice get one weight: which write comes last is left to chance.
+            s = s[:, self.columns(torch.tensor([last[sample] for sample in drawn]))]
         rows = self.index(layers)[:, None]
         kept = self.values[rows, columns]
-        self.values[rows, columns] = torch.where(learned, s.to(kept), kept)
+        self.values[rows, columns] = torch.where(learned, s, kept)
         if self._pending and self._pending[-1][0] is ids:  # the same batch, solved for layer by layer
             learned = self._pending.pop()[1] & learned
         self.seen[ids] = self.PENDING

@@ -39,9 +39,13 @@ class EmbeddingRule:
 
     def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
         ids, e = masked_positions(module, uses)
-        rows = e.new_zeros((len(ids), *module.weight.shape))
-        samples = torch.arange(len(ids), device=ids.device).unsqueeze(1).expand_as(ids)
-        return rows.index_put_((samples, ids), e, accumulate=True), None
+        samples, rows = len(ids), module.num_embeddings
+        cells = ids + rows * torch.arange(samples, device=ids.device).unsqueeze(1)
+        # In a fixed order, which index_put_ does not keep on a CPU and index_add_ does not on CUDA.
+        sums = torch.ops.aten.embedding_dense_backward(
+            e.flatten(0, 1), cells.flatten(), samples * rows, -1, False
+        )
+        return sums.view(samples, *module.weight.shape), None
 
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
         ids, e = _positions(uses)
