@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from fngd_kernels import solve
+from fngd_kernels.ops.finite import found_non_finite
 
 from .jacobian import Jacobian
 from .journal import Journal
@@ -137,7 +138,7 @@ class GaussNewton(Optimizer):
 
     @torch.no_grad()
     def _direction(self, jacobian: Jacobian, k: Tensor, damping: float) -> Direction | None:
-        """Return d, or None when the damped system cannot be factored."""
+        """Return d, or None when the damped system cannot be factored or d is not finite."""
         phi: Direction = {}
         if self.momentum:
             trained = [p for factor in jacobian.factors for p in factor.parameters]
@@ -151,7 +152,9 @@ class GaussNewton(Optimizer):
             return None
         with torch.profiler.record_function("GaussNewton.combine"):
             direction = jacobian.transposed_times(y)
-        return {p: d + phi[p] for p, d in direction.items()} if phi else direction
+        if phi:
+            direction = {p: d + phi[p] for p, d in direction.items()}
+        return None if found_non_finite(list(direction.values())) else direction
 
     def _levenberg_marquardt(
         self, residuals: Callable[[], Any], before: float, jacobian: Jacobian, k: Tensor, unit: float

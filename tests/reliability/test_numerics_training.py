@@ -33,7 +33,7 @@ KINDS = (
     "infinity in a sample",
 )
 NETWORKS = ("mlp", "conv2d-groups-reflect", "sequence")
-fewer = settings(max_examples=max(60, settings.default.max_examples // 2))
+fewer = settings(max_examples=max(60, settings.default.max_examples // 4))
 
 
 def batch(kind, network, n, dtype, seed):
