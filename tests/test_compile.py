@@ -68,6 +68,22 @@ def test_the_steady_state_is_one_graph_and_a_second_for_other_batch_sizes(share)
     assert compiled_so_far == [0, 2, 2, 2, 2, 2, 2]  # the fifth epoch solves again
 
 
+def test_a_batch_longer_than_the_table_of_positions_is_compiled():
+    model, x, y = make("mlp", 6)
+    opt = fngd.FNGD(model, lr=0.0, share="position")
+    opt.start_epoch()
+    F.cross_entropy(model(x[:4]), y[:4]).backward()
+    opt.start_epoch()
+    gradients = []
+    for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        opt.zero_grad()
+        F.cross_entropy(forward(x), y).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager)
+    assert opt.stats()["solved_batches"] == 1
+
+
 def test_without_fullgraph_the_compiled_model_may_run_every_step():
     class Straight(nn.Module):
         def __init__(self):

@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, TensorDataset
 
 import fngd
-from networks import make
+from networks import NETWORKS, make
 from trajectory import Definition
 
 SAMPLES, N = 10, 4
@@ -209,7 +210,7 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("network", ["mlp", "sequence", "conv2d-groups-reflect", "reused", "transformer"])
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_loop_trains_what_the_definition_trains(loop, network):
     model, x, y = make(network, SAMPLES)
@@ -308,19 +309,23 @@ def test_autocast_costs_no_more_accuracy_than_it_costs_torch(network, dtype):
         assert error(model, unweighted) > 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("normalize", ["mean", "lambda", "graft"])
 @pytest.mark.parametrize("damping_mode", ["trace", "mean_eig"])
-def test_relative_damping_gives_coefficients_free_of_the_loss_scale(damping_mode, normalize):
-    gradients = []
-    for scale in (1.0, 2.0**20):
+@pytest.mark.parametrize("network", ["mlp", "conv2d-groups-reflect", "language-model-bias", "lstm"])
+def test_relative_damping_gives_coefficients_free_of_the_loss_scale(network, damping_mode, normalize, dtype):
+    found = []
+    for scale in (1.0, 2.0**24, 2.0**-10):
         torch.manual_seed(0)
-        model, x, y = make("mlp", SAMPLES)
-        opt = fngd.FNGD(model, share="none", damping_mode=damping_mode, normalize=normalize)
+        model, x, y = make(network, SAMPLES, dtype)
+        opt = fngd.FNGD(model, damping_mode=damping_mode, normalize=normalize)
+        opt.set_samples(range(SAMPLES))
         (scale * F.cross_entropy(model(x), y)).backward()
-        assert opt.stats()["solved_batches"] == 1
-        gradients.append([p.grad / scale for p in model.parameters()])
-    for one, scaled in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, scaled, rtol=1e-12, atol=0)
+        assert opt.stats()["seen_samples"] == SAMPLES
+        found.append([opt._sharing.table.values, *(p.grad / scale for p in model.parameters())])
+    for unscaled, *scaled in zip(*found, strict=True):
+        for other in scaled:
+            assert torch.equal(unscaled, other)  # powers of two
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -355,6 +360,45 @@ def test_a_step_that_the_scaler_skips_changes_nothing(fused):
         loss = F.cross_entropy(unscaled(x), y)
     loss.backward()
     torch.testing.assert_close(opt._sharing.table.values, again._sharing.table.values, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("share", ["sample", "position", "mean"])
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_skipped_in_mid_training_changes_nothing_either(fused, base, share):
+    """Samples that are known, and samples of a batch with new ones: overflowing, both stay as they are."""
+    model, x, y = make("mlp", SAMPLES, torch.float32)
+    options = {"momentum": 0.9} if base == "sgd" else {}
+    opt = fngd.FNGD(model, lr=0.1, base=base, share=share, fused=fused, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+
+    def step(ids, factor=1.0):
+        opt.zero_grad()
+        opt.set_samples(ids)
+        scaler.scale(factor * F.cross_entropy(model(x[ids]), y[ids])).backward()
+        scaler.step(opt)
+        scaler.update()
+
+    def state():
+        whole = copy.deepcopy([model.state_dict(), opt.state_dict()])
+        own = whole[1]["fngd"]
+        for counter in ("solved_batches", "fallbacks", "outcomes", "skipped_steps"):
+            own.pop(counter)
+        return tree_flatten(whole)[0]
+
+    opt.start_epoch(SAMPLES)
+    for ids in (range(4), range(2, 8)):
+        step(list(ids))
+    before, known = state(), list(range(2, 8))
+    for ids in (known, [0, 1, 8, 9]):
+        step(ids, float("inf"))
+        for old, new in zip(before, state(), strict=True):
+            assert torch.equal(old, new) if isinstance(old, torch.Tensor) else old == new
+    assert opt.stats()["skipped_steps"] == 2 * fused  # otherwise the scaler does not call step
+    opt.set_samples(known)
+    assert opt.solving == (share != "sample")
+    step([0, 1, 8, 9])
+    assert any(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=False))
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -449,6 +493,53 @@ def test_a_frozen_layer_is_solved_for_once_it_is_trained():
     theirs.name(range(SAMPLES))
     theirs.backward(F.cross_entropy(theirs.model(x), y, reduction="none") / SAMPLES)
     torch.testing.assert_close(model[0].weight.grad, theirs.model[0].weight.grad)
+
+
+def test_a_layer_unfrozen_after_the_solving_epoch_is_plain_and_says_so_until_the_next():
+    model, x, y = make("mlp", SAMPLES)
+    opt = fngd.FNGD(model, lr=0.1, refresh_every=2)
+    model[0].requires_grad_(False)
+    reports = []
+    for epoch in range(3):
+        opt.start_epoch(SAMPLES)
+        model[0].requires_grad_(epoch > 0)
+        opt.set_samples(range(SAMPLES))
+        theirs = Definition(model, plain=["0"] if epoch < 2 else [])
+        opt.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        if epoch > 0:
+            theirs.model.zero_grad()
+            theirs.name(range(SAMPLES))
+            theirs.backward(F.cross_entropy(theirs.model(x), y, reduction="none") / SAMPLES)
+            torch.testing.assert_close(model[0].weight.grad, theirs.model[0].weight.grad)
+        reports.append(opt.coverage()["0.weight"])
+        opt.step()
+    assert reports == ["plain: frozen", "plain: its module took no part in a solving step", "linear"]
+
+
+@pytest.mark.parametrize("steps", [SAMPLES - 1, SAMPLES, SAMPLES + 1])
+def test_time_first_inputs_are_told_by_their_length_alone(steps):
+    """(T, N, D): other rows than samples keep the plain gradient; T = N cannot be told from (N, T, D)."""
+
+    class TimeFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.mix(x.transpose(0, 1))).mean(0))
+
+    model, skipping = TimeFirst().double(), TimeFirst().double()
+    skipping.load_state_dict(model.state_dict())
+    x, y = torch.randn(SAMPLES, steps, 4, dtype=torch.float64), torch.randint(0, 3, (SAMPLES,))
+    (plain,) = torch.autograd.grad(F.cross_entropy(model(x), y), model.mix.weight)
+    for net, skip in ((model, ()), (skipping, ("mix",))):
+        opt = fngd.FNGD(net, skip=skip)
+        opt.set_samples(range(SAMPLES))
+        F.cross_entropy(net(x), y).backward()
+        taken = steps == SAMPLES and not skip
+        assert torch.allclose(net.mix.weight.grad, plain) != taken
+        assert opt.coverage()["mix.weight"].startswith("linear" if taken else "plain: ")
 
 
 def test_a_forward_without_names_says_what_to_do():

@@ -25,11 +25,14 @@ def count(tensors):
     return len(tensors), sum(storages.values())
 
 
+@pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("share", ["sample", "position", "mean", "none"])
-def test_two_hundred_steps_leave_what_the_first_left(share):
+def test_two_hundred_steps_leave_what_the_first_left(share, hooked):
     others = live_tensors()  # noqa: F841 - kept, so that what other tests left behind stays the same
     model, x, y = make("conv2d-groups-reflect", N, torch.float32)
     opt = fngd.FNGD(model, lr=1e-3, momentum=0.9, share=share, refresh_every=20, norms="weighted")
+    for p in model.parameters() if hooked else ():
+        p.register_post_accumulate_grad_hook(lambda p: None)
     held = {}
     for step in range(200):
         if step % BATCHES == 0:

@@ -14,7 +14,7 @@ from torch import nn
 
 import fngd
 from fngd.table import Table
-from networks import make
+from networks import blocks, make, sample_gradients
 
 N = 8
 
@@ -29,7 +29,7 @@ def train(model, opt, x, y, steps, ids=None, loss_of=F.cross_entropy):
         loss.backward()
         opt.step()
         losses.append(loss.detach())
-    return torch.stack(losses)
+    return torch.stack(losses) if losses else None
 
 
 @pytest.mark.parametrize(
@@ -125,6 +125,40 @@ def test_means_are_collected_in_the_first_epoch_and_then_shared(share, width):
             ]
         )
         torch.testing.assert_close(shared[gradient], torch.einsum("n,n...->...", weights[row], rows) / N)
+
+
+@pytest.mark.parametrize("share", ["position", "mean"])
+@pytest.mark.parametrize("normalize", ["mean", "lambda"])
+def test_a_longer_batch_than_any_that_was_solved_for_shares_the_mean_weight(share, normalize):
+    model, x, y = make("mlp", N)
+    opt = fngd.FNGD(model, lr=0.0, share=share, normalize=normalize)
+    opt.start_epoch()
+    train(model, opt, x[:3], y[:3], 1)
+    weights = [layer.weights for layer in opt._engine.layers]
+    train(model, opt, x * float("nan"), y, 1)  # not learned from
+    opt.start_epoch()
+    assert not opt.solving
+    train(model, opt, x, y, 1)
+    assert opt.stats()["solved_batches"] == 2
+    truth = blocks(copy.deepcopy(model), sample_gradients(copy.deepcopy(model), x, y))
+    for layer, s in zip(opt._engine.layers, weights, strict=True):
+        mean = s.mean().expand(N)
+        s = torch.cat([s, mean[3:]]) if share == "position" else mean
+        actual = torch.cat([p.grad.flatten() for p in layer.parameters])
+        torch.testing.assert_close(actual, s @ truth[layer.name] / N, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("share", ["position", "mean"])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_an_epoch_that_learned_nothing_leaves_the_next_one_to_solve(share, steps):
+    model, x, y = make("mlp", N)
+    opt = fngd.FNGD(model, lr=0.1, share=share)
+    solving = []
+    for epoch in range(4):
+        opt.start_epoch()
+        solving.append(opt.solving)
+        train(model, opt, x if epoch else x * float("nan"), y, 1 if epoch else steps)
+    assert solving == [True, True, False, False]
 
 
 def test_gradient_accumulation_solves_each_micro_batch():

@@ -12,7 +12,7 @@ from torch.autograd import Variable
 from fngd_kernels.ops.coefficients import coefficients
 
 from .capture import Layer, Member
-from .distributed import is_split
+from .distributed import in_use, is_split
 from .gate import Gate, Passage
 from .journal import DeviceCounts
 from .memory import within_memory
@@ -360,9 +360,7 @@ def _combined(member: Member, uses: Sequence[Use], s: Tensor | None) -> Sequence
 
 def _awaited(layer: Layer) -> bool:
     """Return whether a hook or a gradient reducer waits for this layer's gradient inside backward."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return True
-    return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in layer.parameters)
+    return in_use() or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in layer.parameters)
 
 
 def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:

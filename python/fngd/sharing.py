@@ -55,7 +55,7 @@ class Sharing:
 
         In data-parallel runs all ranks call it: they merge what the epoch that ends has left.
         """
-        collected = self._refreshes()
+        collected = self.solving
         self.epoch += 1
         self.dataset_size = dataset_size if dataset_size is not None else self.dataset_size
         if self._refreshes() and self.epoch > 1:
@@ -101,7 +101,10 @@ class Sharing:
         if self.share == "mean":
             return scale.expand(samples)
         if self.share == "position":
-            return scale[:samples] if samples <= scale.shape[0] else None
+            if samples <= scale.shape[0]:
+                return scale[:samples]
+            # No batch was that long: the other positions take the mean of those that are known.
+            return torch.cat([scale, scale.mean().expand(samples - scale.shape[0])])
         return scale
 
     def keep(self, batch: Batch, solved: Sequence[tuple[Sequence[int], Tensor, Tensor]]) -> None:
@@ -132,9 +135,10 @@ class Sharing:
         )
 
     def _renew_unnamed_batch(self) -> None:
-        """Share by position or mean in the epochs that do not collect."""
+        """Share by position or mean in the epochs that do not collect, once something was collected."""
         if self.share in ("position", "mean"):
-            self.batch = Batch(None, weights=None if self._refreshes() else self.table.values)
+            collects = self._refreshes() or not self.table.averaged.any()
+            self.batch = Batch(None, weights=None if collects else self.table.means())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the table and the epoch, as tensors, strings and numbers."""

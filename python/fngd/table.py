@@ -14,8 +14,8 @@ class Table:
 
     For share = "position" the columns are batch positions and for "mean" there is one; these hold means over
     the solving batches. `seen` lies on the CPU, so that choosing the phase of a batch need not wait for the
-    device. Whether a solved batch was finite is known on the device alone: its samples are PENDING until one
-    of them comes again. Those that only this rank knows are FRESH; merging makes them SEEN on all ranks.
+    device. Whether a solved batch was finite is known on the device alone: its new samples are PENDING until
+    one of them comes again. Those that only this rank knows are FRESH; merging makes them SEEN on all ranks.
     """
 
     UNSEEN, PENDING, FRESH, SEEN = 0, 1, 2, 3
@@ -64,7 +64,8 @@ class Table:
         ids, learned = zip(*self._pending, strict=True)
         self._pending = []
         for samples, seen in zip(ids, torch.stack(learned).tolist(), strict=True):
-            self.seen[samples] = self.FRESH if seen else self.UNSEEN
+            before = self.seen[samples]
+            self.seen[samples] = self.FRESH if seen else before.where(before != self.PENDING, self.UNSEEN)
         self.complete = bool((self.seen >= self.FRESH).all())
 
     def mark(self, seen: Tensor, fresh: Tensor) -> None:
@@ -102,7 +103,7 @@ class Table:
         self.values[rows, columns] = torch.where(learned, s, kept)
         if self._pending and self._pending[-1][0] is ids:  # the same batch, solved for layer by layer
             learned = self._pending.pop()[1] & learned
-        self.seen[ids] = self.PENDING
+        self.seen[ids] = self.seen[ids].clamp(min=self.PENDING)
         self.complete = False
         self._pending.append((ids, learned))
         if len(self._pending) == self.MOST_PENDING:
@@ -118,6 +119,13 @@ class Table:
         means = self.values[rows, :size]
         self.averaged[rows, :size] = averaged
         self.values[rows, :size] = means + learned * (s.to(means) - means) / averaged.clamp(min=1)
+
+    def means(self) -> Tensor:
+        """Return the means (layers, size); columns without a batch take the mean of the others, or 1."""
+        known = self.averaged > 0
+        count = known.sum(1, keepdim=True)
+        rest = torch.where(known, self.values, 0).sum(1, keepdim=True) / count.clamp(min=1)
+        return torch.where(known, self.values, torch.where(count > 0, rest, 1.0))
 
     def merge_samples(self, group: "torch.distributed.ProcessGroup | None") -> None:
         """Take in the samples that the ranks of a group know since they merged last; all of them call it.
