@@ -58,6 +58,7 @@ class GaussNewton(Optimizer):
     line_search: bool
     _linearize: Linearizer
     _counts: dict[str, int]
+    _journal: Journal
 
     def __init__(
         self,

@@ -4,12 +4,15 @@ With M = K / tr(K) + rho I the weights are s = f x, M x = 1. As for `solve`, and
 M s is constant to c u |M| |s| in maximum norms, c = 3 n + 16.
 """
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numeric_cases import DEVICES, KINDS, TINY, UNIT, Case, Worst, campaign, make
 
+import fngd_kernels as fk
 from fngd_kernels import native
 from fngd_kernels.ops import solve as solve_module
 from fngd_kernels.ops.coefficients import DAMPING_MODES, NORMALIZATIONS, RAISES, coefficients
@@ -116,3 +119,27 @@ def test_coefficients(route, device, tally):
 
     check()
     worst.report(tally)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 4, 50])
+def test_the_range_of_gradient_norms(route, n, dtype, tally):
+    """Weights are solved for while the root mean square of |C_n| lies between two ends."""
+    numbers = torch.finfo(dtype)
+    least, most = math.sqrt(numbers.tiny / numbers.eps), math.sqrt(numbers.max / n)
+    c = torch.randn(n, 2 * n, dtype=torch.float64) + 0.2
+    c /= c.square().sum(1).mean().sqrt()
+    k = c @ c.T
+    x = torch.linalg.solve(k / k.trace() + 0.1 * torch.eye(n).double(), torch.ones(n).double())
+    expected = x / x.mean()
+    for norm, code in ((0.999 * least, n + 2), (1.001 * least, 0), (0.999 * most, 0), (1.001 * most, n + 1)):
+        s, info = coefficients(fk.gram_rows((norm * c).to(dtype))[None], 0.1)
+        assert info.item() == code
+        if code == 0:
+            # The condition number, times the roundings of K and of the solve.
+            error = (s[0] - expected).abs().max()
+            assert error <= 11 * (5 * n + 16) * UNIT[dtype] * expected.abs().max()
+        else:
+            assert torch.equal(s, torch.ones_like(s))
+            end = f"below {least:.2g}" if norm < 1 else f"above {math.sqrt(numbers.max):.2g} / sqrt(N)"
+            tally("Coefficients", f"|C_n| {end}, {dtype}".replace("torch.", ""), "plain weights, counted")

@@ -138,7 +138,7 @@ def test_steps_on_hard_batches(network, share, tally):
             before = [p.detach().clone() for p in model.parameters()]
             if all(p.grad.isfinite().all() for p in model.parameters()):
                 assert size.isfinite().all()
-                name = f"FNGD, {network}, {precision}"
+                name = f"FNGD, {network}, share={share}, {precision}"
                 plain = check_gradients(worst, name, model, expected, damping, precision)
                 stats = opt.stats()
                 assert stats["failed_solves"] + stats["zero_grams"] >= plain
