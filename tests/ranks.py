@@ -8,6 +8,7 @@ import runpy
 import sys
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -39,8 +40,10 @@ def run(ranks: int, folder: Path, *checks: Check, seconds: float = SECONDS) -> N
 
     Raises: TimeoutError when they take longer, with all ranks killed; what a rank raised.
     """
+    # Met in a file: no port has to be free.
+    meeting = f"file://{folder}/{uuid.uuid4()}"
     context = torch.multiprocessing.spawn(
-        _rank, (ranks, str(folder), checks, seconds), nprocs=ranks, join=False
+        _rank, (ranks, folder, meeting, seconds / 5, checks), nprocs=ranks, join=False
     )
     deadline = time.monotonic() + seconds
     try:
@@ -50,18 +53,20 @@ def run(ranks: int, folder: Path, *checks: Check, seconds: float = SECONDS) -> N
     finally:
         for process in context.processes:
             process.kill()
+            process.join()
 
 
-def _rank(rank: int, ranks: int, folder: str, checks: tuple[Check, ...], seconds: float) -> None:
+def _rank(
+    rank: int, ranks: int, folder: Path, meeting: str, seconds: float, checks: tuple[Check, ...]
+) -> None:
     end_with_parent()
     torch.set_num_threads(1)
     warnings.simplefilter("error", UserWarning)
-    # Met in a file: no port has to be free.
-    store, limit = f"file://{folder}/ranks-{ranks}", timedelta(seconds=seconds / 5)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=limit)
+    limit = timedelta(seconds=seconds)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=limit)
     try:
         for check in checks:
-            check(rank, ranks, Path(folder))
+            check(rank, ranks, folder)
             dist.barrier()
     finally:
         dist.destroy_process_group()

@@ -3,8 +3,10 @@
 import copy
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -273,6 +275,54 @@ def check_weights_used_several_times(rank, ranks, folder):
         assert not any("plain" in reason for reason in opt.coverage().values())
 
 
+def check_unused_and_frozen(rank, ranks, folder):
+    """A layer that takes no part, and a frozen bias of one that is called twice."""
+    model, data = dataset("reused")
+    definitions = [Definition(model) for _ in range(ranks)]
+    model.unused = nn.Linear(2, 2)
+    model.linear.bias.requires_grad_(False)
+    for definition in definitions:
+        definition.model = definitions[0].model
+        definition.model.linear.bias = None  # the forward of a zero bias
+    with torch.no_grad():
+        model.linear.bias.zero_()
+    net, opt = DistributedDataParallel(model, find_unused_parameters=True), fngd.FNGD(model, **OPTIONS)
+    named = [range(N * r, N * r + N) for r in range(ranks)]
+    averaged_backward(definitions, [(ids, *data[list(ids)]) for ids in named])
+    opt.set_samples(named[rank])
+    x, y = data[list(named[rank])]
+    F.cross_entropy(net(x), y).backward()
+    expected = dict(definitions[0].model.named_parameters())
+    for name, p in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(p.grad, expected[name].grad, rtol=1e-9, atol=1e-12)
+        else:
+            assert p.grad is None or not p.grad.any(), name
+    assert opt.coverage()["unused.weight"].startswith("plain: its module took no part")
+
+
+def check_scaler(rank, ranks, folder):
+    """One rank's overflow has all of them skip the step."""
+    model, data = dataset("mlp")
+    net, opt = DistributedDataParallel(model), fngd.FNGD(model, **OPTIONS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    named = range(N * rank, N * rank + N)
+    x, y = data[list(named)]
+    before = copy.deepcopy(list(model.parameters()))
+    for overflows in (True, False):
+        opt.zero_grad()
+        opt.set_samples(named)
+        loss = F.cross_entropy(net(x), y)
+        scaler.scale(loss * float("inf") if overflows and rank == 0 else loss).backward()
+        scaler.step(opt)
+        scaler.update()
+        assert scaler.get_scale() == 1.0
+        for p, q in zip(model.parameters(), before, strict=True):
+            assert torch.equal(p, q) == overflows
+            assert_same_on_all_ranks(p.detach())
+        assert opt.stats()["seen_samples"] == (0 if overflows and rank == 0 else N)
+
+
 def check_tensor_parallel(rank, ranks, folder):
     """What tensor parallelism splits keeps the plain gradient."""
     torch.manual_seed(0)
@@ -379,6 +429,7 @@ def check_writing(rank, ranks, folder):
         opt.step()
     opt.merge_coefficients()
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, opt)}
+    folder = folder / f"of-{ranks}"
     dcp.save(state, checkpoint_id=folder / "sharded")
     if rank == 0:
         torch.save(opt.state_dict()["fngd"], folder / "fngd.pt")
@@ -391,6 +442,8 @@ def check_writing(rank, ranks, folder):
 def check_reading(rank, ranks, folder):
     """What another number of ranks wrote is there again, and what was solved for is not solved for again."""
     model, batches, opt = sharded(rank, ranks)
+    wrote = {2: 4, 4: 2}[ranks]
+    folder = folder / f"of-{wrote}"
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, opt)}
     dcp.load(state, checkpoint_id=folder / "sharded")
     set_model_state_dict(model, state["model"])
@@ -403,7 +456,7 @@ def check_reading(rank, ranks, folder):
     assert torch.equal(opt._sharing.table.values, values)
     assert opt.param_groups[0].keys() == fngd.FNGD(nn.Linear(1, 1), base="adamw").param_groups[0].keys()
     seen = opt.stats()["seen_samples"]
-    assert seen == 4 * N  # one batch of each of the four ranks that wrote
+    assert seen == wrote * N  # one batch of each rank that wrote
     known = opt._sharing.table.seen.nonzero().flatten()[:N]
     opt.set_samples(known)
     assert not opt.solving
@@ -413,10 +466,33 @@ def check_reading(rank, ranks, folder):
     assert_same_on_all_ranks(opt._sharing.table.values)
 
 
-def test_four_ranks_and_then_two(tmp_path):
-    run(4, tmp_path, check_ddp, check_uneven_ranks, check_hybrid_sharding, check_writing)
-    checks = (check_ddp, check_accumulation, check_means, check_groups, check_tensor_parallel)
-    run(2, tmp_path, check_reading, *checks, check_weights_used_several_times, check_fully_sharded)
+def test_two_ranks_then_four_then_two(tmp_path):
+    run(2, tmp_path, check_writing, check_ddp, check_accumulation, check_means, check_groups)
+    run(4, tmp_path, check_reading, check_ddp, check_uneven_ranks, check_hybrid_sharding, check_writing)
+    checks = (check_weights_used_several_times, check_unused_and_frozen, check_scaler)
+    run(2, tmp_path, check_reading, *checks, check_tensor_parallel, check_fully_sharded)
+
+
+def wait_for_ever(rank, ranks, folder):
+    time.sleep(3600)
+
+
+def test_ranks_that_hang_are_ended(tmp_path):
+    with pytest.raises(TimeoutError, match=r"2 ranks took longer than 0\.5 s"):
+        run(2, tmp_path, wait_for_ever, seconds=0.5)
+    assert not torch.multiprocessing.active_children()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_rank_ends_with_its_launcher_however_that_ended(tmp_path):
+    program = "import time; print(flush=True); time.sleep(30); print('still there')"
+    (tmp_path / "train.py").write_text(program)
+    watched = [sys.executable, str(Path(__file__).with_name("ranks.py")), "train.py"]
+    launcher = f"import subprocess, time; subprocess.Popen({watched}), time.sleep(3600)"
+    with subprocess.Popen([sys.executable, "-c", launcher], cwd=tmp_path, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()  # the rank runs
+        process.kill()
+        assert process.stdout.read() == b""  # it holds the pipe until it ends
 
 
 @pytest.mark.parametrize(("number", "samples", "solved"), [(0, 50, 4), (1, 48, 2)])
