@@ -36,6 +36,12 @@ class Member:
             return self.module.parameters
         return self.module.weight, getattr(self.module, "bias", None)
 
+    @property
+    def substituted(self) -> bool:
+        """Whether other tensors stand in the place of its parameters, as in torch.func.functional_call."""
+        standing = self.module._parameters.values()
+        return not all(p is None or isinstance(p, nn.Parameter) for p in standing)
+
     def takes(self, x: Tensor) -> bool:
         """Return whether this call is a training call on a non-empty batch."""
         module = self.module

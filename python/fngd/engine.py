@@ -46,13 +46,21 @@ class Sink:
 
     def __init__(self, engine: "Engine", member: Member, batch: Batch) -> None:
         self.engine, self.member, self.batch = engine, member, batch
+        self.differentiated = False  # whether the parameters' gradient was asked for with create_graph=True
         self.gate: Gate | None = None
         # Of the backward that this forward runs in, where a checkpoint runs it again; else -1.
         self.task = torch._C._current_graph_task_id()
 
     def __call__(self, a: Any, e: Tensor, biased: bool, selective: bool) -> Sequence[Tensor | None] | None:
         """Receive one use inside backward, as nodes.py describes."""
-        return self.engine.captured(self, Use(a, e, biased), selective)
+        use = Use(a, e, biased)
+        self.differentiated |= selective and torch.is_grad_enabled()
+        if not self.differentiated:
+            return self.engine.captured(self, use, selective)
+        # Weights have no derivative: the plain gradient, and its own, by operators that autograd knows.
+        self.member.layer.keep_plain("its gradient was asked for with create_graph=True")
+        contributions = self.member.rule.contributions(self.member.module, [use])
+        return [None if c is None else c.sum(0) for c in contributions]
 
 
 class Engine:
@@ -77,6 +85,7 @@ class Engine:
         self._outcomes = DeviceCounts((len(OUTCOMES), len(self.layers)), device)
         self._journalled = torch.zeros_like(self._outcomes.arrived)
         self._captures = False  # whether a forward was captured since the last step
+        self._watches: list[Any] = []  # handles of the hooks that were set since then
         # By autograd graph task, batch and layer; a backward that failed leaves its own behind.
         self._pending: dict[int, dict[Batch, dict[Layer, Captured]]] = {}
         self._passages: dict[Layer, tuple[Batch, Passage]] = {}  # of the last forward
@@ -87,6 +96,8 @@ class Engine:
         self._passages.clear()
         if self._captures:
             self._captures = False
+            while self._watches:
+                self._watches.pop().remove()
             for layer in self.layers:
                 layer.open_uses.clear()
 
@@ -118,6 +129,9 @@ class Engine:
         if is_split(member.module._parameters["weight"]):
             layer.keep_plain("its weight is split over ranks by tensor parallelism")
             return member.plain(x, *arguments)
+        if member.substituted:
+            layer.keep_plain("other tensors stand in the place of its parameters")
+            return member.plain(x, *arguments)
         scale = self.sharing.weights(batch, layer.index, samples)
         if scale is None:
             return self._capture(member, batch, x, *arguments)
@@ -131,7 +145,9 @@ class Engine:
         if sink.task != -1:
             self._open_task(sink.task)
         if not _awaited(member.layer):
-            return member.rule.forward(member.module, x, None, sink, *arguments)
+            y = member.rule.forward(member.module, x, None, sink, *arguments)
+            self._watch(member)
+            return y
         passage = self._passage(member.layer, batch)
         sink.gate = passage.gate
         with passage.open(member.owner):
@@ -144,6 +160,17 @@ class Engine:
             passage = Passage(Gate(layer, partial(self._answer, layer, batch)))
             self._passages[layer] = batch, passage
         return passage
+
+    def _watch(self, member: Member) -> None:
+        """Note gradients that reach a member's parameters past its calls."""
+
+        def note(gradients: Sequence[Tensor | None]) -> None:
+            if gradients[0] is not None and not member.layer.note:
+                member.layer.keep_plain("a parameter of it is also used outside of its calls")
+
+        for p in member.parameters:
+            if p is not None and p.requires_grad:
+                self._watches.append(torch.autograd.graph.get_gradient_edge(p).node.register_prehook(note))
 
     # ---- backward ----
 

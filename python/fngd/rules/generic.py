@@ -41,7 +41,7 @@ class GenericRule:
         if type(module).forward is nn.Module.forward or isinstance(module, torch.jit.ScriptModule):
             return f"no rule for {kind}"
         if any(not p.is_floating_point() or p.dtype != parameters[0].dtype for p in parameters):
-            return f"{kind} has parameters of several types"
+            return f"{kind} has parameters that are not all real, of one type"
         if getattr(module, "sparse", False) or getattr(module, "max_norm", None) is not None:
             return f"{kind} with sparse gradients or max_norm"
         if is_parametrized(module) and any(True for _ in module.parametrizations.buffers()):  # type: ignore[union-attr]

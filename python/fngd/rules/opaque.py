@@ -32,9 +32,11 @@ class Opaque:
 
     @property
     def _parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameter that stands for all when it is asked whether the module trains."""
+        """Return what stands for all when it is asked whether the module trains, by parameters of its own."""
         parameters = self.parameters
-        return {"weight": next((p for p in parameters if p.requires_grad), parameters[0])}
+        foreign = (p for p in parameters if not isinstance(p, nn.Parameter))
+        trained = (p for p in parameters if p.requires_grad)
+        return {"weight": next((p for found in (foreign, trained) for p in found), parameters[0])}
 
     @property
     def training(self) -> bool:
