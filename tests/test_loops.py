@@ -274,6 +274,29 @@ def test_two_optimizers_for_parts_of_one_model():
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
 
 
+def test_a_dataset_that_grows_between_the_epochs_of_a_tracked_loader():
+    model, x, y = make("mlp", SAMPLES)
+    theirs, samples = Definition(model), [(x[0], y[0], 0)]
+    opt, reference = fngd.FNGD(model, lr=0.1), torch.optim.SGD(theirs.model.parameters(), lr=0.1)
+    loader = fngd.track(DataLoader(samples, batch_size=N, shuffle=True), opt)
+    solved = []
+    for size in (5, 5, 7, SAMPLES, SAMPLES):
+        samples += [(x[i], y[i], i) for i in range(len(samples), size)]
+        for inputs, labels, ids in loader:
+            theirs.name(ids.tolist())
+            F.cross_entropy(model(inputs), labels).backward()
+            theirs.backward(F.cross_entropy(theirs.model(inputs), labels, reduction="none") / len(ids))
+            for optimizer in (opt, reference):
+                optimizer.step()
+                optimizer.zero_grad()
+        assert opt.stats()["seen_samples"] == size
+        solved.append(opt.stats()["solved_batches"])
+    assert solved[0] == solved[1] == 2
+    assert solved[3] == solved[4]
+    for p, q in zip(model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+
+
 # ---- mixed precision
 
 

@@ -300,7 +300,8 @@ def test_packed_and_unbatched_sequences_keep_the_plain_gradient():
     assert opt.coverage()["1.weight_ih_l0"] == "generic, at times plain: its input has no row per sample"
 
 
-def test_a_differentiated_derivative_of_a_module_keeps_the_plain_gradient():
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_differentiated_derivative_of_a_module_keeps_the_plain_gradient(hooked):
     model = Around(Branching()).double()
     x = torch.randn(N, 4, dtype=torch.float64)
 
@@ -312,6 +313,8 @@ def test_a_differentiated_derivative_of_a_module_keeps_the_plain_gradient():
 
     twin = copy.deepcopy(model)
     opt = fngd.FNGD(model, share="none", skip=["first", "head"])
+    if hooked:
+        model.module.scale.register_post_accumulate_grad_hook(lambda p: None)
     loss(model).backward()
     loss(twin).backward()
     assert opt.stats()["solved_batches"] == 0
@@ -420,6 +423,26 @@ def test_checkpointing_some_uses_of_a_weight_changes_no_gradient(network, checkp
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-11)
     assert opt.stats()["solved_batches"] == 1
     assert not opt._engine._pending
+
+
+@pytest.mark.parametrize("checkpointed", ["first", "second"])
+def test_where_gradients_are_awaited_a_reentrant_checkpoint_solves_for_its_own_uses(checkpointed):
+    model, x, y = make("tied-linear", N)
+    untied = copy.deepcopy(model)
+    untied.second.weight = nn.Parameter(untied.first.weight.detach().clone())
+    theirs = Definition(untied)
+    theirs.name(range(N))
+    theirs.backward(F.cross_entropy(theirs.model(x), y, reduction="none") / N)
+    setattr(model, checkpointed, Checkpointed(getattr(model, checkpointed), reentrant=True))
+    opt = fngd.FNGD(model, share="none")
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: None)
+    F.cross_entropy(model(x), y).backward()
+    expected = {name: p.grad for name, p in theirs.model.named_parameters()}
+    expected["first.weight"] = expected["first.weight"] + expected.pop("second.weight")
+    for (name, p), gradient in zip(model.named_parameters(), expected.values(), strict=True):
+        torch.testing.assert_close(p.grad, gradient, msg=name)
+    assert opt.coverage()["head.weight"] == "linear"
 
 
 def test_optimizers_of_disjoint_parts_of_a_model_both_work():

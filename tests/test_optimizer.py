@@ -224,6 +224,19 @@ def test_input_gradients_in_a_solving_step_solve_nothing():
     assert opt.stats()["solved_batches"] == 0
 
 
+def test_a_forward_of_an_earlier_step_that_is_kept_does_not_count_as_a_use():
+    model, x, y = make("mlp", N)
+    opt = fngd.FNGD(model, lr=0.0, share="none")
+    F.cross_entropy(model(x), y).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    kept = model(x)
+    opt.step()
+    actual = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    assert kept.requires_grad
+    for gradient, reference in zip(actual, expected, strict=True):
+        torch.testing.assert_close(gradient, reference)
+
+
 def test_a_failed_backward_does_not_disturb_the_next():
     model, x, y = make("mlp", N)
     opt = fngd.FNGD(model, share="none")
@@ -245,6 +258,7 @@ def test_a_failed_backward_does_not_disturb_the_next():
     actual = [p.grad.clone() for p in model.parameters()]
     opt.zero_grad()
     opt.step()
+    assert not opt._engine._pending
     F.cross_entropy(model(x), y).backward()
     for gradient, p in zip(actual, model.parameters(), strict=True):
         assert torch.equal(gradient, p.grad)
