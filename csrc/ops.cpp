@@ -38,9 +38,13 @@ void run_cuda(const Tensor& k, const Params& params) {
 }
 #endif
 
+// The kernels count rows in 32 bits.
+constexpr int64_t kMaxOrder = int64_t{1} << 20;
+
 // Fills in the batch of matrices k (L,N,N), out (L,N) and info (L,), and runs it where k is.
 template <typename Params>
 void run(const Tensor& k, const Tensor& out, const Tensor& info, Params& params) {
+  TORCH_CHECK_VALUE(k.size(1) <= kMaxOrder, "k: expected matrices of order ", kMaxOrder, " or less, got ", k.size(1));
   params.k = k.const_data_ptr();
   params.out = out.mutable_data_ptr();
   params.info = info.mutable_data_ptr<int32_t>();

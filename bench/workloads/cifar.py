@@ -7,10 +7,8 @@ import io
 import os
 import pickle
 import re
-import tarfile
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +16,13 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from bench.workloads.archive import members
 from bench.workloads.common import Workload, make_workload
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MAX_JPEG_BYTES = 1 << 16
 MAX_PICKLE_BYTES = 1 << 28
 JPEG_PATH = re.compile(r"cifar10-jpeg/(train|test)/(\w+)/(\d+)\.jpg")
-PICKLED_CLASSES = {
-    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-}
 
 Arrays = dict[str, np.ndarray]
 
@@ -56,17 +50,21 @@ def load(name: str, data_dir: Path, *, cache_dir: Path, train_size: int | None =
 def read_jpeg(archive: Path) -> Arrays:
     """Decode `cifar10-jpeg/{train,test}/CLASS/NNNN.jpg`, in order of class and number."""
     images: dict[str, list[tuple[int, int, np.ndarray]]] = {"train": [], "test": []}
-    members = _members(archive, JPEG_PATH, MAX_JPEG_BYTES)
-    for path, content in tqdm(members, desc=f"decoding {archive.name}", unit=" images", disable=None):
+    files = members(archive, JPEG_PATH, MAX_JPEG_BYTES)
+    for path, content in tqdm(files, desc=f"decoding {archive.name}", unit=" images", disable=None):
         if path[2] not in CLASSES:
             raise ValueError(f"{archive.name}: expected one of {', '.join(CLASSES)}, got class {path[2]!r}")
         try:
-            image = Image.open(io.BytesIO(content), formats=["JPEG"]).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{archive.name}: {path[0]} is not a readable JPEG image") from error
-        if image.size != (32, 32):
-            raise ValueError(f"{archive.name}: expected 32 x 32 pixels, got {image.size} in {path[0]}")
-        images[path[1]].append((CLASSES.index(path[2]), int(path[3]), np.asarray(image)))
+            with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
+                # Before it is decoded: a few bytes may claim any number of pixels.
+                if image.size != (32, 32):
+                    raise ValueError(
+                        f"{archive.name}: expected 32 x 32 pixels, got {image.size} in {path[0]}"
+                    )
+                pixels = np.asarray(image.convert("RGB"))
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+            raise ValueError(f"{archive.name}: {path[0]} is not a readable JPEG image ({error})") from error
+        images[path[1]].append((CLASSES.index(path[2]), int(path[3]), pixels))
     arrays: Arrays = {}
     for split, entries in images.items():
         if not entries:
@@ -136,48 +134,69 @@ def _cached(archive: Path, cache_dir: Path, read: Callable[[Path], Arrays]) -> A
     return arrays
 
 
-def _members(archive: Path, wanted: re.Pattern[str], max_bytes: int) -> Iterator[tuple[re.Match[str], bytes]]:
-    """Contents of the regular files whose whole path matches, in archive order."""
-    try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for member in tar:
-                path = wanted.fullmatch(member.name)
-                if path is None or not member.isreg():
-                    continue
-                if member.size > max_bytes:
-                    raise ValueError(
-                        f"{archive.name}: {member.name} has {member.size} bytes, over {max_bytes}"
-                    )
-                file = tar.extractfile(member)
-                assert file is not None
-                yield path, file.read()
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-        raise ValueError(f"{archive.name}: not a complete .tar.gz archive ({error})") from error
+class _Pixels:
+    """Stands for a numpy array in a pickle: numpy itself never sees what the file says."""
+
+    array: np.ndarray
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, column_major, content = state
+        if dtype.name not in ("u1", b"u1") or column_major:
+            raise pickle.UnpicklingError(f"expected uint8 pixels by rows, got {dtype.name!r}")
+        self.array = np.frombuffer(content, dtype=np.uint8).reshape(shape)
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Admits numpy arrays and plain containers, which is all the published files hold."""
+class _Dtype:
+    """Stands for a numpy dtype, of which a pickle says the name and the byte order."""
+
+    def __init__(self, name: str | bytes, *_: Any) -> None:
+        self.name = name
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+ADMITTED = {
+    ("numpy.core.multiarray", "_reconstruct"): _Pixels,
+    ("numpy", "ndarray"): _Pixels,
+    ("numpy", "dtype"): _Dtype,
+}
+
+
+class _Unpickler(pickle._Unpickler):
+    """Admits plain values and arrays of bytes, which is all the published files hold.
+
+    The one in Python: the one in C makes room for as many objects as a file claims to hold.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return PICKLED_CLASSES[module, name]
+            return ADMITTED[module, name]
         except KeyError:
             raise pickle.UnpicklingError(f"{module}.{name} is not admitted") from None
+
+
+def _read_pickle(content: bytes, label_key: bytes) -> tuple[np.ndarray, np.ndarray]:
+    batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+    pixels, labels = batch[b"data"].array, batch[label_key]
+    # Lists that hold each other many times over would grow without bound in an array.
+    if not all(type(label) is int for label in labels):
+        raise pickle.UnpicklingError("expected numbers as labels")
+    return pixels.reshape(-1, 3, 32, 32), np.array(labels, dtype=np.int64).reshape(len(pixels))
 
 
 def _read_pickles(
     archive: Path, wanted: re.Pattern[str], *, splits: dict[str, list[str]], label_key: bytes
 ) -> Arrays:
     batches: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for path, content in _members(archive, wanted, MAX_PICKLE_BYTES):
+    for path, content in members(archive, wanted, MAX_PICKLE_BYTES):
         try:
-            batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
-            pixels, labels = batch[b"data"], np.asarray(batch[label_key], dtype=np.int64)
-            batches[path[1]] = pixels.reshape(-1, 3, 32, 32), labels.reshape(len(pixels))
+            batches[path[1]] = _read_pickle(content, label_key)
         except Exception as error:  # a damaged pickle may raise anything
             raise ValueError(f"{archive.name}: {path[0]} is not a published batch ({error})") from error
-        if pixels.dtype != np.uint8:
-            raise ValueError(f"{archive.name}: expected uint8 pixels, got {pixels.dtype} in {path[0]}")
     arrays: Arrays = {}
     for split, names in splits.items():
         missing = [name for name in names if name not in batches]

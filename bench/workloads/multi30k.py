@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
 import zlib
 from dataclasses import dataclass, replace
@@ -18,11 +17,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.beam import translate
 from bench.translator import LONGEST, Translator
+from bench.workloads.archive import read_gzip
 from bench.workloads.common import shuffled
 
 NAME = "multi30k"
 FILES = {"train": "train", "validation": "val", "test": "test_2016_flickr"}
 VOCABULARY = 10_000
+MAX_TEXT_BYTES = 1 << 26
 PAD, START, END = 0, 1, 2
 SPECIAL = ["<pad>", "<s>", "</s>"]
 LABEL_SMOOTHING = 0.1
@@ -184,7 +185,7 @@ def load(data_dir: Path, *, cache_dir: Path, train_size: int | None = None) -> T
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = gzip.decompress(path.read_bytes()).decode("utf-8").splitlines()
+        lines = read_gzip(path, MAX_TEXT_BYTES).decode("utf-8").splitlines()
     except FileNotFoundError:
         raise ValueError(f"data_dir: expected the file {str(path)!r}, found none") from None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:

@@ -19,7 +19,7 @@ def call(op: Callable[..., Any], tensor: torch.Tensor, *args: Any) -> Any:
     """Call an operator without gradients and without autocast, which would round what is summed in fp32."""
     device = tensor.device.type
     with torch.no_grad():
-        if torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return op(tensor, *args)
         return op(tensor, *args)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-import tarfile
+import re
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +23,12 @@ from bench.pinn.problems.base import (
     Problem,
     Residuals,
 )
+from bench.workloads.archive import members
 
 SPLIT_SEED = 0
 CALIFORNIA_ARCHIVE = "cal_housing.tgz"
 CALIFORNIA_MEMBER = "CaliforniaHousing/cal_housing.data"
+MAX_TABLE_BYTES = 1 << 24
 CALIFORNIA_ROWS = 6000
 
 
@@ -113,13 +115,14 @@ def california(data_dir: Path) -> Table:
     archive = data_dir / CALIFORNIA_ARCHIVE
     if not archive.is_file():
         raise ValueError(f"data_dir: expected {CALIFORNIA_ARCHIVE} in {str(data_dir)!r}, found none")
+    found = members(archive, re.compile(re.escape(CALIFORNIA_MEMBER)), MAX_TABLE_BYTES)
+    content = next((content for _, content in found), None)
+    if content is None:
+        raise ValueError(f"{archive.name}: expected the table {CALIFORNIA_MEMBER}")
     try:
-        with tarfile.open(archive, "r:gz") as tar:
-            member = tar.extractfile(CALIFORNIA_MEMBER)
-            assert member is not None
-            values = np.loadtxt(io.TextIOWrapper(member, "ascii"), delimiter=",", ndmin=2)
-    except (tarfile.TarError, KeyError, OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{archive.name}: expected the table {CALIFORNIA_MEMBER} ({error})") from error
+        values = np.loadtxt(io.StringIO(content.decode("ascii")), delimiter=",", ndmin=2)
+    except ValueError as error:
+        raise ValueError(f"{archive.name}: expected a table of numbers ({error})") from error
     if values.shape[1] != 9:
         raise ValueError(f"{archive.name}: expected 9 columns, got {values.shape[1]}")
     rows = np.random.default_rng(SPLIT_SEED).permutation(len(values))[:CALIFORNIA_ROWS]
