@@ -1,6 +1,6 @@
 """Weighted sums of hard inputs, against float64 contributions formed one sample at a time.
 
-|G - sum_n s_n C_n| <= (3 u + L u') sum_n |s_n| |C|_n with |C|_n the sum over positions of |e_nt| |a_nt|,
+|G - sum_n s_n C_n| <= (2 u + L u') sum_n |s_n| |C|_n with |C|_n the sum over positions of |e_nt| |a_nt|,
 element by element: s_n e_n and the result are rounded to the inputs' dtype, of roundoff u, and L terms are
 summed at roundoff u'.
 """
@@ -62,9 +62,9 @@ class Judge:
         else:
             outcome = "not finite, beyond the dtype's range"
         seen = actual.isfinite() & size.isfinite()
-        unit = (
-            3 * UNIT[dtype] + terms * self.roundings * UNIT[accumulated(dtype)] + terms * UNIT[torch.float64]
-        )
+        # The oracle rounds as well.
+        summed = self.roundings * UNIT[accumulated(dtype)] + UNIT[torch.float64]
+        unit = 2 * UNIT[dtype] + (terms + 1) * summed
         lost = terms * (1 + a_largest) * TINY[dtype]
         self.worst.see(f"{self.name}, {dtype}", (actual - s @ rows).abs()[seen], (unit * size + lost)[seen])
         self.tally(f"fk.{self.name}", given_name(case, *inputs), outcome)
