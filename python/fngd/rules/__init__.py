@@ -8,7 +8,7 @@ from .attention import InputProjection, ProjectionRule, attention
 from .base import Rule, Use, added
 from .batch_norm import BatchNormRule
 from .conv import ConvRule, ConvTransposeRule
-from .embedding import EmbeddingRule
+from .embedding import EmbeddingRule, ScaledEmbeddingRule
 from .generic import GenericRule
 from .linear import LinearRule, TransposedLinearRule
 from .opaque import Opaque
@@ -46,6 +46,7 @@ _RULES: dict[type[nn.Module], Rule] = {
 }
 _GENERIC = GenericRule()
 _TRANSPOSED_LINEAR = TransposedLinearRule()
+_SCALED_EMBEDDING = ScaledEmbeddingRule()
 
 
 _METHODS = ("reason_against", "batched", "forward", "gram", "contributions", "combine")
@@ -87,7 +88,17 @@ def rule_for(module: nn.Module) -> tuple[Rule | None, str]:
     rule: Rule = _GENERIC
     if kind is not None and type(module).forward is kind.forward and not is_parametrized(module):
         rule = _RULES[kind]
-    elif (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
-        rule = _TRANSPOSED_LINEAR
+    elif type(module).__module__.startswith("transformers."):
+        rule = _of_hugging_face(module)
     reason = rule.reason_against(module)
     return (None, reason) if reason else (rule, rule.name)
+
+
+def _of_hugging_face(module: nn.Module) -> Rule:
+    """Return the rule of a type that the transformers package defines, known by its name."""
+    kind = type(module).__name__
+    if kind == "Conv1D":
+        return _TRANSPOSED_LINEAR
+    if isinstance(module, nn.Embedding) and kind.endswith("ScaledWordEmbedding"):
+        return _SCALED_EMBEDDING
+    return _GENERIC

@@ -53,6 +53,17 @@ class EmbeddingRule:
         return weight, None
 
 
+class ScaledEmbeddingRule(EmbeddingRule):
+    """Hugging Face's embeddings that multiply what they look up by a constant."""
+
+    name = "scaled embedding"
+
+    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
+        factor = module.embed_scale
+        y = super().forward(module, x, scale, sink)
+        return y * (factor.to(module.weight.dtype) if isinstance(factor, Tensor) else factor)
+
+
 def _positions(uses: Sequence[Use]) -> tuple[Tensor, Tensor]:
     """Return all uses as one: ids (N, T), e (N, T, D)."""
     ids = torch.cat([ids.reshape(ids.shape[0], -1) for ids, *_ in uses], dim=1)
