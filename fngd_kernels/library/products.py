@@ -19,8 +19,14 @@ def rows_product(x: Tensor, y: Tensor) -> Tensor:
     """Return x y^T for x (M,D) and y (N,D)."""
     if _HAS_ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and y.numel():
         # torch's own fp32 product is MKL, which runs at half of oneDNN's speed on CPUs other than Intel's.
-        return torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(_untangled(x), _untangled(y), None, "none", [], "")
     return x @ y.T
+
+
+def _untangled(x: Tensor) -> Tensor:
+    """Return x (M,D), copied where rows and columns overlap or interleave, which oneDNN refuses."""
+    (m, d), (row, column) = x.shape, x.stride()
+    return x if (column == 1 and row >= d) or (row == 1 and column >= m) else x.contiguous()
 
 
 def add_gram(k: Tensor, rows: Tensor) -> None:

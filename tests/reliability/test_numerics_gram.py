@@ -7,9 +7,21 @@ where a sample has one position, and larger where positions cancel.
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from numeric_cases import DEVICES, TINY, UNIT, Worst, accumulated, campaign, cases, given_name, make
+from numeric_cases import (
+    DEVICES,
+    KINDS,
+    TINY,
+    UNIT,
+    Case,
+    Worst,
+    accumulated,
+    campaign,
+    cases,
+    given_name,
+    make,
+)
 from torch.nn import functional as F
 
 import fngd_kernels as fk
@@ -21,6 +33,9 @@ SIZES = st.sampled_from((1, 2, 3, 5, 16, 33, 63))
 # Among them the sizes that take pairs of positions.
 LARGE = st.sampled_from(((1, 2000), (2000, 1), (3, 700), (33, 63), (63, 63)))
 POSITIONS = st.sampled_from((None, 1, 2, 3, 7, 16))
+
+
+PLAIN = Case(KINDS[0], torch.float32, (0, 0), "contiguous", 64 << 20, 0)
 
 
 class Judge:
@@ -91,6 +106,7 @@ def test_linear(device, tally):
 
     @campaign
     @given(cases(), SAMPLES, POSITIONS, st.one_of(st.tuples(SIZES, SIZES), LARGE), st.booleans())
+    @example(PLAIN, 5, 2, (33, 63), True)
     def check(case, n, t, sizes, bias):
         (inputs, outputs), positions = sizes, () if t is None else (t,)
         a, e = make(case, (n, *positions, inputs), (n, *positions, outputs))
@@ -137,6 +153,7 @@ def test_convolution(device, tally):
 
     @campaign
     @given(cases(), st.sampled_from((1, 2, 5, 9)), st.sampled_from(CONVOLUTIONS), st.booleans())
+    @example(PLAIN, 1, CONVOLUTIONS[-3], True)
     def check(case, n, convolution, bias):
         shape, weight, geometry = convolution
         apply, groups = (F.conv1d, F.conv2d, F.conv3d)[len(weight) - 3], geometry.get("groups", 1)
@@ -223,3 +240,13 @@ def test_rows(device, tally):
 
     check()
     judge.worst.report(tally)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (3, 8), (8, 3), (0, 1), (2, 5)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_that_overlap_or_interleave(device, strides, tally):
+    a, e = torch.randn(200).as_strided((7, 5), strides), torch.randn(7, 4)
+    rows = oracles.linear_rows(a, e, True)
+    assert oracles.relative_error(fk.gram(a.to(device), e.to(device), bias=True).cpu(), rows @ rows.T) < 1e-6
+    assert oracles.relative_error(fk.gram_rows(a.to(device)).cpu(), a.double() @ a.double().T) < 1e-6
+    tally("fk.gram", "samples that share memory, as sliding windows do", "within the bound")
