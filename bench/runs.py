@@ -11,6 +11,9 @@ from typing import Any
 
 from bench.training import Run, RunConfig
 
+NO_RUN = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What JSON of another kind raises when a run is read out of it."""
+
 
 def save_run(path: Path, run: Run) -> None:
     """Write a run as JSON, whole or not at all."""
@@ -20,8 +23,14 @@ def save_run(path: Path, run: Run) -> None:
 
 
 def load_run(path: Path) -> Run:
-    """Read what `save_run` wrote."""
-    return parse_run(json.loads(path.read_text()))
+    """Read what `save_run` wrote.
+
+    Raises: ValueError for a file that holds anything else.
+    """
+    try:
+        return parse_run(json.loads(path.read_text()))
+    except NO_RUN as error:
+        raise ValueError(f"output: {path} is not a finished run ({error})") from error
 
 
 def parse_run(row: Mapping[str, Any]) -> Run:
@@ -31,9 +40,18 @@ def parse_run(row: Mapping[str, Any]) -> Run:
 
 
 def recorded(rows: Path | None) -> dict[tuple[str, RunConfig], Run]:
-    """Finished runs of a file of rows by stage and configuration; none when it is not there."""
+    """Finished runs of a file of rows by stage and configuration; none when it is not there.
+
+    Raises: ValueError for a file that holds anything else, such as half a line.
+    """
     if rows is None or not rows.exists():
         return {}
-    found = [json.loads(line) for line in rows.read_text().splitlines()]
-    runs = [(row["stage"], parse_run(row)) for row in found]
-    return {(stage, run.config): run for stage, run in runs}
+    runs = {}
+    for number, line in enumerate(rows.read_text().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            run = parse_run(row)
+            runs[row["stage"], run.config] = run
+        except NO_RUN as error:
+            raise ValueError(f"rows: line {number} of {rows} is not a run ({error})") from error
+    return runs

@@ -22,7 +22,7 @@ from PIL import Image
 
 import fngd
 import fngd_kernels as fk
-from bench import checkpoint, workloads
+from bench import checkpoint, runs, workloads
 from bench.pinn import problems
 from bench.workloads import archive, cifar
 from fngd_kernels.ops.scale_bias import scale_bias
@@ -94,7 +94,7 @@ def pickles(folder):
             b"M\x00\x0c", b"J\x00\x00\x00\x7f"
         ),
         "nested labels": published({b"data": pixels, b"labels": nested(40)}),
-        "huge memo": b"\x80\x02Nr\xff\xff\xff\x7f.",
+        "huge memo": b"\x80\x02Nr\xff\xff\xff\x03.",
         "huge bytes": claims(b"\x8e", "<Q", 1 << 50),
         "huge bytearray": claims(b"\x96", "<Q", 1 << 36),
         "huge frame": claims(b"\x95", "<Q", 1 << 50),
@@ -263,6 +263,19 @@ def test_a_cache_with_objects_is_made_anew(tmp_path, tally):
     assert again.keys() == read.keys()
     assert not made.exists()
     tally(AREA, "a cache that holds pickled objects", "made anew, nothing run")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "null", "[]", "7", "NaN", "{}", '{"config": {}}', '{"config": {"eval": "1"}}', "[" * 100_000],
+)
+@pytest.mark.parametrize("read", [runs.load_run, runs.recorded])
+def test_results_of_another_kind_are_refused(read, text, tmp_path, tally):
+    path = tmp_path / "run.json"
+    path.write_text(text + "\n")
+    with pytest.raises(ValueError, match=r"run\.json is not a "):
+        read(path)
+    tally(AREA, "result files of another kind, damaged or deeply nested", "ValueError")
 
 
 @pytest.mark.parametrize("base", ["os.system", "torch.optim.SGD", "__import__('os')", "SGD", ""])
