@@ -166,6 +166,23 @@ def test_hugging_face(name):
     assert any(not how.startswith("plain: ") for how in coverage.values())
 
 
+def test_a_weight_that_two_modules_keep_in_different_orders():
+    conv1d = library("transformers").pytorch_utils.Conv1D
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), conv1d(3, 3)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return self.second(torch.tanh(self.first(x)))
+
+    x = torch.randn(N, 3, dtype=torch.float64)
+    coverage = check(Tied().double(), lambda net, rows: net(x[list(rows)]).square().sum(1).mean(), N)
+    assert coverage["first.weight"] == "linear+transposed linear"
+
+
 # ---- torchvision and timm
 
 

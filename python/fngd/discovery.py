@@ -2,6 +2,7 @@
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -118,15 +119,14 @@ def _time_first(model: nn.Module) -> set[nn.Module]:
     """Return the modules between the attentions of torch's Transformer layers with batch_first=False."""
     found: set[nn.Module] = set()
     for module in model.modules():
-        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-            if not module.self_attn.batch_first:
-                found.update(
-                    child for child in module.children() if not isinstance(child, nn.MultiheadAttention)
-                )
-        elif (
-            isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder))
-            and module.norm is not None
-            and not module.layers[0].self_attn.batch_first
-        ):
-            found.add(module.norm)
+        layer: Any = module
+        own = list(module.children())
+        if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
+            layer = module.layers[0]
+            own = [] if module.norm is None else [module.norm]
+        elif not isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+            continue
+        # Users stack layers of their own, too, which need not have an attention.
+        if not getattr(getattr(layer, "self_attn", None), "batch_first", True):
+            found.update(child for child in own if not isinstance(child, nn.MultiheadAttention))
     return found

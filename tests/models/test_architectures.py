@@ -106,3 +106,19 @@ def test_channels_last(name):
         return net(x).sin().square().flatten(1).sum(1).mean()
 
     assert not any(how.startswith("plain: ") for how in check(model, loss, N).values())
+
+
+def test_a_stack_of_layers_without_attention():
+    class Stack(nn.TransformerEncoder):
+        def forward(self, x):
+            for layer in self.layers:
+                x = torch.tanh(layer(x))
+            return self.norm(x)
+
+    x = torch.randn(N, 3, 4, dtype=torch.float64)
+    model = Stack(nn.Linear(4, 4), 2, nn.LayerNorm(4), enable_nested_tensor=False).double()
+
+    def loss(net, samples):
+        return net(x[list(samples)]).sin().square().sum((1, 2)).mean()
+
+    assert set(check(model, loss, N, norms="weighted").values()) == {"linear", "affine"}

@@ -157,7 +157,7 @@ def test_a_module_whose_gradient_is_not_linear_stays_plain():
 def test_a_batch_of_one_sample_decides_nothing():
     model = Around(Centres()).double()
     opt = fngd.FNGD(model, share="none")
-    for samples, reason in ((1, "a batch of one sample does not show"), (N, "Centres couples samples")):
+    for samples, reason in ((1, "a batch of one sample"), (N, "Centres couples samples")):
         model(torch.randn(samples, 4, dtype=torch.float64)).sum().backward()
         assert opt.coverage()["part.w"].startswith(f"plain: {reason}")
     kept = Around(OutputOfOutput()).double()
@@ -165,6 +165,16 @@ def test_a_batch_of_one_sample_decides_nothing():
     for samples in (1, N, 1):
         kept(torch.randn(samples, 4, dtype=torch.float64)).sum().backward()
     assert opt.coverage()["part.w"].startswith("generic, at times plain: a batch of one sample")
+
+
+def test_equal_samples_decide_nothing():
+    model = Around(Centres()).double()
+    nn.init.zeros_(model.first.weight)
+    opt = fngd.FNGD(model, share="none")
+    for reason in ("a batch of one sample, or of equal ones,", "Centres couples samples"):
+        model(torch.randn(N, 4, dtype=torch.float64)).square().sum().backward()
+        assert opt.coverage()["part.w"].startswith(f"plain: {reason}")
+        nn.init.normal_(model.first.weight)
 
 
 class Switched(Part):

@@ -44,6 +44,12 @@ class Call:
         ]
         return self._spec, kinds
 
+    def equal_samples(self) -> bool:
+        """Return whether all samples are the same, as they are behind a layer that begins with zeros."""
+        return self.samples == 1 or all(
+            bool((t == t.narrow(dim, 0, 1)).all()) for t, dim in zip(self.tensors, self.dims, strict=True)
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors with a row per sample."""

@@ -27,6 +27,7 @@ def tied_gram(parts: Sequence[Part]) -> Tensor:
     if len(parts) == 1:
         return parts[0].rule.gram(parts[0].module, parts[0].uses)
     linears = [part for part in parts if isinstance(part.rule, linear.LinearRule)]
+    linears = [part for part in linears if not isinstance(part.rule, linear.TransposedLinearRule)]
     embeddings = [part for part in parts if isinstance(part.rule, embedding.EmbeddingRule)]
     if len(linears) + len(embeddings) < len(parts):
         return _gram_of_formed(parts)
