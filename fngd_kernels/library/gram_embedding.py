@@ -17,9 +17,12 @@ def gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: i
     dtype = accumulation_dtype(e.dtype)
     k = e.new_zeros((n, n), dtype=dtype)
     samples = torch.arange(n, device=ids.device)
-    keys = ids.long() * n + samples[:, None]
-    if padding_idx is not None:
-        keys = keys.masked_fill(ids == padding_idx, -1)
+    padding = torch.zeros_like(ids, dtype=torch.bool) if padding_idx is None else ids == padding_idx
+    low, high = (int(bound) for bound in ids.masked_fill(padding, 0).aminmax())
+    largest = torch.iinfo(torch.int64).max // n - 1
+    if low < 0 or high > largest:
+        raise ValueError(f"ids: expected 0 to {largest}, got {low} to {high}")
+    keys = (ids.long() * n + samples[:, None]).masked_fill(padding, -1)
     keys, row_of = keys.flatten().unique(return_inverse=True)
     # All padding shares one row, the first.
     first = int(keys[0] < 0)

@@ -364,6 +364,13 @@ def test_absurd_sizes_raise(tally):
     tally(AREA, "tensors of 2^33 and more numbers in no memory", "an error, no crash", cases=len(ends))
 
 
+@pytest.mark.parametrize("ids", [[1 << 62, 0], [(1 << 63) - 1, 1], [-1, 0], [-(1 << 63), 3]])
+def test_ids_that_cannot_be_counted_raise(ids, tally):
+    with pytest.raises(ValueError, match=r"ids: expected 0 to \d+, got"):
+        fk.gram_embedding(torch.tensor(ids), torch.ones(2, 3))
+    tally(AREA, "ids of an embedding below 0 or near 2^63", "ValueError")
+
+
 META = {
     "gram": (lambda x: fk.gram(x(9, MANY, 4), x(9, MANY, 5)), (9, 9)),
     "gram, diagonal": (lambda x: fk.gram(x(MANY, 3, 4), x(MANY, 3, 5), diag=True), (MANY,)),
