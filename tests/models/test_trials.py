@@ -167,13 +167,20 @@ def test_a_batch_of_one_sample_decides_nothing():
     assert opt.coverage()["part.w"].startswith("generic, at times plain: a batch of one sample")
 
 
-def test_equal_samples_decide_nothing():
-    model = Around(Centres()).double()
-    nn.init.zeros_(model.first.weight)
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        (Centres, "plain: Centres couples samples: its gradient is no sum over samples"),
+        (OutputOfOutput, "generic"),
+    ],
+)
+def test_samples_that_are_all_zero_hide_nothing(kind, how):
+    model = Around(kind()).double()
+    nn.init.zeros_(model.first.weight), nn.init.zeros_(model.first.bias)
     opt = fngd.FNGD(model, share="none")
-    for reason in ("a batch of one sample, or of equal ones,", "Centres couples samples"):
-        model(torch.randn(N, 4, dtype=torch.float64)).square().sum().backward()
-        assert opt.coverage()["part.w"].startswith(f"plain: {reason}")
+    for _ in range(2):
+        model(torch.randn(N, 4, dtype=torch.float64)).sum().backward()
+        assert opt.coverage()["part.w"] == how
         nn.init.normal_(model.first.weight)
 
 

@@ -44,11 +44,13 @@ class Call:
         ]
         return self._spec, kinds
 
-    def equal_samples(self) -> bool:
-        """Return whether all samples are the same, as they are behind a layer that begins with zeros."""
-        return self.samples == 1 or all(
-            bool((t == t.narrow(dim, 0, 1)).all()) for t, dim in zip(self.tensors, self.dims, strict=True)
-        )
+    def tell_samples_apart(self) -> None:
+        """Add noise to samples that are all the same, as they are behind a layer that begins with zeros."""
+        pairs = zip(self.tensors, self.dims, strict=True)
+        if all(bool((t == t.narrow(dim, 0, 1)).all()) for t, dim in pairs):
+            self.tensors = [
+                t + torch.randn(t.shape).to(t) if t.is_floating_point() else t for t in self.tensors
+            ]
 
     @property
     def nbytes(self) -> int:

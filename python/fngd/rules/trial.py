@@ -21,9 +21,10 @@ def reason_against(module: "Opaque", call: Call) -> str:
     random weighing of the samples: what weights do to it in a step.
     """
     name = type(module.owner).__name__
-    tensors = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in call.tensors]
-    devices = [t.device for t in tensors if t.is_cuda]
+    devices = [t.device for t in call.tensors if t.is_cuda]
     with torch.random.fork_rng(devices), torch.enable_grad(), _put_back(module.owner) as held:
+        call.tell_samples_apart()
+        tensors = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in call.tensors]
         before, drawn = _random_states(devices), random.getstate()
         try:
             parameters = call.trained()
