@@ -7,9 +7,21 @@ summed at roundoff u'.
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from numeric_cases import DEVICES, TINY, UNIT, Worst, accumulated, campaign, cases, given_name, make
+from numeric_cases import (
+    DEVICES,
+    KINDS,
+    TINY,
+    UNIT,
+    Case,
+    Worst,
+    accumulated,
+    campaign,
+    cases,
+    given_name,
+    make,
+)
 from torch.nn import functional as F
 
 import fngd_kernels as fk
@@ -76,6 +88,7 @@ def test_linear(device, tally):
 
     @campaign
     @given(cases(), SAMPLES, POSITIONS, SIZES, SIZES, st.booleans(), WEIGHTS)
+    @example(Case(KINDS[0], torch.bfloat16, (-14, -20), "contiguous", 0, 1), 2, None, 63, 63, False, "random")
     def check(case, n, t, inputs, outputs, bias, kind):
         positions = () if t is None else (t,)
         a, e = make(case, (n, *positions, inputs), (n, *positions, outputs))
