@@ -79,6 +79,28 @@ def test_nodes_without_the_extension_compute_the_same(network, monkeypatch):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("network", ["mlp", "reused", "tied-linear", "conv2d-groups-reflect", "own"])
+def test_a_gradient_penalty_without_the_extension_is_the_same(network, monkeypatch):
+    """The gradient of the inputs alone, taken first, must leave nothing in .grad."""
+    model, x, y = make(network, N)
+    twin = copy.deepcopy(model)
+
+    def backward(net):
+        opt = fngd.FNGD(net, share="none", norms="weighted")
+        leaf = x.clone().requires_grad_()
+        loss = F.cross_entropy(net(leaf), y)
+        (dx,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        assert all(p.grad is None for p in net.parameters())
+        (loss + dx.square().sum()).backward()
+        assert opt.stats()["solved_batches"] == 1
+
+    backward(model)
+    monkeypatch.setattr(native, "AVAILABLE", False)
+    backward(twin)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+
+
 def test_the_cross_term_of_an_embedding_and_a_linear_layer_in_chunks():
     ids = torch.randint(0, 5, (4, 3))
     g, a, e = (torch.randn(4, t, d, dtype=torch.float64) for t, d in ((3, 2), (6, 2), (6, 5)))

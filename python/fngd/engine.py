@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from fngd_kernels import native
 from fngd_kernels.ops.coefficients import coefficients
 
 from .capture import Layer, Member
@@ -144,7 +145,8 @@ class Engine:
         member.layer.open_uses.add(sink)
         if sink.task != -1:
             self._open_task(sink.task)
-        if not _awaited(member.layer):
+        # Nodes in Python hand over their uses also when no parameter's gradient is asked for: a gate knows.
+        if native.AVAILABLE and not _awaited(member.layer):
             y = member.rule.forward(member.module, x, None, sink, *arguments)
             self._watch(member)
             return y
