@@ -1,6 +1,7 @@
 """Small networks of the kinds that users bring, each with a batch of four samples."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,15 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 N = 4
+
+
+def floats(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def mlp(*sizes):
+    layers = [nn.Linear(i, o) for i, o in pairwise(sizes)]
+    return nn.Sequential(*[part for layer in layers for part in (layer, nn.Tanh())][:-1]).double()
 
 
 class UNet(nn.Module):

@@ -186,7 +186,11 @@ def _captured(module: Opaque, call: Call, tensors: Sequence[Tensor], sink: Sink)
     sizes: list[tuple[torch.Size, int, torch.dtype]] = []
 
     def answer(_: Any, ordinary: Tensor, __: bool, selective: bool) -> Any:
-        if cotangents.differentiable or [t._version for t in call.tensors] != versions:
+        if cotangents.differentiable:
+            module.refuse(call, "its gradient is differentiated again")
+            return ordinary[0], None
+        if [t._version for t in call.tensors] != versions:
+            module.refuse(call, "its input is written to after the call")
             return ordinary[0], None
         samples, dtype = call.samples, ordinary.dtype
         e = torch.cat(

@@ -71,6 +71,10 @@ class Opaque:
         self._verdicts.append((call.kind, reason))
         return reason
 
+    def refuse(self, call: Call, reason: str) -> None:
+        """Keep the plain gradient for calls of this kind from now on."""
+        self._verdicts.insert(0, (call.kind, reason))
+
     def chunks(self, samples: int) -> list[slice]:
         """Return the samples in chunks, two of whose gradients take no more than ROWS bytes."""
         row = sum(p.nbytes for p in self.parameters if p.requires_grad)
