@@ -148,7 +148,8 @@ class Engine:
         # Nodes in Python hand over their uses also when no parameter's gradient is asked for: a gate knows.
         if native.AVAILABLE and not _awaited(member.layer):
             y = member.rule.forward(member.module, x, None, sink, *arguments)
-            self._watch(member)
+            if member.layer.solves == 0:
+                self._watch(member)
             return y
         passage = self._passage(member.layer, batch)
         sink.gate = passage.gate
@@ -164,7 +165,7 @@ class Engine:
         return passage
 
     def _watch(self, member: Member) -> None:
-        """Note gradients that reach a member's parameters past its calls."""
+        """Note gradients that reach a member's parameters past its calls, which is a matter of the model."""
 
         def note(gradients: Sequence[Tensor | None]) -> None:
             if gradients[0] is not None and not member.layer.note:
@@ -198,9 +199,8 @@ class Engine:
                 self._note_bytes([use], [k])
                 weights = self._solve(batch, {layer: k}, task)
             return _combined(member, [use], weights.get(layer))
-        if (
-            sink.task in self._pending
-        ):  # one backward inside another: the uses of both are solved for together
+        # Of one backward inside another: the uses of both are solved for together.
+        if sink.task in self._pending:
             task = sink.task
         self._open_task(task)
         captured = self._pending[task][batch][layer]

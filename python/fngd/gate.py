@@ -22,9 +22,7 @@ class Gate:
     answer: returns the gradients of the members' parameters from all uses in one backward
     """
 
-    def __init__(
-        self, layer: Layer, answer: Callable[[Uses], Mapping[Member, Sequence[Tensor | None]]]
-    ) -> None:
+    def __init__(self, layer: Layer, answer: Answer) -> None:
         self.answer = answer
         # As they were in the forward: sharding puts others in their place.
         self.parameters = {member: tuple(member.parameters) for member in layer.members}
