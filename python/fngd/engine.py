@@ -304,19 +304,25 @@ class Engine:
         """Return the coefficients and the counters, as tensors, strings and numbers."""
         return self.sharing.state_dict() | {
             "layers": [layer.name for layer in self.layers],
+            "solves": [layer.solves for layer in self.layers],
             "solved_batches": self.solved_batches,
             "fallbacks": self._fallbacks(),
             "outcomes": self._outcomes.values.clone(),
         }
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Raise ValueError when the state is of other layers or of another way of sharing."""
+        """Raise ValueError when the state is of other layers, another way of sharing or another size."""
         names = [layer.name for layer in self.layers]
         if state["layers"] != names:
-            differing = ", ".join(sorted(set(names) ^ set(state["layers"])) or names)
+            differing = ", ".join(sorted(set(names) ^ set(map(str, state["layers"]))) or names)
             raise ValueError(f"state_dict: its layers are not this model's; they differ in {differing}")
         if state["share"] != self.sharing.share:
             raise ValueError(f"state_dict: expected share={self.sharing.share!r}, got {state['share']!r}")
+        if len(state["solves"]) != len(names) or state["outcomes"].shape != self._outcomes.values.shape:
+            raise ValueError(f"state_dict: expected 'solves' and 'outcomes' of {len(names)} layers")
+        if not all(isinstance(counts, Mapping) for counts in state["fallbacks"].values()):
+            raise ValueError("state_dict: expected counts by reason in every value of 'fallbacks'")
+        self.sharing.check_state(state, len(names))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a checked state."""
@@ -324,7 +330,8 @@ class Engine:
         self.solved_batches = state["solved_batches"]
         self._outcomes.load(state["outcomes"])
         self._journalled = self._outcomes.arrived.clone()
-        for layer in self.layers:
+        for layer, solves in zip(self.layers, state["solves"], strict=True):
+            layer.solves = solves
             layer.journal.counts = Counter(state["fallbacks"].get(layer.name, {}))
 
     def _fallbacks(self) -> dict[str, dict[str, int]]:

@@ -16,6 +16,7 @@ from fngd_kernels.ops.finite import found_non_finite
 from .jacobian import Jacobian
 from .journal import Journal
 from .linearize import Linearizer
+from .state import check_groups, check_like
 
 LM = "lm"
 DECREASE, INCREASE = 3.0, 4.0
@@ -233,16 +234,28 @@ class GaussNewton(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what state_dict returned.
 
-        Raises: ValueError for the state of another optimizer; nothing is changed then.
+        Raises: TypeError for what is no dictionary, ValueError for the state of another optimizer or model,
+            or one that is not whole; nothing is changed then.
         """
+        check_groups(state_dict, self)
         if "gauss_newton" not in state_dict:
             raise ValueError(
                 "state_dict: expected the state of a GaussNewton optimizer, 'gauss_newton' is missing"
             )
-        own = dict(state_dict["gauss_newton"])
+        own = state_dict["gauss_newton"]
+        check_like(own, self.stats(), "gauss_newton")
+        if not (math.isfinite(own["damping"]) and own["damping"] > 0):
+            raise ValueError(f"state_dict: expected a finite damping > 0, got {own['damping']}")
+        for number, parameter in enumerate(self._parameters()):
+            phi = state_dict["state"].get(number, {}).get("momentum_buffer")
+            if phi is not None and phi.shape != parameter.shape:
+                raise ValueError(
+                    f"state_dict: expected a momentum_buffer of shape {tuple(parameter.shape)} for parameter "
+                    f"{number}, got {tuple(phi.shape)}"
+                )
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "gauss_newton"})
-        self.damping = own.pop("damping")
-        self._counts = own
+        self.damping = own["damping"]
+        self._counts = {counter: own[counter] for counter in self._counts}
 
     def coverage(self) -> dict[str, str]:
         """Return how the Jacobian of every parameter is found: a rule, or "generic: " and why."""

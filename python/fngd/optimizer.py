@@ -16,6 +16,7 @@ from .capture import release, route
 from .discovery import WISHES, find_layers
 from .engine import Engine
 from .sharing import SHARES, Sharing
+from .state import check_groups, check_like
 from .update import Update, base_class, fuses_on_cuda
 
 ADDED = "its parameter group was added later"
@@ -229,19 +230,25 @@ class FNGD(Optimizer):
         state = super().state_dict()
         for group in state["param_groups"]:
             group["fngd"] = True  # tells the base optimizer's part from another optimizer's state
-        own = self._engine.state_dict() | {"skipped_steps": self._update.skipped_steps}
-        return {**state, "fngd": own}
+        return {**state, "fngd": self._own_state()}
+
+    def _own_state(self) -> dict[str, Any]:
+        shapes = [list(p.shape) for group in self.param_groups for p in group["params"]]
+        counted = {"skipped_steps": self._update.skipped_steps}
+        return self._engine.state_dict() | counted | {"shapes": shapes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what state_dict returned; the continued run is the same bit for bit.
 
         Without "fngd", as torch.distributed.checkpoint.state_dict returns it, coefficients stay as they are.
 
-        Raises: ValueError for a state of another optimizer, model or way of sharing; nothing is changed then.
+        Raises: TypeError for what is no dictionary, ValueError for a state of another optimizer, model or way
+            of sharing, or one that is not whole; nothing is changed then.
         """
+        check_groups(state_dict, self)
         own = state_dict.get("fngd")
         if own is not None:
-            self._engine.check_state(own)
+            self._check_own_state(own)
         elif not all("fngd" in group for group in state_dict["param_groups"]):
             raise ValueError("state_dict: expected the state of an FNGD optimizer, the key 'fngd' is missing")
         groups = [{k: v for k, v in group.items() if k != "fngd"} for group in state_dict["param_groups"]]
@@ -250,6 +257,17 @@ class FNGD(Optimizer):
         if own is not None:
             self._engine.load_state_dict(own)
             self._update.skipped_steps = own["skipped_steps"]
+
+    def _check_own_state(self, state: dict[str, Any]) -> None:
+        mine = self._own_state()
+        check_like(state, mine, "fngd")
+        self._engine.check_state(state)
+        if len(state["shapes"]) != len(mine["shapes"]):
+            count = f"{len(mine['shapes'])} parameters, got {len(state['shapes'])}"
+            raise ValueError(f"state_dict: expected the shapes of {count}")
+        for number, (shape, stored) in enumerate(zip(mine["shapes"], state["shapes"], strict=True)):
+            if shape != stored:
+                raise ValueError(f"state_dict: expected shape {shape} of parameter {number}, got {stored}")
 
     # ---- reports ----
 

@@ -153,6 +153,20 @@ class Sharing:
             "epoch": self.epoch,
         }
 
+    def check_state(self, state: dict[str, Any], layers: int) -> None:
+        """Raise ValueError when the table in the state is not one of so many layers, or not finite."""
+        values, averaged = state["values"], state["averaged"]
+        columns = {"seen": len(state["seen"]), "fresh": len(state["fresh"]), "values": values.shape[-1]}
+        if len(values) != layers or len(averaged) != layers or averaged.shape[1] > values.shape[1]:
+            shapes = f"{tuple(values.shape)} and {tuple(averaged.shape)}"
+            raise ValueError(
+                f"state_dict: expected tables 'values', 'averaged' of {layers} layers, got {shapes}"
+            )
+        if len(set(columns.values())) > 1:
+            raise ValueError(f"state_dict: expected one number of samples, got {columns}")
+        if not values.isfinite().all():
+            raise ValueError("state_dict: expected finite 'values'")
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state of the same way of sharing."""
         table = self.table
