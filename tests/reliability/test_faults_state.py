@@ -106,14 +106,14 @@ def test_values_of_other_kinds_and_sizes(kind, tally):
         others = [None, "x", 7, 0.5, [], {}, torch.zeros(1, 1, 1), torch.zeros(3, dtype=torch.complex64)]
         if isinstance(value, Tensor):
             larger = torch.zeros([n + 1 for n in value.shape], dtype=value.dtype)
-            others += [value.double() if value.is_floating_point() else value.float()]
+            others += [value.half() if value.is_floating_point() else value.float()]
             others += [larger] if value.ndim else []
         for other in others:
             kinds = {type(other), type(value)}
-            if kinds in ({str}, {int}, {float}, {type(None)}, {int, type(None)}) or (
-                other == [] and value == []
-            ):
+            if kinds in ({str}, {int}, {float}, {type(None)}, {int, type(None)}):
                 continue  # of the kind of the value that was there
+            if kinds in ({list}, {dict}) and other == value:
+                continue
             damaged = copy.deepcopy(state)
             damaged[own(kind)][key] = other
             refused(opt, damaged)
