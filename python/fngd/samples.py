@@ -6,6 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+Drawn = deque[tuple[int, Sequence[int]]]
+"""Number and indices of the batches that were drawn in a pass, from the last one that was yielded on."""
 
 
 class TakesSamples(Protocol):
@@ -53,24 +57,13 @@ class TrackedLoader:
             self._source, self._recorder = _recording(loader)
 
     def __iter__(self) -> Iterator[Any]:
-        if self._recorder is None:
-            for optimizer in self.optimizers:
-                optimizer.start_epoch()
-            yield from self._source
-            return
+        size = None if self._recorder is None else len(self.loader.dataset)  # type: ignore[arg-type]
         for optimizer in self.optimizers:
-            optimizer.start_epoch(len(self.loader.dataset))  # type: ignore[arg-type]
+            optimizer.start_epoch(size)
         batches = iter(self._source)
-        drawn = self._recorder.drawn
-        for batch in batches:
-            if not drawn:
-                raise _not_its_batches(self.loader)
-            ids = drawn.popleft()
-            for optimizer in self.optimizers:
-                optimizer.set_samples(ids)
-            yield batch
-        if drawn:
-            raise _not_its_batches(self.loader)
+        if self._recorder is None:
+            return batches
+        return _NamedBatches(batches, self.loader, self._recorder.drawn, self.optimizers)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -81,26 +74,60 @@ class TrackedLoader:
         return getattr(self.loader, name)
 
 
+class _NamedBatches:
+    """The batches of one pass; like the loader's own iterator it can be asked on after an error."""
+
+    def __init__(
+        self, batches: Iterator[Any], loader: DataLoader, drawn: Drawn, optimizers: Sequence[TakesSamples]
+    ) -> None:
+        self.batches, self.loader, self.drawn, self.optimizers = batches, loader, drawn, optimizers
+        self.is_torchs = isinstance(batches, _BaseDataLoaderIter)
+        self.yielded = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            batch = next(self.batches)
+        except StopIteration:
+            if not self.is_torchs and self.drawn and self.drawn[-1][0] >= self.yielded:
+                raise _not_its_batches(self.loader) from None
+            raise
+        number = self.yielded
+        if self.is_torchs:
+            # Torch counts what workers delivered, errors included; without workers nothing is drawn ahead.
+            number = getattr(self.batches, "_rcvd_idx", self.drawn[-1][0] + 1) - 1
+        while self.drawn and self.drawn[0][0] < number:
+            self.drawn.popleft()
+        if not self.drawn:
+            raise _not_its_batches(self.loader)
+        self.yielded = number + 1
+        for optimizer in self.optimizers:
+            optimizer.set_samples(self.drawn[0][1])
+        return batch
+
+
 class _RecordingSampler:
     """A batch sampler that notes the indices of each batch, in the order in which the loader yields them."""
 
     def __init__(self, sampler: Any) -> None:
         self.sampler = sampler
-        self.drawn: deque[Sequence[int]] = deque()
+        self.drawn: Drawn = deque()
 
     def __iter__(self) -> Iterator[Any]:
         # A new queue for every pass: workers draw ahead of the loop, which may leave it early.
         self.drawn = deque()
         return self._draw(self.drawn)
 
-    def _draw(self, drawn: deque[Sequence[int]]) -> Iterator[Any]:
-        for indices in self.sampler:
+    def _draw(self, drawn: Drawn) -> Iterator[Any]:
+        for number, indices in enumerate(self.sampler):
             if not isinstance(indices, Sequence) or isinstance(indices, (str, bytes)):
                 raise ValueError(
                     "loader: its sampler draws single indices (batch_size=None), which do not name the "
                     "samples of a batch; give the loader a batch_size, or call optimizer.set_samples(ids)"
                 )
-            drawn.append(indices)
+            drawn.append((number, indices))
             yield indices
 
     def __len__(self) -> int:
