@@ -197,7 +197,7 @@ class Engine:
                 )
             elif (k := _gram(layer, {member: [use]})) is not None:
                 self._note_bytes([use], [k])
-                weights = self._solve(batch, {layer: k}, task)
+                weights = self._solve(batch, {layer: k}, task, early=True)
             return _combined(member, [use], weights.get(layer))
         # Of one backward inside another: the uses of both are solved for together.
         if sink.task in self._pending:
@@ -216,7 +216,7 @@ class Engine:
         k = _gram(layer, uses)
         grams = {} if k is None else {layer: k}
         self._note_bytes((use for found in uses.values() for use in found), grams.values())
-        weights = self._solve(batch, grams, torch._C._current_graph_task_id())
+        weights = self._solve(batch, grams, torch._C._current_graph_task_id(), early=True)
         return {member: _combined(member, found, weights.get(layer)) for member, found in uses.items()}
 
     def _open_task(self, task: int) -> None:
@@ -249,8 +249,13 @@ class Engine:
                         if parameter is not None and parameter.requires_grad and gradient is not None:
                             _accumulate(parameter, gradient)
 
-    def _solve(self, batch: Batch, grams: Mapping[Layer, Tensor], task: int) -> dict[Layer, Tensor]:
-        """Return the weights of the samples in every layer with a Gram matrix, and keep them for later."""
+    def _solve(
+        self, batch: Batch, grams: Mapping[Layer, Tensor], task: int, early: bool = False
+    ) -> dict[Layer, Tensor]:
+        """Return the weights of the samples in every layer with a Gram matrix, and keep them for later.
+
+        early: before the end of backward, which may still fail: its samples are known only when it did not
+        """
         groups: dict[Any, list[tuple[Layer, Tensor]]] = defaultdict(list)
         for layer, gram in grams.items():
             groups[gram.shape[0], gram.device, gram.dtype].append((layer, gram))
@@ -268,7 +273,11 @@ class Engine:
                 for layer, row in zip(layers, solved[1].unbind(0), strict=True):
                     layer.solves += 1
                     layer.weights = weights[layer] = row
-            self.sharing.keep(batch, solutions)
+            keep = partial(self.sharing.keep, batch, solutions)
+            if early:
+                Variable._execution_engine.queue_callback(keep)
+            else:
+                keep()
         self._outcomes.send()
         self._write_journals()
         if self._last_solved != (task, batch):  # its layers may come one by one

@@ -2,7 +2,7 @@
 
 import copy
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, IterableDataset
@@ -57,13 +57,24 @@ class TrackedLoader:
             self._source, self._recorder = _recording(loader)
 
     def __iter__(self) -> Iterator[Any]:
-        size = None if self._recorder is None else len(self.loader.dataset)  # type: ignore[arg-type]
+        return (
+            self._plainly()
+            if self._recorder is None
+            else _NamedBatches(self._begin, self.loader, self.optimizers)
+        )
+
+    def _plainly(self) -> Iterator[Any]:
         for optimizer in self.optimizers:
-            optimizer.start_epoch(size)
+            optimizer.start_epoch()
+        yield from self._source
+
+    def _begin(self) -> tuple[Iterator[Any], Drawn]:
+        """Begin a pass: return its batches, and where their ids are noted."""
+        assert self._recorder is not None
+        for optimizer in self.optimizers:
+            optimizer.start_epoch(len(self.loader.dataset))  # type: ignore[arg-type]
         batches = iter(self._source)
-        if self._recorder is None:
-            return batches
-        return _NamedBatches(batches, self.loader, self._recorder.drawn, self.optimizers)
+        return batches, self._recorder.drawn
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -78,16 +89,23 @@ class _NamedBatches:
     """The batches of one pass; like the loader's own iterator it can be asked on after an error."""
 
     def __init__(
-        self, batches: Iterator[Any], loader: DataLoader, drawn: Drawn, optimizers: Sequence[TakesSamples]
+        self,
+        begin: Callable[[], tuple[Iterator[Any], Drawn]],
+        loader: DataLoader,
+        optimizers: Sequence[TakesSamples],
     ) -> None:
-        self.batches, self.loader, self.drawn, self.optimizers = batches, loader, drawn, optimizers
-        self.is_torchs = isinstance(batches, _BaseDataLoaderIter)
+        self.begin, self.loader, self.optimizers = begin, loader, optimizers
+        self.begun = False
         self.yielded = 0
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
+        if not self.begun:  # only when a batch is asked for: frameworks make iterators that they never use
+            self.batches, self.drawn = self.begin()
+            self.is_torchs = isinstance(self.batches, _BaseDataLoaderIter)
+            self.begun = True
         try:
             batch = next(self.batches)
         except StopIteration:
