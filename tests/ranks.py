@@ -5,6 +5,7 @@ As a program it runs another one under this watch: `python ranks.py program.py a
 
 import os
 import runpy
+import subprocess
 import sys
 import threading
 import time
@@ -54,6 +55,26 @@ def run(ranks: int, folder: Path, *checks: Check, seconds: float = SECONDS) -> N
         for process in context.processes:
             process.kill()
             process.join()
+
+
+def torchrun(script: Path, **environment: str) -> str:
+    """Return what two ranks of a script print, run in its folder.
+
+    Raises: TimeoutExpired, with the ranks ended: they would hold the pipes; AssertionError where one fails.
+    """
+    options = ["--standalone", "--nproc-per-node=2"]  # with a port that the system chooses
+    command = [sys.executable, __file__, "-m", "torch.distributed.run", *options, __file__, script.name]
+    done = subprocess.run(
+        command,
+        cwd=script.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        timeout=SECONDS / 2,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def _rank(

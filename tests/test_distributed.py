@@ -1,7 +1,6 @@
 """Data-parallel runs on gloo processes: gradients and coefficients against the definition, checkpoints."""
 
 import copy
-import os
 import re
 import signal
 import subprocess
@@ -29,7 +28,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fngd
 from networks import make
-from ranks import run
+from ranks import run, torchrun
 from trajectory import Definition
 
 SAMPLES, N = 22, 3
@@ -500,21 +499,7 @@ def test_programs_of_the_guide_page(tmp_path, number, samples, solved):
     page = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
     program = re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[number]
     (tmp_path / "train.py").write_text(program)
-    watch = str(Path(__file__).with_name("ranks.py"))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    with subprocess.Popen(
-        [sys.executable, watch, *torchrun, watch, "train.py"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as process:
-        try:
-            printed, errors = process.communicate(timeout=120)
-        finally:
-            process.kill()  # its ranks, which hold the pipes, end with it
-    assert process.returncode == 0, errors
+    printed = torchrun(tmp_path / "train.py")
     # Both ranks print at once: a line may begin where the other's ends.
     lines = re.findall(rf"rank ([01]) knows {samples} samples, solved {solved}(?!\d)", printed)
     assert sorted(lines) == ["0", "1"]

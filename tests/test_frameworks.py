@@ -1,10 +1,7 @@
 """The recipes of docs/frameworks.md run as written, and train what a plain loop trains on those batches."""
 
 import copy
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -16,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import fngd
+from ranks import torchrun
 
 PAGE = (Path(__file__).parent.parent / "docs" / "frameworks.md").read_text()
 PACKAGES = {"Hugging Face Trainer": "transformers", "accelerate": "accelerate", "Lightning": "lightning"}
@@ -123,10 +121,7 @@ def test_the_recipes_run_in_two_processes(tmp_path):
         pytest.importorskip(package)
     script = tmp_path / "script.py"
     script.write_text(TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
-    environment = {"PYTHONPATH": str(Path(__file__).parent), "ACCELERATE_USE_CPU": "true"}
-    run = subprocess.run(command, env=os.environ | environment, timeout=120, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    torchrun(script, PYTHONPATH=str(Path(__file__).parent), ACCELERATE_USE_CPU="true")
     first, second = torch.load("0"), torch.load("1")
     for heading, (seen, epoch, parameters) in first.items():
         assert (seen, epoch) == second[heading][:2] == (64, 2)
