@@ -1,7 +1,8 @@
 """Build the native extension when torch and a C++ compiler are there; install without it otherwise.
 
 Environment: CXX, MAX_JOBS, TORCH_CUDA_ARCH_LIST as for any torch extension;
-FNGD_NO_EXTENSION=1 installs the plain-torch package; FNGD_NO_CUDA=1 leaves the CUDA sources out.
+FNGD_NO_EXTENSION=1 installs the plain-torch package; FNGD_NO_CUDA=1 leaves the CUDA sources out;
+FNGD_SANITIZE=address,undefined builds for those sanitizers, whose libraries then have to be loaded first.
 """
 
 import os
@@ -36,6 +37,12 @@ def extension_arguments() -> dict:
     # No fast math: the solver's guards rely on IEEE NaN and infinity.
     cxx_flags = ["/O2"] if sys.platform == "win32" else ["-O3", "-g0", "-Wall"]
     link_flags = []
+    if "FNGD_SANITIZE" in os.environ:
+        sanitize = f"-fsanitize={os.environ['FNGD_SANITIZE']}"
+        cxx_flags = ["-O1", "-g1", "-Wall", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
+        # Python's own flags define what overflow does.
+        cxx_flags += [sanitize, "-fno-wrapv"]
+        link_flags.append(sanitize)
     if sys.platform == "linux":
         cxx_flags.append("-fopenmp")
         link_flags.append("-fopenmp")

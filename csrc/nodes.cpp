@@ -13,6 +13,7 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/extension.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <tuple>
@@ -159,7 +160,7 @@ Gradients linear_gradients(const Tensor& a, const Tensor& e, const OptionalTenso
     result.second = flat(scaled(e, scale)).sum(0);  // weights are not rounded to the low precision
   } else if (need_b) {
     const Tensor columns = flat(e);
-    const int64_t positions = columns.size(0) / scale->size(0);
+    const int64_t positions = columns.size(0) / std::max(scale->size(0), int64_t{1});
     const Tensor weights = scale->to(e.scalar_type());
     result.second = columns.t().mv(positions == 1 ? weights : weights.repeat_interleave(positions));
   }
@@ -209,6 +210,9 @@ struct ConvGeometry {
   std::vector<int64_t> output_padding;
 
   Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) const {
+    // at::convolution leaves this check to its callers.
+    TORCH_CHECK(!bias || !bias->defined() || bias->scalar_type() == x.scalar_type(), "bias: expected the dtype of x, ",
+                x.scalar_type(), ", got ", bias->scalar_type());
     return at::convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
   }
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from math import ceil, prod
+from typing import Any
 
+from .arguments import convolution, flag, integer, integers, linear_shapes, sizes
 from .fused.tiles import Tile, tile
-from .geometry import PixelGrid, expand, pixel_grids
+from .geometry import PixelGrid, pixel_grids
 
 WORKSPACE = 64 << 20
 """Default upper bound of scratch memory, in bytes."""
@@ -113,21 +115,23 @@ def plan(
     capability: compute capability of the GPU whose fused kernels run, None for library matrix products
 
     Returns: Plan
+    Raises: ValueError, TypeError when the shapes are not those of one layer.
     """
-    dims = 0 if weight_shape is None else len(weight_shape) - 2
-    return _plan(
-        tuple(a_shape),
-        tuple(e_shape),
-        None if weight_shape is None else tuple(weight_shape),
-        expand(stride, dims),
-        expand(padding, dims),
-        expand(dilation, dims),
-        groups,
-        bias,
-        itemsize,
-        workspace,
-        capability,
-    )
+    a_shape, e_shape = sizes("a_shape", a_shape, 1), sizes("e_shape", e_shape, 1)
+    geometry: tuple[Any, ...] = (None, (), (), (), 1)
+    if weight_shape is None:
+        linear_shapes(("a_shape", "e_shape"), a_shape, e_shape)
+    else:
+        names = ("a_shape", "e_shape")
+        geometry = convolution(names, a_shape, e_shape, weight_shape, stride, padding, dilation, groups)
+    flag("bias", bias)
+    itemsize, workspace = integer("itemsize", itemsize, 1), integer("workspace", workspace, 0)
+    if capability is not None:
+        major, minor = integers("capability", capability, 2, 0)
+        capability = (major, minor)
+        if itemsize not in (2, 4):
+            raise ValueError(f"itemsize: expected 2 or 4 bytes where fused kernels run, got {itemsize}")
+    return _plan(a_shape, e_shape, *geometry, bias, itemsize, workspace, capability)
 
 
 @lru_cache(maxsize=4096)

@@ -6,14 +6,19 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .geometry import expand
+from .arguments import flag, integer
+from .library.ids import check_ids
+from .ops import checks
+from .ops.coefficients import check_arguments
 
 
 def contributions(a: Tensor, e: Tensor, *, bias: bool = False) -> Tensor:
     """Return C_n = E_n^T [A_n, 1] as rows (N, O (I + bias)), in at least float32."""
+    checks.check_linear(a, e)
+    flag("bias", bias)
     a, e = (_wide(t).unsqueeze(1) if t.ndim == 2 else _wide(t) for t in (a, e))
     if bias:
-        a = torch.cat((a, torch.ones_like(a[..., :1])), -1)
+        a = torch.cat((a, a.new_ones((*a.shape[:-1], 1))), -1)
     return torch.einsum("nto,nti->noi", e, a).flatten(1)
 
 
@@ -29,10 +34,11 @@ def contributions_conv(
     bias: bool = False,
 ) -> Tensor:
     """Return C_n of a convolution as rows (N, O C/groups prod(kernel) + bias O), in at least float32."""
+    geometry = checks.check_conv(x, e, weight_shape, stride, padding, dilation, groups)
+    flag("bias", bias)
+    (_, _, *kernel), stride, padding, dilation, groups = geometry
     x, e = _wide(x), _wide(e).unflatten(1, (groups, -1)).flatten(3)
-    kernel = weight_shape[2:]
     dims = len(kernel)
-    stride, padding, dilation = expand(stride, dims), expand(padding, dims), expand(dilation, dims)
     patches = torch.constant_pad_nd(x, [p for pad in reversed(padding) for p in (pad, pad)])
     for axis in range(dims):
         patches = patches.unfold(2 + axis, dilation[axis] * (kernel[axis] - 1) + 1, stride[axis])
@@ -47,10 +53,15 @@ def contributions_embedding(
     ids: Tensor, e: Tensor, num_embeddings: int, *, padding_idx: int | None = None
 ) -> Tensor:
     """Return C_n of an embedding as rows (N, num_embeddings D), in at least float32."""
+    checks.check_embedding(ids, e)
+    num_embeddings = integer("num_embeddings", num_embeddings, 1)
+    padding_idx = checks.check_padding_idx(padding_idx, ids)
+    if ids.numel():
+        check_ids(ids, num_embeddings)
     ids, e = (ids.unsqueeze(1), e.unsqueeze(1)) if ids.ndim == 1 else (ids, e)
-    one_hot = (ids.unsqueeze(-1) == torch.arange(num_embeddings, device=ids.device)).to(_wide(e).dtype)
     if padding_idx is not None:
-        one_hot[..., padding_idx] = 0
+        e = e.masked_fill((ids == padding_idx).unsqueeze(-1), 0)
+    one_hot = (ids.unsqueeze(-1) == torch.arange(num_embeddings, device=ids.device)).to(_wide(e).dtype)
     return torch.einsum("ntv,ntd->nvd", one_hot, _wide(e)).flatten(1)
 
 
@@ -79,20 +90,26 @@ def gram_conv(
 
 def gram_embedding(ids: Tensor, e: Tensor, *, padding_idx: int | None = None) -> Tensor:
     """Return K_ij = <C_i, C_j> of an embedding."""
-    used = int(ids.max()) + 1 if ids.numel() else 1
-    num_embeddings = used if padding_idx is None else max(used, padding_idx + 1)
-    return gram_rows(contributions_embedding(ids, e, num_embeddings, padding_idx=padding_idx))
+    checks.check_embedding(ids, e)
+    padding_idx = checks.check_padding_idx(padding_idx, ids)
+    if ids.numel():
+        check_ids(ids)
+    if padding_idx is not None:
+        e = e.masked_fill((ids == padding_idx).unsqueeze(-1), 0)
+    distinct, ids = ids.unique(return_inverse=True)
+    return gram_rows(contributions_embedding(ids, e, max(1, len(distinct))))
 
 
 def gram_rows(g: Tensor) -> Tensor:
     """Return K_ij = <g_i, g_j>."""
-    g = _wide(g).flatten(1)
+    checks.check_rows(g)
+    g = _wide(g).unsqueeze(1).flatten(1)
     return g @ g.T
 
 
 def combine(a: Tensor, e: Tensor, s: Tensor, *, bias: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Return sum_n s_n C_n of a linear layer: the weight's, with bias also the bias's."""
-    total = combine_rows(contributions(a, e, bias=bias), s).view(e.shape[-1], -1).to(e.dtype)
+    total = combine_rows(contributions(a, e, bias=bias), s).view(e.shape[-1], a.shape[-1] + bias).to(e.dtype)
     return (total[:, :-1], total[:, -1]) if bias else total
 
 
@@ -122,23 +139,27 @@ def combine_embedding(
 ) -> Tensor:
     """Return sum_n s_n C_n of an embedding."""
     c = contributions_embedding(ids, e, num_embeddings, padding_idx=padding_idx)
-    return combine_rows(c, s).view(num_embeddings, -1).to(e.dtype)
+    return combine_rows(c, s).view(num_embeddings, e.shape[-1]).to(e.dtype)
 
 
 def combine_rows(g: Tensor, s: Tensor) -> Tensor:
     """Return sum_n s_n g_n."""
+    checks.check_rows(g)
+    checks.check_coefficients(s, "g", g)
     return torch.einsum("n,n...->...", s.to(_wide(g).dtype), _wide(g)).to(g.dtype)
 
 
 def solve(k: Tensor, damping: float | Tensor, rhs: Tensor | None = None) -> Tensor:
     """Return (k + damping I)^-1 rhs for k (..., N, N), damping a number or (...), rhs (..., N) or ones."""
+    damping = checks.check_solve(k, damping, rhs)
     rhs = k.new_ones(k.shape[:-1]) if rhs is None else rhs
-    damping = torch.as_tensor(damping, dtype=k.dtype, device=k.device)[..., None, None]
-    return torch.linalg.solve(k + damping * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device), rhs)
+    damped = k + damping[..., None, None] * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+    return torch.linalg.solve(damped, rhs[..., None])[..., 0]
 
 
 def coefficients(k: Tensor, damping: float, damping_mode: str = "trace", normalize: str = "mean") -> Tensor:
     """Return the weights s (..., N) of the samples for k (..., N, N): v from (lam I + N K) v = 1, scaled."""
+    damping = check_arguments(k, damping, damping_mode, normalize)
     n, trace = k.shape[-1], k.diagonal(dim1=-2, dim2=-1).sum(-1)
     unit = {"trace": n * trace, "mean_eig": trace, "absolute": torch.ones_like(trace)}[damping_mode]
     lam = damping * unit

@@ -135,6 +135,29 @@ def test_every_conv_algorithm(algorithm, x_shape, weight_shape, geometry, bias):
             assert_gram(algorithm(x, e, weight_shape, *indices, groups, bias, forced), rows, x.dtype)
 
 
+def test_pixels_of_one_sample_that_lie_neither_in_rows_nor_in_columns():
+    x, e = (t.float() for t in conv_case((1, 2, 4), (3, 2, 3), {"stride": 3, "padding": 1}))
+    rows = oracles.conv_rows(x, e, (3, 2, 3), False, stride=3, padding=1)
+    k = fk.gram_conv(x, e, (3, 2, 3), stride=3, padding=1, workspace=1000)
+    assert_gram(k, rows, x.dtype)
+
+
+def test_a_layer_without_inputs_has_the_gram_matrix_of_its_bias():
+    e = torch.randn(4, 3, 5)
+    assert_gram(fk.gram(torch.ones(4, 3, 0), e, bias=True), e.sum(1), e.dtype)
+    assert torch.equal(fk.gram(torch.ones(4, 3, 0), e), torch.zeros(4, 4))
+
+
+@pytest.mark.parametrize("ids", [[-1, 2], [0, 2**62]])
+def test_ids_out_of_range_are_refused_on_the_cpu(ids):
+    ids, e = torch.tensor([[0, 1], ids, [2, 3]]), torch.randn(3, 2, 4)
+    for diag in (False, True):
+        with pytest.raises(ValueError, match=r"^ids: expected 0 to"):
+            fk.gram_embedding(ids, e, diag=diag)
+    with pytest.raises(ValueError, match=r"^ids: expected 0 to 6, got"):
+        fk.combine_embedding(ids, e, torch.ones(3), 7)
+
+
 @pytest.mark.parametrize("workspace", [*WORKSPACES, 0])
 def test_small_workspaces_change_nothing(workspace):
     a, e = linear_case(9, 20, 10, 7)
@@ -343,11 +366,11 @@ def test_bad_input(call, error, message):
         ({"dilation": (1,)}, ValueError, "dilation: expected"),
         ({"groups": 4}, ValueError, r"groups: expected a divisor of weight_shape\[0\] = 6, got 4"),
         ({"groups": 0}, ValueError, "groups: expected"),
-        ({"workspace": -5}, ValueError, "workspace: expected 0 bytes or more, got -5"),
+        ({"workspace": -5}, ValueError, "workspace: expected an int, 0 or more and below 2\\*\\*63, got -5"),
         (
             {"precision": "fast"},
             ValueError,
-            "precision: expected 'ieee', 'tf32', 'tf32x3' or None, got 'fast'",
+            "precision: expected one of ieee, tf32, tf32x3, got 'fast'",
         ),
     ],
 )

@@ -46,7 +46,7 @@ def test_the_optimizer_imports_no_benchmarks_and_no_tests(path):
 
 
 def test_the_cost_model_is_pure_python():
-    for file in ("cost_model.py", "geometry.py", "fused/__init__.py", "fused/tiles.py"):
+    for file in ("arguments.py", "cost_model.py", "geometry.py", "fused/__init__.py", "fused/tiles.py"):
         imported = imports(ROOT / "fngd_kernels" / file)
         assert {name.split(".")[0] for name in imported} <= set(sys.stdlib_module_names), file
 

@@ -218,6 +218,29 @@ def test_embedding_and_rows(implementation):
     torch.testing.assert_close(dp, torch.einsum("n,nij->ij", scale, gradient[:, :2]))
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 7), (7, 3)])
+def test_an_empty_batch_has_gradients_of_zero(inputs, outputs, implementation):
+    leaves = double(0, inputs), double(outputs, inputs), double(outputs)
+    nodes.linear(*leaves, torch.empty(0)).sum().backward()
+    for leaf in leaves:
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
+@pytest.mark.parametrize("scale", [torch.ones(1), torch.ones(0), torch.ones(4, 1), torch.ones(())])
+def test_weights_of_other_samples_are_refused(scale, implementation):
+    calls = [
+        lambda: nodes.linear(double(4, 3), double(2, 3), None, scale),
+        lambda: nodes.conv(
+            double(4, 2, 5), double(3, 2, 2), None, scale, **CONVOLUTIONS["1d"][2] | {"groups": 1}
+        ),
+        lambda: nodes.embedding(torch.arange(4), double(7, 3), scale),
+        lambda: nodes.rows(double(3), 4, scale),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"^scale: expected shape \(4,\), got"):
+            call()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_compiled_without_graph_breaks(case):
     node, geometry, x, weight, bias = CASES[case]()

@@ -176,7 +176,7 @@ def test_float32_error_of_the_coefficients(route, n, damping):
 def test_refinement_lowers_the_error_at_small_damping(route, n, damping, factor):
     # Half the rank: the damping alone keeps these matrices from being singular, at 1e-6 by a few ulp.
     k = gram(6, n, rank=n // 2, dtype=torch.float32)
-    exact = fk.reference.solve(k.double(), torch.tensor(damping, dtype=k.dtype).double())
+    exact = fk.reference.solve(k.double(), torch.tensor(damping, dtype=k.dtype).item())
     plain, refined = (fk.solve(k, damping, refine=refine) for refine in (False, True))
     errors = [((x - exact).abs().amax(-1) / exact.abs().amax(-1)).mean() for x in (plain, refined)]
     assert errors[1] <= errors[0] / factor
@@ -185,7 +185,7 @@ def test_refinement_lowers_the_error_at_small_damping(route, n, damping, factor)
 def test_refinement_at_the_default_damping_reaches_the_rounding_of_x(route):
     k = gram(4, 96, rank=48, dtype=torch.float32)
     rhs = torch.randn(4, 96)
-    exact = fk.reference.solve(k.double(), torch.tensor(0.1).double(), rhs.double())
+    exact = fk.reference.solve(k.double(), torch.tensor(0.1).item(), rhs.double())
     error = (fk.solve(k, 0.1, rhs, refine=True) - exact).abs().amax(-1) / exact.abs().amax(-1)
     assert (error <= 2 * EPS[k.dtype]).all()
 

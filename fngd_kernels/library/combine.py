@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .ids import check_ids
 from .products import accumulation_dtype
 
 
@@ -70,6 +71,8 @@ def combine_embedding(
     ids: Tensor, e: Tensor, s: Tensor, num_embeddings: int, padding_idx: int | None
 ) -> Tensor:
     """Return the sums of diag(s) E over the positions of each id."""
+    if ids.numel():
+        check_ids(ids, num_embeddings)
     dtype = accumulation_dtype(e.dtype)
     weight = e.new_zeros((num_embeddings, e.shape[-1]), dtype=dtype)
     rows = _scaled(e, s, dtype)

@@ -1,28 +1,38 @@
 """Argument checks of the public operators; each message names the argument, what was expected, what came."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..geometry import output_size
+from ..arguments import Convolution, choice, convolution, integer, linear_shapes, non_negative
 from ..workspace import default_workspace
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Dtypes that activations, gradients and coefficients may have."""
 
-PRECISIONS = (None, "ieee", "tf32", "tf32x3")
+PRECISIONS = ("ieee", "tf32", "tf32x3")
 """Ways to multiply float32 on a GPU."""
 
 
+def check_tensor(name: str, tensor: Any) -> None:
+    """Require a dense tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {tensor.layout}")
+
+
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Require a tensor of a supported floating dtype."""
+    """Require a dense tensor of a supported floating dtype."""
+    check_tensor(name, tensor)
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}")
 
 
 def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
-    """Require the device, and with `dtype` the dtype, of another argument."""
+    """Require a dense tensor on the device, and with `dtype` of the dtype, of another argument."""
+    check_tensor(name, tensor)
     if tensor.device != other.device:
         raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {tensor.device}")
     if dtype and tensor.dtype != other.dtype:
@@ -33,26 +43,42 @@ def workspace_bytes(workspace: int | None) -> int:
     """Require a number of bytes; return it, or for None the default."""
     if workspace is None:
         return default_workspace()
-    if workspace < 0:
-        raise ValueError(f"workspace: expected 0 bytes or more, got {workspace}")
-    return workspace
+    return integer("workspace", workspace, 0)
 
 
 def check_precision(precision: str | None) -> None:
     """Require one of the ways to multiply float32, or None."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected 'ieee', 'tf32', 'tf32x3' or None, got {precision!r}")
+    if precision is not None:
+        choice("precision", precision, PRECISIONS)
+
+
+def check_matrices(k: Tensor, shape: str = "(..., N, N)") -> None:
+    """Require square matrices k, of the shape named, of float32 or float64."""
+    check_tensor("k", k)
+    if k.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"k: expected float32 or float64, got {k.dtype}")
+    if k.ndim < 2 or k.shape[-1] != k.shape[-2] or (k.ndim != 3 and "..." not in shape):
+        raise ValueError(f"k: expected shape {shape}, got {tuple(k.shape)}")
+
+
+def check_solve(k: Tensor, damping: float | Tensor, rhs: Tensor | None) -> Tensor:
+    """Require a damping and a right-hand side that fit the matrices k; return the damping as a tensor."""
+    check_matrices(k)
+    if not isinstance(damping, Tensor):
+        damping = k.new_full(k.shape[:-2], non_negative("damping", damping, torch.finfo(k.dtype).max))
+    for name, tensor, shape in (("damping", damping, k.shape[:-2]), ("rhs", rhs, k.shape[:-1])):
+        if tensor is not None:
+            check_same(name, tensor, "k", k)
+            if tensor.shape != shape:
+                raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    return damping
 
 
 def check_linear(a: Tensor, e: Tensor) -> None:
     """Require a (N,I) and e (N,O), or a (N,T,I) and e (N,T,O)."""
     check_floating("a", a)
     check_same("e", e, "a", a)
-    if a.ndim not in (2, 3):
-        raise ValueError(f"a: expected shape (N,I) or (N,T,I), got {tuple(a.shape)}")
-    if e.ndim != a.ndim or e.shape[:-1] != a.shape[:-1]:
-        leading = ",".join(map(str, a.shape[:-1]))
-        raise ValueError(f"e: expected shape ({leading},O) as a has {tuple(a.shape)}, got {tuple(e.shape)}")
+    linear_shapes(("a", "e"), a.shape, e.shape)
 
 
 def check_embedding(ids: Tensor, e: Tensor) -> None:
@@ -70,6 +96,16 @@ def check_embedding(ids: Tensor, e: Tensor) -> None:
         )
 
 
+def check_padding_idx(padding_idx: Any, ids: Tensor) -> int | None:
+    """Require an id of the dtype of ids, or None; return it."""
+    if padding_idx is None:
+        return None
+    number = integer("padding_idx", padding_idx, 0)
+    if number > torch.iinfo(ids.dtype).max:
+        raise ValueError(f"padding_idx: expected an id that {ids.dtype} holds, got {number}")
+    return number
+
+
 def check_rows(g: Tensor) -> None:
     """Require per-sample gradients g (N,...)."""
     check_floating("g", g)
@@ -85,37 +121,11 @@ def check_coefficients(s: Tensor, name: str, like: Tensor) -> None:
         raise ValueError(f"s: expected shape ({like.shape[0]},), got {tuple(s.shape)}")
 
 
-def check_conv(
-    x: Tensor,
-    e: Tensor,
-    weight_shape: Sequence[int],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
-) -> None:
-    """Require x (N,C,*space) and e (N,O,*space_out) of a 1- to 3-d convolution with that weight."""
+def check_conv(x: Tensor, e: Tensor, *geometry: Any) -> Convolution:
+    """Require x (N,C,*space) and e (N,O,*space_out) of a 1- to 3-d convolution with that weight; return it.
+
+    geometry: weight_shape, stride, padding, dilation, groups
+    """
     check_floating("x", x)
     check_same("e", e, "x", x)
-    dims = len(weight_shape) - 2
-    if dims not in (1, 2, 3) or min(weight_shape) < 1:
-        raise ValueError(
-            f"weight_shape: expected (O,C/groups,*kernel) with 1 to 3 kernel sizes, got {tuple(weight_shape)}"
-        )
-    for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        if len(values) != dims or min(values) < least:
-            raise ValueError(f"{name}: expected an int or {dims} ints, {least} or more, got {values}")
-    outputs, inputs, *kernel = weight_shape
-    if groups < 1 or outputs % groups:
-        raise ValueError(f"groups: expected a divisor of weight_shape[0] = {outputs}, got {groups}")
-    if x.ndim != dims + 2 or x.shape[1] != inputs * groups:
-        expected = f"(N,{inputs * groups}" + ",size" * dims + ")"
-        raise ValueError(
-            f"x: expected shape {expected} for that weight_shape and groups, got {tuple(x.shape)}"
-        )
-    space = tuple(map(output_size, x.shape[2:], kernel, stride, padding, dilation))
-    expected_e = (x.shape[0], outputs, *space)
-    if min(space) < 1:
-        raise ValueError(f"x: expected space that the kernel fits into, got {tuple(x.shape)}")
-    if tuple(e.shape) != expected_e:
-        raise ValueError(f"e: expected shape {expected_e}, got {tuple(e.shape)}")
+    return convolution(("x", "e"), x.shape, e.shape, *geometry)

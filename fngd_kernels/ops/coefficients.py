@@ -1,10 +1,10 @@
 """From Gram matrices to the weight of every sample: one damped solve per layer."""
 
-import math
-
 import torch
 from torch import Tensor
 
+from ..arguments import choice, non_negative
+from .checks import check_matrices
 from .library import LIBRARY, call, register
 from .solve import solve, suits_native
 
@@ -42,18 +42,18 @@ def coefficients(
     Raises: ValueError, TypeError when shape or dtype do not fit, or an argument is not one of those named.
     Source: Ou et al. 2024 (arXiv 2403.03473), Sherman-Morrison-Woodbury in push-through form.
     """
-    if k.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"k: expected float32 or float64, got {k.dtype}")
-    if k.ndim != 3 or k.shape[-1] != k.shape[-2]:
-        raise ValueError(f"k: expected shape (L, N, N), got {tuple(k.shape)}")
-    if not (damping >= 0 and math.isfinite(damping)):
-        raise ValueError(f"damping: expected a finite number >= 0, got {damping}")
-    if damping_mode not in DAMPING_MODES:
-        raise ValueError(f"damping_mode: expected one of {DAMPING_MODES}, got {damping_mode!r}")
-    if normalize not in NORMALIZATIONS:
-        raise ValueError(f"normalize: expected one of {NORMALIZATIONS}, got {normalize!r}")
+    check_matrices(k, "(L, N, N)")
+    damping = check_arguments(k, damping, damping_mode, normalize)
     run = torch.ops.fngd.coefficients.default if suits_native(k) else _coefficients_library
     return call(run, k, damping, damping_mode, normalize)
+
+
+def check_arguments(k: Tensor, damping: float, damping_mode: str, normalize: str) -> float:
+    """Require Gram matrices k (..., N, N) and what `coefficients` does with them; return the damping."""
+    check_matrices(k)
+    choice("damping_mode", damping_mode, DAMPING_MODES)
+    choice("normalize", normalize, NORMALIZATIONS)
+    return non_negative("damping", damping, torch.finfo(k.dtype).max)
 
 
 def _coefficients_library(
@@ -79,7 +79,7 @@ def _coefficients_library(
     for raises in range(1, RAISES + 1):
         failed = usable & (info > 0)
         # Looking would make the host wait for a GPU, and break a compiled graph.
-        if k.is_cuda or torch.compiler.is_compiling() or not failed.any():
+        if k.device.type != "cpu" or torch.compiler.is_compiling() or not failed.any():
             break
         relative = torch.where(failed, 10 * relative.clamp(min=samples * numbers.eps), relative)
         again, code = _attempt(k, relative, trace, normalize)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..geometry import expand
+from ..arguments import flag, integer
 from ..library import combine as library
 from . import checks
 from .library import LIBRARY, call, register
@@ -40,6 +40,7 @@ def combine(a: Tensor, e: Tensor, s: Tensor, *, bias: bool = False) -> Tensor | 
     Source: the natural gradient as a weighted sum, Ou et al. 2024 (arXiv 2403.03473).
     """
     checks.check_linear(a, e)
+    flag("bias", bias)
     checks.check_coefficients(s, "a", a)
     sums = call(torch.ops.fngd.combine.default, a, e, s, bias)
     return (sums[0], sums[1]) if bias else sums[0]
@@ -72,12 +73,11 @@ def combine_conv(
     Raises: ValueError, TypeError when shapes, devices or dtypes do not fit.
     Source: the natural gradient as a weighted sum, Ou et al. 2024 (arXiv 2403.03473).
     """
-    dims = len(weight_shape) - 2
-    stride, padding, dilation = expand(stride, dims), expand(padding, dims), expand(dilation, dims)
-    checks.check_conv(x, e, weight_shape, stride, padding, dilation, groups)
+    geometry = checks.check_conv(x, e, weight_shape, stride, padding, dilation, groups)
+    flag("bias", bias)
     checks.check_coefficients(s, "x", x)
     op = torch.ops.fngd.combine_conv.default
-    sums = call(op, x, e, s, weight_shape, stride, padding, dilation, groups, bias)
+    sums = call(op, x, e, s, *geometry, bias)
     return (sums[0], sums[1]) if bias else sums[0]
 
 
@@ -88,7 +88,8 @@ def combine_embedding(
 
     W_v = sum_n s_n sum_t [ids_nt = v] e_nt, and zero for v = padding_idx
 
-    ids: (N,) or (N,T) int64 or int32, in [0, num_embeddings)
+    ids: (N,) or (N,T) int64 or int32, in [0, num_embeddings); not checked on a GPU, which would have to be
+        waited for: others contribute nothing there, and fail on the device where e is float64
     e: (N,D) or (N,T,D) float, gradient at the layer output
     s: (N,) float, coefficients
     num_embeddings: rows of the weight
@@ -100,8 +101,8 @@ def combine_embedding(
     """
     checks.check_embedding(ids, e)
     checks.check_coefficients(s, "e", e)
-    if num_embeddings < 1:
-        raise ValueError(f"num_embeddings: expected 1 or more, got {num_embeddings}")
+    num_embeddings = integer("num_embeddings", num_embeddings, 1)
+    padding_idx = checks.check_padding_idx(padding_idx, ids)
     return call(torch.ops.fngd.combine_embedding.default, ids, e, s, num_embeddings, padding_idx)
 
 

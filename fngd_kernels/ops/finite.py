@@ -22,8 +22,15 @@ def found_non_finite(tensors: Sequence[Tensor]) -> Tensor:
     Returns: (1,) float32, on the device of the first tensor; nothing waits for the device
     Raises: ValueError without tensors; TypeError for other dtypes.
     """
+    if not isinstance(tensors, Sequence):
+        raise TypeError(f"tensors: expected a sequence of tensors, got {type(tensors).__name__}")
     if not tensors:
         raise ValueError("tensors: expected one or more, got none")
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise TypeError(f"tensors: expected dense tensors, got {getattr(tensor, 'layout', type(tensor))}")
+        if tensor.is_meta != tensors[0].is_meta:
+            raise ValueError("tensors: expected all on the meta device or none")
     return torch.ops.fngd.found_non_finite.default(tensors)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import cost_model
-from ..geometry import expand
+from ..arguments import flag
 from ..library.gram_conv_explicit import gram_conv_explicit
 from ..library.gram_conv_pairs import gram_conv_pairs
 from ..library.gram_embedding import gram_embedding as gram_embedding_sorted
@@ -20,6 +20,7 @@ from ..library.gram_explicit import gram_explicit
 from ..library.gram_hadamard import gram_hadamard
 from ..library.gram_pairs import gram_pairs
 from ..library.gram_rows import gram_rows as gram_rows_chunked
+from ..library.ids import check_ids
 from ..library.products import accumulation_dtype
 from . import checks, gram_diag  # noqa: F401 - registers the operators of diag=True
 from .library import LIBRARY, call, register
@@ -61,6 +62,8 @@ def gram(
     Source: the Gram form of the empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).
     """
     checks.check_linear(a, e)
+    flag("bias", bias)
+    flag("diag", diag)
     workspace = checks.workspace_bytes(workspace)
     checks.check_precision(precision)
     op = torch.ops.fngd.gram_diag if diag else torch.ops.fngd.gram
@@ -99,13 +102,13 @@ def gram_conv(
     Raises: ValueError, TypeError when shapes, devices or dtypes do not fit.
     Source: the Gram form of the empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).
     """
-    dims = len(weight_shape) - 2
-    stride, padding, dilation = expand(stride, dims), expand(padding, dims), expand(dilation, dims)
-    checks.check_conv(x, e, weight_shape, stride, padding, dilation, groups)
+    geometry = checks.check_conv(x, e, weight_shape, stride, padding, dilation, groups)
+    flag("bias", bias)
+    flag("diag", diag)
     workspace = checks.workspace_bytes(workspace)
     checks.check_precision(precision)
     op = torch.ops.fngd.gram_conv_diag if diag else torch.ops.fngd.gram_conv
-    return call(op.default, x, e, weight_shape, stride, padding, dilation, groups, bias, workspace, precision)
+    return call(op.default, x, e, *geometry, bias, workspace, precision)
 
 
 def gram_embedding(
@@ -121,7 +124,8 @@ def gram_embedding(
 
     K_ij = sum_{t,u} [ids_it = ids_ju] <e_it, e_ju>, over positions whose id is not padding_idx
 
-    ids: (N,) or (N,T) int64 or int32, not negative
+    ids: (N,) or (N,T) int64 or int32, 0 or more and below 2**63 / N; not checked on a GPU, which would have
+        to be waited for, and where equal ids meet whatever they are
     e: (N,D) or (N,T,D) float, gradient at the layer output
     padding_idx: id that contributes nothing
     diag: whether to return the diagonal alone, the squared norms ||C_n||^2
@@ -134,6 +138,8 @@ def gram_embedding(
     Source: the Gram form of the empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).
     """
     checks.check_embedding(ids, e)
+    padding_idx = checks.check_padding_idx(padding_idx, ids)
+    flag("diag", diag)
     workspace = checks.workspace_bytes(workspace)
     checks.check_precision(precision)
     op = torch.ops.fngd.gram_embedding_diag if diag else torch.ops.fngd.gram_embedding
@@ -154,6 +160,7 @@ def gram_rows(g: Tensor, *, diag: bool = False, workspace: int | None = None) ->
     Source: the Gram form of the empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).
     """
     checks.check_rows(g)
+    flag("diag", diag)
     workspace = checks.workspace_bytes(workspace)
     op = torch.ops.fngd.gram_rows_diag if diag else torch.ops.fngd.gram_rows
     return call(op.default, g, workspace)
@@ -161,8 +168,10 @@ def gram_rows(g: Tensor, *, diag: bool = False, workspace: int | None = None) ->
 
 def library_gram(a: Tensor, e: Tensor, bias: bool, workspace: int, precision: str | None = None) -> Tensor:
     """Return K of a linear layer, on library products."""
-    if not a.numel() or not e.numel():
+    if not e.numel() or not (a.numel() or bias):
         return _empty_gram(a).zero_()
+    if not a.numel():
+        a = a.new_zeros((*a.shape[:-1], 1))  # the bias alone
     plan = cost_model.plan(a.shape, e.shape, bias=bias, itemsize=a.itemsize, workspace=workspace)
     if a.ndim == 2:
         a, e = a.unsqueeze(1), e.unsqueeze(1)
@@ -209,6 +218,7 @@ def library_gram_embedding(
     """Return K of an embedding, on library products."""
     if not e.numel():
         return _empty_gram(e).zero_()
+    check_ids(ids)
     if ids.ndim == 1:
         ids, e = ids.unsqueeze(1), e.unsqueeze(1)
     return gram_embedding_sorted(ids, e, padding_idx, workspace)

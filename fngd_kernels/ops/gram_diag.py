@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..library import squared_norms as library
+from ..library.ids import check_ids
 from ..library.products import accumulation_dtype
 from .library import LIBRARY, register
 
@@ -55,6 +56,7 @@ def library_gram_embedding_diag(
     """Return the diagonal of K of an embedding, on library products."""
     if not e.numel():
         return _empty(e).zero_()
+    check_ids(ids)
     if ids.ndim == 1:
         ids, e = ids.unsqueeze(1), e.unsqueeze(1)
     return library.embedding_norms(ids, e, padding_idx, workspace)

@@ -39,6 +39,7 @@ def linear(
 
     x: (N, ..., I); weight: (O, I); bias: (O,) or None; scale: (N,), the weights of the samples.
     """
+    _check_scale(scale, x.shape[:1])
     if not native.AVAILABLE:
         return nodes_python.Linear.apply(*nodes_python.autocast(x, weight, bias), scale, sink, False)
     if sink is not None:
@@ -65,6 +66,7 @@ def conv(
     x: (N, C, *space); weight: (O, C / groups, *kernel), transposed (C, O / groups, *kernel); bias: (O,) or
     None; scale: (N,), sample weights.
     """
+    _check_scale(scale, x.shape[:1])
     output_padding = [0] * len(stride) if output_padding is None else list(output_padding)
     geometry = (list(stride), list(padding), list(dilation), groups, transposed, output_padding)
     if not native.AVAILABLE:
@@ -83,6 +85,7 @@ def embedding(
     padding_idx: int = -1,
 ) -> Tensor:
     """Return the rows of weight (V, D) that ids (N, ...) name; padding_idx is -1 where there is none."""
+    _check_scale(scale, ids.shape[:1])
     if not native.AVAILABLE:
         return nodes_python.Embedding.apply(ids, weight, scale, sink, padding_idx)
     if sink is not None:
@@ -92,8 +95,14 @@ def embedding(
 
 def rows(parameter: Tensor, samples: int, scale: Tensor | None = None, sink: Sink | None = None) -> Tensor:
     """Return (samples, *parameter.shape), a copy for every sample; a sink receives (None, e)."""
+    _check_scale(scale, (samples,))
     if not native.AVAILABLE:
         return nodes_python.Rows.apply(parameter, samples, scale, sink)
     if sink is not None:
         return native.extension.captured_rows(parameter, samples, sink)
     return torch.ops.fngd.rows(parameter, samples, scale)
+
+
+def _check_scale(scale: Tensor | None, shape: Sequence[int]) -> None:
+    if scale is not None and scale.shape != shape:
+        raise ValueError(f"scale: expected shape {tuple(shape)}, got {tuple(scale.shape)}")

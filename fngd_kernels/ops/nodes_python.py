@@ -18,7 +18,7 @@ def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """Cast as torch's own linear and convolution do under autocast; the first tensor tells the device."""
     device = tensors[0].device.type  # type: ignore[union-attr]
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import native  # noqa: F401 - registers the CUDA kernel
+from ..arguments import flag, integer
 from ..library.products import accumulation_dtype
+from .checks import check_coefficients, check_floating
 from .library import LIBRARY, register
 
 LIBRARY.define("scale_bias(Tensor e, Tensor s, int channel, bool scaled, bool bias) -> (Tensor, Tensor)")
@@ -22,7 +24,16 @@ def scale_bias(e: Tensor, s: Tensor, channel: int, scaled: bool, bias: bool) -> 
 
     Returns: the shape and layout of e, each product rounded once to e's dtype; (channels,) of e's dtype, the
         sum of the products before they are rounded
+    Raises: ValueError, TypeError when shapes, devices or dtypes do not fit.
     """
+    check_floating("e", e)
+    if e.ndim < 2:
+        raise ValueError(f"e: expected shape (N, channels, ...), got {tuple(e.shape)}")
+    check_coefficients(s, "e", e)
+    if integer("channel", channel, 1) >= e.ndim:
+        raise ValueError(f"channel: expected 1 to {e.ndim - 1}, got {channel}")
+    flag("scaled", scaled)
+    flag("bias", bias)
     return torch.ops.fngd.scale_bias.default(e, s, channel, scaled, bias)
 
 

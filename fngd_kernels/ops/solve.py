@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import native  # noqa: F401 - registers the native kernels
-from .checks import check_same
+from ..arguments import flag
+from .checks import check_solve
 from .library import LIBRARY, call, register
 
 NATIVE_MAX_ORDER = {"cpu": 2048, "cuda": 1024}
@@ -59,7 +60,9 @@ def solve(
     Raises: ValueError, TypeError when shapes, devices or dtypes do not fit, or the damping is negative.
     Source: the Woodbury form of the damped empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).
     """
-    damping = _check(k, damping, rhs)
+    damping = check_solve(k, damping, rhs)
+    flag("refine", refine)
+    flag("return_info", return_info)
     run = torch.ops.fngd.solve.default if suits_native(k) else _solve_library
     x, info = call(run, k, damping, rhs, refine)
     return (x, info) if return_info else x
@@ -68,24 +71,6 @@ def solve(
 def suits_native(k: Tensor) -> bool:
     """Return whether matrices of this order are left to the native kernel, where their device has one."""
     return k.shape[-1] <= NATIVE_MAX_ORDER.get(k.device.type, 0)
-
-
-def _check(k: Tensor, damping: float | Tensor, rhs: Tensor | None) -> Tensor:
-    """Raise if the arguments do not fit together; return the damping as a tensor."""
-    if k.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"k: expected float32 or float64, got {k.dtype}")
-    if k.ndim < 2 or k.shape[-1] != k.shape[-2]:
-        raise ValueError(f"k: expected shape (..., N, N), got {tuple(k.shape)}")
-    if not isinstance(damping, Tensor):
-        if not (damping >= 0 and math.isfinite(damping)):
-            raise ValueError(f"damping: expected a finite number >= 0, got {damping}")
-        damping = k.new_full(k.shape[:-2], damping)
-    for name, tensor, shape in (("damping", damping, k.shape[:-2]), ("rhs", rhs, k.shape[:-1])):
-        if tensor is not None:
-            check_same(name, tensor, "k", k)
-            if tensor.shape != shape:
-                raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
-    return damping
 
 
 def _solve_library(
