@@ -22,6 +22,9 @@ from .update import Update, base_class, fuses_on_cuda
 ADDED = "its parameter group was added later"
 """Reason for the plain gradient of a module that was not optimized when the layers were looked for."""
 
+REPLACED = "not optimized: it is not the parameter that the optimizer was made with"
+"""What is said of a parameter that joined the model later, or took the place of another."""
+
 
 class FNGD(Optimizer):
     """Natural-gradient descent at first-order cost: a torch.optim rule applied to weighted gradients.
@@ -61,6 +64,7 @@ class FNGD(Optimizer):
     _sharing: Sharing
     _model: nn.Module
     _plain: dict[str, str]
+    _left_out: set[str]
     share: str
 
     def __init__(
@@ -117,6 +121,8 @@ class FNGD(Optimizer):
             raise ValueError(f"strict: modules without a rule ({listed})")
         self.share = share
         self._model = model
+        wanted = {id(p) for p in optimized}
+        self._left_out = {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in wanted}
         device = layers[0].parameters[0].device
         self._update = Update(updating, self, device)
         self._sharing = Sharing(share, refresh_every, len(layers), device, process_group)
@@ -148,8 +154,10 @@ class FNGD(Optimizer):
 
         Raises: TypeError for ids that are no integers of shape (N,), ValueError for ids out of range.
         """
-        if isinstance(ids, Tensor) and (ids.is_floating_point() or ids.ndim != 1):
+        if isinstance(ids, Tensor) and (ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim != 1):
             raise TypeError(f"ids: expected integers of shape (N,), got {ids.dtype}, {tuple(ids.shape)}")
+        if isinstance(ids, (bytes, bytearray)):  # which an array would take for the memory of numbers
+            raise TypeError(f"ids: expected integers of shape (N,), got {type(ids).__name__}")
         try:
             # Through an array: of a list, torch would look at every number in Python first.
             named = array("q", ids.tolist() if isinstance(ids, Tensor) else ids)
@@ -272,15 +280,20 @@ class FNGD(Optimizer):
     # ---- reports ----
 
     def coverage(self) -> dict[str, str]:
-        """Return for every optimized parameter the rule that weights it, or "plain: " and the reason."""
+        """Return for every optimized parameter the rule that weights it, or "plain: " and the reason.
+
+        A parameter of the model that was put there since, and which no group holds, is "not optimized: ".
+        """
         optimized = {id(p) for group in self.param_groups for p in group["params"]}
         served = {id(p): layer for layer in self._engine.layers for p in layer.parameters}
         report = {}
         for module_name, module in self._model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
-                if id(parameter) not in optimized:
-                    continue
                 path = f"{module_name}.{name}" if module_name else name
+                if id(parameter) not in optimized:
+                    if path not in self._left_out:
+                        report[path] = REPLACED
+                    continue
                 layer = served.get(id(parameter))
                 if layer is None:
                     report[path] = f"plain: {self._plain.get(module_name, ADDED)}"
