@@ -10,8 +10,8 @@ from torch import nn
 
 import fngd
 import fngd.engine
-from fngd.engine import OUT_OF_MEMORY, OUTCOMES
 from fngd.journal import Journal
+from fngd.solver import OUT_OF_MEMORY, OUTCOMES
 from fngd_kernels.workspace import default_workspace
 from networks import make
 

@@ -83,10 +83,10 @@ class GraphedStep:
             self._graph = None  # first, so that its memory serves the next
             self._graph = _Graph(key, self.optimizer, self.step, inputs)
             return self._graph.run(inputs)
-        engine = self.optimizer._engine
-        solved_before = engine.solved_batches
+        solver = self.optimizer._solver
+        solved_before = solver.solved_batches
         output = self._on_side_stream(inputs) if self._repeats else self.step(*inputs)
-        steady = engine.solved_batches == solved_before or self.optimizer.share == "none"
+        steady = solver.solved_batches == solved_before or self.optimizer.share == "none"
         self._repeats = self._repeats + 1 if steady else 0
         return _detached(output)
 
@@ -133,7 +133,7 @@ class _Graph:
         self, key: object, optimizer: FNGD, step: Callable[..., Tensor | None], inputs: Sequence[Tensor]
     ) -> None:
         self.key = key
-        self.sharing, self.engine = optimizer._sharing, optimizer._engine
+        self.sharing, self.solver = optimizer._sharing, optimizer._solver
         batch, device = self.sharing.batch, self.sharing.table.values.device
         weights = None if batch is None or batch.weights is None else batch.weights.clone()
         static_batch = Batch(None if batch is None else batch.size, weights=weights)
@@ -148,12 +148,12 @@ class _Graph:
             finally:
                 self.sharing.batch = named
 
-        solved_before = self.engine.solved_batches
+        solved_before = self.solver.solved_batches
         with _capturable(optimizer.param_groups):
             self.replay = _capture(static_step, device)
         # A capture solves for nothing, its replays do.
-        self.solves = self.engine.solved_batches - solved_before
-        self.engine.solved_batches = solved_before
+        self.solves = self.solver.solved_batches - solved_before
+        self.solver.solved_batches = solved_before
 
     def run(self, inputs: Sequence[Tensor]) -> Tensor | None:
         """Replay the step on the inputs and on the weights of the batch that was named."""
@@ -163,7 +163,7 @@ class _Graph:
         if self.weights is not None and batch is not None and batch.weights is not None:
             self.weights.copy_(batch.weights)
         output = self.replay()
-        self.engine.solved_batches += self.solves
+        self.solver.solved_batches += self.solves
         return None if output is None else output.clone()  # the next replay writes over it
 
 

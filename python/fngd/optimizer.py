@@ -16,6 +16,7 @@ from .capture import release, route
 from .discovery import WISHES, find_layers
 from .engine import Engine
 from .sharing import SHARES, Sharing
+from .solver import Solver
 from .state import check_groups, check_like
 from .update import Update, base_class, fuses_on_cuda
 
@@ -61,6 +62,7 @@ class FNGD(Optimizer):
 
     _update: Update
     _engine: Engine
+    _solver: Solver
     _sharing: Sharing
     _model: nn.Module
     _plain: dict[str, str]
@@ -126,7 +128,8 @@ class FNGD(Optimizer):
         device = layers[0].parameters[0].device
         self._update = Update(updating, self, device)
         self._sharing = Sharing(share, refresh_every, len(layers), device, process_group)
-        self._engine = Engine(layers, self._sharing, float(damping), damping_mode, normalize)
+        self._solver = Solver(layers, self._sharing, float(damping), damping_mode, normalize)
+        self._engine = Engine(layers, self._sharing, self._solver)
         self._restore: Callable[[], None] | None = None
         release(model, optimized)
         self.attach()
@@ -243,7 +246,7 @@ class FNGD(Optimizer):
     def _own_state(self) -> dict[str, Any]:
         shapes = [list(p.shape) for group in self.param_groups for p in group["params"]]
         counted = {"skipped_steps": self._update.skipped_steps}
-        return self._engine.state_dict() | counted | {"shapes": shapes}
+        return self._solver.state_dict() | counted | {"shapes": shapes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what state_dict returned; the continued run is the same bit for bit.
@@ -263,13 +266,13 @@ class FNGD(Optimizer):
         super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
         self._update.link(self)
         if own is not None:
-            self._engine.load_state_dict(own)
+            self._solver.load_state_dict(own)
             self._update.skipped_steps = own["skipped_steps"]
 
     def _check_own_state(self, state: dict[str, Any]) -> None:
         mine = self._own_state()
         check_like(state, mine, "fngd")
-        self._engine.check_state(state)
+        self._solver.check_state(state)
         if len(state["shapes"]) != len(mine["shapes"]):
             count = f"{len(mine['shapes'])} parameters, got {len(state['shapes'])}"
             raise ValueError(f"state_dict: expected the shapes of {count}")
@@ -298,14 +301,14 @@ class FNGD(Optimizer):
                 if layer is None:
                     report[path] = f"plain: {self._plain.get(module_name, ADDED)}"
                 else:
-                    report[path] = self._engine.describe(layer, parameter)
+                    report[path] = self._solver.describe(layer, parameter)
         return report
 
     def stats(self) -> dict[str, Any]:
         """Return counters of batches, solves and steps, the coefficients' spread, seconds in batched solves,
         and bytes; waits for the device.
         """
-        return self._engine.stats() | {"skipped_steps": self._update.skipped_steps}
+        return self._solver.stats() | {"skipped_steps": self._update.skipped_steps}
 
 
 def _one_of(name: str, value: object, choices: Sequence[str]) -> None:
