@@ -70,16 +70,18 @@ class Judge:
         rows, size = rows[good], size[good]
         norms = [f[good] for f in factors] + [size]
         k, diagonal = k[good][:, good].double(), diagonal[good].double()
-        lost = (
-            1 + size + size[:, None] + sum(torch.outer(f, f) for f in norms)
-        )  # each times a product that underflows
-        rounding = self.roundings * UNIT[dtype] + UNIT[torch.float64]  # the oracle rounds as well
-        bound = rounding * torch.outer(size, size) + TINY[dtype] * lost
+        square = torch.outer(size, size)
+        # What a product that underflows is multiplied by.
+        lost = 1 + size + size[:, None] + sum(torch.outer(f, f) for f in norms)
+        # The oracle rounds as well, in sums over all of C.
+        oracle = (rows.shape[1] + max(lengths)) * UNIT[torch.float64] * square
+        rounding = self.roundings * UNIT[dtype] * square + TINY[dtype] * lost
+        bounds = [length * rounding + oracle for length in lengths]
         largest = max((float(f.max()) for f in norms if len(f)), default=0.0)
         inside = max(lengths) * largest**2 < torch.finfo(dtype).max
         for name, actual, exact, allowed in (
-            ("", k, rows @ rows.T, lengths[0] * bound),
-            (", diag=True", diagonal, rows.square().sum(1), lengths[1] * bound.diagonal()),
+            ("", k, rows @ rows.T, bounds[0]),
+            (", diag=True", diagonal, rows.square().sum(1), bounds[1].diagonal()),
         ):
             finite = actual.isfinite()
             assert finite.all() or not inside
@@ -107,6 +109,9 @@ def test_linear(device, tally):
     @campaign
     @given(cases(), SAMPLES, POSITIONS, st.one_of(st.tuples(SIZES, SIZES), LARGE), st.booleans())
     @example(PLAIN, 5, 2, (33, 63), True)
+    @example(
+        PLAIN._replace(kind="constant input and gradient", dtype=torch.float64), 5, None, (63, 63), False
+    )
     def check(case, n, t, sizes, bias):
         (inputs, outputs), positions = sizes, () if t is None else (t,)
         a, e = make(case, (n, *positions, inputs), (n, *positions, outputs))
