@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
 # Build, check, time and profile the package on a machine with a CUDA device:
-#     bench/gpu.sh kernels|steps|compiled|equations|profile|check|all [RESULTS_FOLDER]
+#     bench/gpu.sh kernels|steps|compiled|equations|profile|check|sanitize|all [RESULTS_FOLDER]
 # kernels  each kernel against float64, then timed over real layer shapes        -> kernels.jsonl
 # steps    training steps, eager and as CUDA graphs; batched solves               -> gpu.jsonl
 # compiled training steps under torch.compile                                    -> gpu.jsonl
 # equations Gauss-Newton steps and their phases                                  -> gpu.jsonl
 # profile  where the time of a step goes: tables and Chrome traces               -> profile/
-# check    tests that need a device; compute-sanitizer's memcheck and racecheck
+# check    tests that need a device
+# sanitize compute-sanitizer's memcheck, racecheck, synccheck and initcheck over the CUDA and Triton kernels
 # Needs torch with CUDA, triton, nvcc and a C++ compiler; no network. A part takes 9 minutes at most: each stage
 # has a limit, one that fails leaves its log and does not stop the others. Exits non-zero if anything failed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 case ${1-} in
-    kernels | steps | compiled | equations | profile | check) parts=("$1") ;;
-    all) parts=(kernels steps compiled equations profile check) ;;
-    *) sed -n '2,11s/^# \?//p' "$0" >&2 && exit 2 ;;
+    kernels | steps | compiled | equations | profile | check | sanitize) parts=("$1") ;;
+    all) parts=(kernels steps compiled equations profile check sanitize) ;;
+    *) sed -n '2,13s/^# \?//p' "$0" >&2 && exit 2 ;;
 esac
 results=$(mkdir -p "${2:-bench/results}" && cd "${2:-bench/results}" && pwd)
 logs=$results/logs
@@ -102,7 +103,7 @@ profile() {
 }
 
 check() {
-    local marked=() native=()
+    local marked=()
     if ! has pytest; then
         echo "== check: needs pytest, which is missing"
         outcome=failed
@@ -110,21 +111,35 @@ check() {
     fi
     mapfile -t marked < <(grep -lr --include='test_*.py' 'mark\.gpu' tests)
     ((${#marked[@]})) && stage tests-gpu 120 "${pytest[@]}" -m gpu "${marked[@]}"
-    command -v compute-sanitizer >/dev/null || return
-    mapfile -t native < <(printf '%s\n' "${marked[@]}" | grep -E 'solve|coefficients|scaling|finite')
-    ((${#native[@]})) && sanitize racecheck 120 "${pytest[@]}" -m gpu "${native[@]}"
-    # Without the caching allocator, which would hide accesses past the end of a tensor, and which graphs need.
+}
+
+sanitize() {
+    local tool
+    local native=(tests/test_solve.py tests/test_coefficients.py tests/test_scaling.py tests/test_finite.py)
+    if ! command -v compute-sanitizer >/dev/null || ! has pytest; then
+        echo "== sanitize: needs compute-sanitizer and pytest"
+        outcome=failed
+        return
+    fi
+    for tool in racecheck synccheck; do
+        under "$tool" "$tool" 85 "${pytest[@]}" -m gpu "${native[@]}"
+        under "$tool" "$tool-fused" 45 "$python" -m bench.kernels --tiny --gate --dtypes bfloat16
+    done
+    # Without the caching allocator, which would hide accesses past the end of a tensor and reads of memory that was
+    # never written, and which graphs need.
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    ((${#native[@]})) && sanitize memcheck 120 "${pytest[@]}" -m gpu -k 'not graph and not capture' "${native[@]}"
-    sanitize memcheck-fused 45 "$python" -m bench.kernels --tiny --gate --dtypes bfloat16
+    for tool in memcheck initcheck; do
+        under "$tool" "$tool" 85 "${pytest[@]}" -m gpu -k 'not graph and not capture' "${native[@]}"
+        under "$tool" "$tool-fused" 45 "$python" -m bench.kernels --tiny --gate --dtypes bfloat16
+    done
     unset PYTORCH_NO_CUDA_MEMORY_CACHING
 }
 
-# sanitize NAME SECONDS COMMAND...: the tool is what the name begins with
-sanitize() {
-    local name=$1 seconds=$2
-    shift 2
-    stage "$name" "$seconds" compute-sanitizer --tool "${name%%-*}" --error-exitcode 1 "$@"
+# under TOOL NAME SECONDS COMMAND...
+under() {
+    local tool=$1 name=$2 seconds=$3
+    shift 3
+    stage "$name" "$seconds" compute-sanitizer --tool "$tool" --error-exitcode 1 "$@"
 }
 
 "$python" -c 'import torch; assert torch.cuda.is_available(); print(torch.cuda.get_device_name())' || exit 2

@@ -197,7 +197,7 @@ def test_gate_compares_modes_by_what_fngd_changes(monkeypatch):
 def test_the_gpu_script_names_its_parts(part, tmp_path):
     done = subprocess.run([GPU_SCRIPT, part, tmp_path / "new"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "kernels|steps|compiled|equations|profile|check|all" in done.stderr
+    assert "kernels|steps|compiled|equations|profile|check|sanitize|all" in done.stderr
     assert not (tmp_path / "new").exists()
 
 
