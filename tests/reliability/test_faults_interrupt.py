@@ -18,20 +18,22 @@ CASES = [("sample", "sgd"), ("none", "adamw"), ("position", "sgd"), ("GaussNewto
 
 def interrupted(run, file, answer):
     """Train with a checkpoint after every step; answer with the interruptions and the parameters."""
-    answer.send("began")
-    step = stops = 0
-    while step < STEPS:
+    step, stops, whole = 0, 0, False
+    while not whole:
         try:
-            run.train([step])
-            save(file, {"step": step + 1, **run.state_dict()})
-            step += 1
+            if not stops:
+                answer.send("began")
+            while step < STEPS:
+                run.train([step])
+                save(file, {"step": step + 1, **run.state_dict()})
+                step += 1
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            whole = True
         except KeyboardInterrupt:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # one each
             stops += 1
             stored = load(file)
             step = stored["step"]
             run.load_state_dict(stored)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     answer.send((stops, [p.detach().numpy() for p in run.model.parameters()]))
     os._exit(0)
 
