@@ -253,7 +253,9 @@ def test_a_failed_backward_does_not_disturb_the_next():
     hidden = Failing.apply(model[1](model[0](x)))
     with pytest.raises(ArithmeticError):
         F.cross_entropy(model[2](hidden), y).backward()
+    assert opt._engine._pending
     opt.zero_grad()
+    assert not opt._engine._pending
     F.cross_entropy(model(x), y).backward()
     actual = [p.grad.clone() for p in model.parameters()]
     opt.zero_grad()
@@ -682,6 +684,7 @@ def test_layer_grams_on_a_routed_model_leave_the_optimizer_untouched():
         ({"damping": -0.1}, ValueError, "damping: expected a finite number >= 0, got -0.1"),
         ({"damping": float("nan")}, ValueError, "damping"),
         ({"damping": "big"}, TypeError, "damping"),
+        ({"damping": 0.0, "normalize": "lambda"}, ValueError, "damping: expected a number > 0"),
         ({"damping_mode": "relative"}, ValueError, "damping_mode: expected one of 'trace'"),
         ({"normalize": "none"}, ValueError, "normalize"),
         ({"share": "batch"}, ValueError, "share"),
@@ -723,8 +726,10 @@ def test_bad_samples():
         opt.set_samples([0.5, 1.0])
     with pytest.raises(TypeError, match=r"shape \(N,\)"):
         opt.set_samples(torch.zeros(2, 2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="ids: expected ids >= 0, got -1 to 3"):
+    with pytest.raises(ValueError, match=r"ids: expected ids >= 0 and below 2\^31, got -1 to 3"):
         opt.set_samples([3, -1])
+    with pytest.raises(ValueError, match=r"below 2\^31, got 0 to 10000000000"):
+        opt.set_samples([0, 10**10])  # a hash
     opt.start_epoch(4)
     with pytest.raises(ValueError, match="below the dataset's length 4, got 0 to 4"):
         opt.set_samples([0, 4])

@@ -70,7 +70,7 @@ class Engine:
 
     def finish_step(self) -> None:
         """Drop what a failed or unused backward left behind."""
-        self._pending.clear()
+        self.drop_failed()
         self._passages.clear()
         if self._captures:
             self._captures = False
@@ -78,6 +78,10 @@ class Engine:
                 self._watches.pop().remove()
             for layer in self.layers:
                 layer.open_uses.clear()
+
+    def drop_failed(self) -> None:
+        """Drop what a failed backward has captured."""
+        self._pending.clear()
 
     # ---- forward ----
 

@@ -2,7 +2,6 @@
 
 import math
 import numbers
-from array import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from fngd_kernels.ops.coefficients import DAMPING_MODES, NORMALIZATIONS
 from .capture import release, route
 from .discovery import WISHES, find_layers
 from .engine import Engine
+from .samples import checked_ids
 from .sharing import SHARES, Sharing
 from .solver import Solver
 from .state import check_groups, check_like
@@ -95,6 +95,8 @@ class FNGD(Optimizer):
             raise ValueError(f"damping: expected a finite number >= 0, got {damping}")
         _one_of("damping_mode", damping_mode, DAMPING_MODES)
         _one_of("normalize", normalize, NORMALIZATIONS)
+        if damping == 0 and normalize == "lambda":
+            raise ValueError("damping: expected a number > 0 with normalize='lambda', which multiplies by it")
         _one_of("share", share, SHARES)
         _one_of("norms", norms, ("plain", "weighted"))
         if refresh_every is not None and (not isinstance(refresh_every, int) or refresh_every < 1):
@@ -157,27 +159,8 @@ class FNGD(Optimizer):
 
         Raises: TypeError for ids that are no integers of shape (N,), ValueError for ids out of range.
         """
-        if isinstance(ids, Tensor) and (ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim != 1):
-            raise TypeError(f"ids: expected integers of shape (N,), got {ids.dtype}, {tuple(ids.shape)}")
-        if isinstance(ids, (bytes, bytearray)):  # which an array would take for the memory of numbers
-            raise TypeError(f"ids: expected integers of shape (N,), got {type(ids).__name__}")
-        try:
-            # Through an array: of a list, torch would look at every number in Python first.
-            named = array("q", ids.tolist() if isinstance(ids, Tensor) else ids)
-        except (TypeError, OverflowError) as error:
-            raise TypeError(
-                f"ids: expected integers of shape (N,), got {ids!r:.80}; "
-                "a dataset with other keys needs its own map to 0, 1, 2, ..."
-            ) from error
-        low, high = min(named, default=0), max(named, default=-1)
-        size = self._sharing.dataset_size
-        if low < 0 or (size is not None and high >= size):
-            bound = "" if size is None else f" and below the dataset's length {size}"
-            raise ValueError(f"ids: expected ids >= 0{bound}, got {low} to {high}")
-        if not named:  # which frombuffer refuses
-            self._sharing.set_samples(torch.zeros(0, dtype=torch.int64), high)
-            return
-        self._sharing.set_samples(torch.frombuffer(named, dtype=torch.int64), high)
+        named, highest = checked_ids(ids, self._sharing.dataset_size)
+        self._sharing.set_samples(named, highest)
 
     def start_epoch(self, dataset_size: int | None = None) -> None:
         """Begin an epoch; a tracked loader says so itself, other loops do where epochs count in sharing.
@@ -208,6 +191,11 @@ class FNGD(Optimizer):
         return self._sharing.solving
 
     # ---- optimizer ----
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients as any torch optimizer does, and let go of what a failed backward captured."""
+        self._engine.drop_failed()
+        super().zero_grad(set_to_none)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Apply the base optimizer's rule to the gradients; a step whose gradient is not finite is left out.

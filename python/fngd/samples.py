@@ -1,15 +1,21 @@
 """Sample ids for any DataLoader, from its own batch sampler: datasets and collate functions stay the same."""
 
 import copy
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 Drawn = deque[tuple[int, Sequence[int]]]
 """Number and indices of the batches that were drawn in a pass, from the last one that was yielded on."""
+
+MOST_SAMPLES = 2**31
+"""Ids end there, so that those which number no dataset are found out: a table of that length fits nowhere."""
 
 
 class TakesSamples(Protocol):
@@ -20,6 +26,32 @@ class TakesSamples(Protocol):
 
     def start_epoch(self, dataset_size: int | None = None) -> None:
         """Hear that the loader begins anew."""
+
+
+def checked_ids(ids: Sequence[int] | Tensor, dataset_size: int | None) -> tuple[Tensor, int]:
+    """Return ids as (N,) int64 on the CPU, and the highest, -1 for none.
+
+    Raises: TypeError for ids that are no integers of shape (N,), ValueError for ids out of range.
+    """
+    if isinstance(ids, Tensor) and (ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim != 1):
+        raise TypeError(f"ids: expected integers of shape (N,), got {ids.dtype}, {tuple(ids.shape)}")
+    if isinstance(ids, (bytes, bytearray)):  # which an array would take for the memory of numbers
+        raise TypeError(f"ids: expected integers of shape (N,), got {type(ids).__name__}")
+    try:
+        # Through an array: of a list, torch would look at every number in Python first.
+        named = array("q", ids.tolist() if isinstance(ids, Tensor) else ids)
+    except (TypeError, OverflowError) as error:
+        raise TypeError(
+            f"ids: expected integers of shape (N,), got {ids!r:.80}; "
+            "a dataset with other keys needs its own map to 0, 1, 2, ..."
+        ) from error
+    if not named:  # which frombuffer refuses
+        return torch.zeros(0, dtype=torch.int64), -1
+    low, high = min(named), max(named)
+    if low < 0 or high >= (MOST_SAMPLES if dataset_size is None else dataset_size):
+        bound = "2^31" if dataset_size is None else f"the dataset's length {dataset_size}"
+        raise ValueError(f"ids: expected ids >= 0 and below {bound}, got {low} to {high}")
+    return torch.frombuffer(named, dtype=torch.int64), high
 
 
 def track(loader: DataLoader, optimizer: TakesSamples, *others: TakesSamples) -> "TrackedLoader":
