@@ -29,7 +29,7 @@ def integers(name: str, value: Any, count: int, least: int) -> tuple[int, ...]:
     """Require one integer, or `count` of them, of at least `least` and of 31 bits; return `count`."""
     expected = f"{name}: expected an int or {count} ints, {least} or more"
     numbers = (value,) * count if isinstance(value, Integral) else value
-    if not isinstance(numbers, Sequence) or not all(isinstance(number, Integral) for number in numbers):
+    if not _is_sequence(numbers) or not all(isinstance(number, Integral) for number in numbers):
         raise TypeError(f"{expected}, got {value!r:.80}")
     if len(numbers) != count or not all(least <= int(number) for number in numbers):
         raise ValueError(f"{expected}, got {tuple(numbers)!r:.80}")
@@ -40,9 +40,14 @@ def integers(name: str, value: Any, count: int, least: int) -> tuple[int, ...]:
 
 def sizes(name: str, value: Any, least: int) -> tuple[int, ...]:
     """Require a shape whose sizes are at least `least`; return it."""
-    if not isinstance(value, Sequence):
+    if not _is_sequence(value):
         raise TypeError(f"{name}: expected a sequence of ints, got {value!r:.80}")
     return integers(name, value, len(value), least)
+
+
+def _is_sequence(value: Any) -> bool:
+    """Return whether the value is a sequence, of which bytes are no example."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def flag(name: str, value: Any) -> None:
