@@ -82,6 +82,24 @@ def test_a_batch_with_one_unseen_sample_is_solved():
     assert opt.stats()["seen_samples"] == 5
 
 
+@pytest.mark.parametrize("hooked", [False, True], ids=["at the end of backward", "layer by layer"])
+def test_known_samples_keep_their_weights_beside_a_new_one(hooked):
+    model, x, y = make("mlp", N)
+    if hooked:
+        for p in model.parameters():
+            p.register_hook(lambda gradient: gradient)
+    opt = fngd.FNGD(model, lr=0.1)
+    for _ in range(2):  # solved for, then known
+        train(model, opt, x[:4], y[:4], 1, torch.arange(4))
+    before = opt._sharing.table.values.clone()
+    train(model, opt, x[2:6], y[2:6], 1, torch.arange(2, 6))
+    solved = torch.stack([layer.weights for layer in opt._engine.layers]).float()
+    after = opt._sharing.table.values
+    assert torch.equal(after[:, :4], before[:, :4])
+    assert torch.equal(after[:, 4:6], solved[:, 2:])
+    assert not torch.equal(solved[:, :2], before[:, 2:4])
+
+
 def test_coefficients_follow_samples_through_a_reordered_batch():
     model, x, y = make("mlp", N)
     opt = fngd.FNGD(model, lr=0.0)

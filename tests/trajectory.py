@@ -20,11 +20,13 @@ class Definition:
         self.model, self.damping, self.plain = copy.deepcopy(model), damping, plain
         self.known: dict[int, dict[str, Tensor]] = {}
         self.ids: Sequence[int] = ()
+        self.new: set[int] = set()  # those of ids that had no weight yet: known ones keep theirs
         self.solving = True
 
     def name(self, ids: Sequence[int]) -> None:
         """Name the samples of the next forwards, which are solved for if one of them is not known."""
-        self.ids, self.solving = ids, not all(i in self.known for i in ids)
+        self.ids, self.new = ids, {i for i in ids if i not in self.known}
+        self.solving = bool(self.new)
 
     def backward(self, contributions: Tensor) -> None:
         """Add the weighted gradient to .grad; contributions (N,) are what the samples add to the loss."""
@@ -33,8 +35,9 @@ class Definition:
         gradients = {n: torch.stack(g) for n, g in zip(names, zip(*rows, strict=True), strict=True)}
         if self.solving:
             weights = {m: self._solved(m, g) for m, g in blocks(self.model, gradients).items()}
-            for n, i in enumerate(self.ids):  # the table keeps single precision
-                self.known[i] = {m: s[n].float().double() for m, s in weights.items()}
+            for n, i in enumerate(self.ids):
+                if i in self.new:  # the table keeps single precision
+                    self.known[i] = {m: s[n].float().double() for m, s in weights.items()}
         else:
             weights = {m: torch.stack([self.known[i][m] for i in self.ids]) for m in self.known[self.ids[0]]}
         layers = layer_names(self.model)

@@ -1,6 +1,7 @@
 """The table that keeps the weight of every sample, and which samples it knows."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +10,19 @@ from torch import Tensor
 from .distributed import largest, ranks, weighted_mean
 
 
+class _Solved(NamedTuple):
+    """A batch that was solved for: ids (N,), which of them had no weight before (N,), and () whether learned.
+
+    Only the last one lies on the device.
+    """
+
+    ids: Tensor
+    new: Tensor
+    learned: Tensor
+
+
 class Table:
-    """The weight that each sample keeps in each layer: (layers, size) fp32, 1 until it was solved for.
+    """The weight that each sample keeps in each layer from its first solve: (layers, size) fp32, 1 before.
 
     For share = "position" the columns are batch positions and for "mean" there is one; these hold means over
     the solving batches. `seen` lies on the CPU, so that choosing the phase of a batch need not wait for the
@@ -26,7 +38,7 @@ class Table:
         self.averaged = torch.zeros(layers, 0, device=device)  # how many batches each mean holds
         self.seen = torch.zeros(0, dtype=torch.uint8)
         self.complete = False  # whether every column was seen: spares the look-up in the steady state
-        self._pending: list[tuple[Tensor, Tensor]] = []  # ids, and () bool: whether they were learned
+        self._pending: list[_Solved] = []
         self._rows: dict[tuple[int, ...], Tensor] = {}
 
     def __len__(self) -> int:
@@ -61,11 +73,10 @@ class Table:
         """Decide which pending samples were seen: waits for the device, once for all of them."""
         if not self._pending:
             return
-        ids, learned = zip(*self._pending, strict=True)
+        learned = torch.stack([solved.learned for solved in self._pending]).tolist()
+        for (ids, new, _), seen in zip(self._pending, learned, strict=True):
+            self.seen[ids[new]] = self.FRESH if seen else self.UNSEEN
         self._pending = []
-        for samples, seen in zip(ids, torch.stack(learned).tolist(), strict=True):
-            before = self.seen[samples]
-            self.seen[samples] = self.FRESH if seen else before.where(before != self.PENDING, self.UNSEEN)
         self.complete = bool((self.seen >= self.FRESH).all())
 
     def mark(self, seen: Tensor, fresh: Tensor) -> None:
@@ -91,21 +102,23 @@ class Table:
         return self.values.index_select(1, columns)
 
     def record(self, ids: Tensor, columns: Tensor, layers: Sequence[int], s: Tensor, learned: Tensor) -> None:
-        """Keep s (len(layers), N) as the weights of the samples ids (N,) in these layers, if learned."""
+        """Keep s (len(layers), N) as the weights of those samples ids (N,) that have none yet, if learned."""
         s = s.to(self.values)
         drawn = ids.tolist()
         last = dict(zip(drawn, range(len(drawn)), strict=True))
         if len(last) < len(drawn):
             # Both places of a sample drawn twice get one weight: which write comes last is left to chance.
             s = s[:, self.columns(torch.tensor([last[sample] for sample in drawn]))]
+        new, all_learned = self.seen[ids] == self.UNSEEN, learned
+        if self._pending and self._pending[-1].ids is ids:  # the same batch, solved for layer by layer
+            _, new, before = self._pending.pop()
+            all_learned = before & learned
         rows = self.index(layers)[:, None]
         kept = self.values[rows, columns]
-        self.values[rows, columns] = torch.where(learned, s, kept)
-        if self._pending and self._pending[-1][0] is ids:  # the same batch, solved for layer by layer
-            learned = self._pending.pop()[1] & learned
-        self.seen[ids] = self.seen[ids].clamp(min=self.PENDING)
-        self.complete = False
-        self._pending.append((ids, learned))
+        replaced = learned if bool(new.all()) else learned & self.columns(new)
+        self.values[rows, columns] = torch.where(replaced, s, kept)
+        self.seen[ids[new]] = self.PENDING
+        self._pending.append(_Solved(ids, new, all_learned))
         if len(self._pending) == self.MOST_PENDING:
             self.settle()
 
