@@ -9,7 +9,7 @@ from collections import Counter
 
 import torch
 import torch.nn.functional as F
-from fuzz_targets import draw_conv, near, size
+from fuzz_targets import draw_conv, near, plain_bfloat16, size
 from fuzz_values import FLOATING, floats, wrong_tensor
 from torch import Tensor
 
@@ -35,11 +35,10 @@ def draw_convolution(rng: random.Random):
     # Torch 2.13 itself reads foreign memory on a CPU where windows lie in the padding alone.
     while not inside(given := draw_conv(rng)):
         pass
-    x, shape = given["x"], given["weight_shape"]
+    x, shape = plain_bfloat16(given["x"]), given["weight_shape"]
     bias = floats(rng, shape[0], dtype=x.dtype) if rng.random() < 0.5 else None
     geometry = {name: given[name] for name in ("stride", "padding", "dilation", "groups")}
-    # As it does for the gradient of a bfloat16 weight in strides of its own.
-    return [x, floats(rng, *shape, dtype=x.dtype).contiguous(), bias], geometry
+    return [x, plain_bfloat16(floats(rng, *shape, dtype=x.dtype)), bias], geometry
 
 
 def draw_embedding(rng: random.Random):
@@ -132,7 +131,7 @@ def compare(y, leaves, scale, function, geometry, rng):
         *[t.detach().abs() if t is not None and t.is_floating_point() else t for t in wide], **geometry
     )
     near(y, exact.detach(), magnitude, y.dtype)
-    e = floats(rng, *y.shape, dtype=y.dtype).detach()
+    e = plain_bfloat16(floats(rng, *y.shape, dtype=y.dtype)).detach()
     parameters = [index for index, t in enumerate(leaves) if t is not None and t.requires_grad]
     found = torch.autograd.grad(y, [leaves[index] for index in parameters], e)
     weights = scale.view(-1, *[1] * (y.ndim - 1))
