@@ -226,23 +226,29 @@ struct ConvGeometry {
   Tensor input_gradient(const Tensor& e, const Tensor& x, const Tensor& weight) const {
     return std::get<0>(backward(e, x, weight, {true, false, false}));
   }
+
+  Tensor weight_gradient(const Tensor& e, const Tensor& x, const Tensor& weight) const {
+    const std::array<bool, 3> mask{false, true, false};
+    // oneDNN leaves parts of it unwritten for bfloat16 in some other memory formats (torch 2.13).
+    const bool contiguous = x.is_cpu() && x.scalar_type() == at::kBFloat16;
+    return std::get<1>(
+        contiguous ? backward(e.contiguous(), x.contiguous(), weight.contiguous(), mask) : backward(e, x, weight, mask));
+  }
 };
 
 // a (N, C, *space), e (N, O, *space)
 Gradients conv_gradients(
     const ConvGeometry& geometry, const Tensor& a, const Tensor& e, const Tensor& weight, const OptionalTensor& scale,
     bool need_w, bool need_b) {
-  const std::array<bool, 3> weight_only{false, true, false};
   if (scale && fngd::scales_fused(e, *scale)) {
     const Weighted weighted(a, e, *scale, 1, need_w, need_b);
-    return {
-        need_w ? std::get<1>(geometry.backward(weighted.e, weighted.a, weight, weight_only)) : Tensor(), weighted.bias};
+    return {need_w ? geometry.weight_gradient(weighted.e, weighted.a, weight) : Tensor(), weighted.bias};
   }
   Gradients result;
   const bool scale_input = scale && !need_b && a.numel() < e.numel();
   const Tensor weighted = scale_input ? e : scaled(e, scale);
   if (need_w) {
-    result.first = std::get<1>(geometry.backward(weighted, scale_input ? scaled(a, scale) : a, weight, weight_only));
+    result.first = geometry.weight_gradient(weighted, scale_input ? scaled(a, scale) : a, weight);
   }
   if (need_b) {
     result.second = weighted.transpose(0, 1).flatten(1).sum(1);

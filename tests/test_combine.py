@@ -3,6 +3,7 @@ import torch
 
 import fngd_kernels as fk
 import oracles
+from fngd_kernels.ops import nodes
 from test_gram import CONV, LINEAR, conv_case, linear_case
 
 # Largest deviation over the largest entry. s_n e_n and the result are each rounded once to the input dtype.
@@ -73,6 +74,22 @@ def test_any_strides():
     x, e = x.to(memory_format=last), e.to(memory_format=last)
     combined = fk.combine_conv(x, e, s, shape, padding=1, bias=True)
     assert_combined(combined, oracles.conv_rows(x, e, shape, True, padding=1), s, x.dtype)
+
+
+def test_bfloat16_convolutions_in_the_order_of_channels():
+    """Where torch 2.13's own weight gradient holds memory that was never written."""
+    shape, geometry = (2, 3, 3, 2), {"stride": (1, 3), "padding": 1, "groups": 2}
+    x, e = conv_case((2, 6, 4, 1), shape, geometry)
+    x, e = (t.bfloat16().to(memory_format=torch.channels_last) for t in (x, e))
+    x = x.as_strided(x.shape, (24, 1, 6, 6))
+    s, rows = torch.tensor([0.5, 2.0]), oracles.conv_rows(x, e, shape, False, **geometry)
+    for _ in range(20):
+        _ = [torch.full((size,), float("nan"), dtype=torch.bfloat16) for size in (36, 72, 144, 288)]
+        assert_combined(fk.combine_conv(x, e, s, shape, **geometry), rows, s, x.dtype)
+        layer = torch.randn(shape, dtype=x.dtype, requires_grad=True)
+        y = nodes.conv(x, layer, None, s, stride=(1, 3), padding=(1, 1), dilation=(1, 1), groups=2)
+        (gradient,) = torch.autograd.grad(y, layer, e)
+        assert_combined(gradient, rows, s, x.dtype)
 
 
 def test_no_gradients_are_recorded():

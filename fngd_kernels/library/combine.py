@@ -51,6 +51,9 @@ def conv_weight_gradient(
     bias: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the ordinary gradients of a convolution's weight and, with bias, of its bias."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        # oneDNN leaves parts of the gradient unwritten for some other memory formats (torch 2.13).
+        x, e = x.contiguous(), e.contiguous()
     _, weight, bias_gradient = torch.ops.aten.convolution_backward(
         e,
         x,

@@ -89,6 +89,8 @@ def _conv_backward(e, x, weight, geometry, which):
     """Return the gradient of the convolution's input (which = 0) or weight (which = 1)."""
     stride, padding, dilation, groups, transposed, output_padding = geometry
     mask = [which == 0, which == 1, False]
+    if which == 1 and x.dtype == torch.bfloat16 and x.device.type == "cpu":  # see conv_weight_gradient
+        e, x, weight = e.contiguous(), x.contiguous(), weight.contiguous()
     return torch.ops.aten.convolution_backward(
         e, x, weight, None, stride, padding, dilation, transposed, output_padding, groups, mask
     )[which]

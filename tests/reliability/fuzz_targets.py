@@ -280,16 +280,6 @@ def draw_linear(rng: random.Random, *, combine: bool = False, **choices: tuple) 
     return given | weights(rng, n, combine) | options(rng, bias=(False, True), **choices)
 
 
-def plain_bfloat16(t: Tensor) -> Tensor:
-    """Return t, bfloat16 without gaps and in order.
-
-    The weight gradient of torch 2.13 on a CPU holds memory that was never written for some bfloat16 layouts.
-    """
-    if t.dtype != torch.bfloat16:
-        return t
-    return torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()).requires_grad_(t.requires_grad)
-
-
 def weights(rng: random.Random, n: int, wanted: bool) -> Arguments:
     return {"s": floats(rng, n, dtype=rng.choice(FLOATING))} if wanted else {}
 
@@ -309,8 +299,8 @@ def draw_conv(rng: random.Random, *, combine: bool = False, **choices: tuple) ->
         for length, k, step, p, d in zip(space, kernel, stride, padding, dilation, strict=True)
     ]
     return {
-        "x": plain_bfloat16(floats(rng, n, groups * inputs, *space, dtype=dtype)),
-        "e": plain_bfloat16(floats(rng, n, groups * outputs, *out, dtype=dtype)),
+        "x": floats(rng, n, groups * inputs, *space, dtype=dtype),
+        "e": floats(rng, n, groups * outputs, *out, dtype=dtype),
         **weights(rng, n, combine),
         "weight_shape": (groups * outputs, inputs, *kernel),
         "stride": stride,
