@@ -21,9 +21,9 @@ def save(path: Path, state: dict[str, Any]) -> None:
     """
     unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with unfinished.open("xb") as file:
-            torch.save(state, file)
-            file.flush()
+        # By its path: Ctrl-C while torch writes to a file of Python's ends the process.
+        torch.save(state, unfinished)
+        with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)
     except BaseException:

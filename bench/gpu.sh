@@ -110,7 +110,7 @@ check() {
         return
     fi
     mapfile -t marked < <(grep -lr --include='test_*.py' 'mark\.gpu' tests)
-    ((${#marked[@]})) && stage tests-gpu 120 "${pytest[@]}" -m gpu "${marked[@]}"
+    ((${#marked[@]})) && stage tests-gpu 400 "${pytest[@]}" -m gpu "${marked[@]}"
 }
 
 sanitize() {
