@@ -36,8 +36,10 @@ def combine_conv(
     if not x.shape[0]:
         return [x.new_zeros(weight_shape), *([e.new_zeros(weight_shape[0])] if bias else [])]
     geometry = (weight_shape, stride, padding, dilation, groups)
-    weight, bias_gradient = conv_weight_gradient(x, _scaled(e, s, e.dtype), *geometry, bias)
-    return [weight, bias_gradient] if bias else [weight]
+    # On a CPU torch adds up samples in float16 where oneDNN does not serve.
+    dtype = torch.float32 if e.dtype == torch.float16 and e.device.type == "cpu" else e.dtype
+    weight, bias_gradient = conv_weight_gradient(x.to(dtype), _scaled(e, s, dtype), *geometry, bias)
+    return [weight.to(e.dtype), *([bias_gradient.to(e.dtype)] if bias else [])]
 
 
 def conv_weight_gradient(
