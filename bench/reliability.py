@@ -55,9 +55,11 @@ def main() -> int:
     status = subprocess.run(command + ([] if quick else ["--full"]), cwd=ROOT).returncode
     if not status:
         machine = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        size = "the quick part" if quick else "the whole campaign"
-        where = "Commit {commit}, torch {torch}, {cpu}, GPU: {gpu}; ".format(**machine) + f"{size}.\n\n"
-        PAGE.write_text(put(PAGE.read_text(), where + table(json.loads(tally.read_text()))))
+        size = "The quick part" if quick else "The whole campaign"
+        tallies = json.loads(tally.read_text())
+        cases = sum(n for rows in tallies.values() for outcomes in rows.values() for n in outcomes.values())
+        where = "commit {commit}, torch {torch}, {cpu}, GPU: {gpu}".format(**machine)
+        PAGE.write_text(put(PAGE.read_text(), f"{size}, {cases:,} cases ({where}).\n\n{table(tallies)}"))
     return status
 
 
