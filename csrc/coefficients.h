@@ -44,7 +44,7 @@ FNGD_INLINE T power_of_two_below_inverse(T trace) {
 // The damping is raised this many times, tenfold each time, before a matrix is given up.
 constexpr int RAISES = 3;
 
-// The smallest trace whose matrix is not lost to underflow, and the damping below which raising starts, for trace 1.
+// The smallest trace whose matrix is not lost to underflow.
 template <typename T>
 FNGD_INLINE T least_trace(int n) {
   constexpr T SMALLEST = sizeof(T) == 4 ? T(1.17549435e-38) : T(2.2250738585072014e-308);

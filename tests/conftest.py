@@ -19,6 +19,20 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["native", "library"])
+def route(request, monkeypatch):
+    """Run the test through the native kernel, then through torch.linalg."""
+    # Here, because tests/fused chooses how Triton runs before the kernels are imported.
+    from fngd_kernels import native
+    from fngd_kernels.ops import solve as solve_module
+
+    if request.param == "library":
+        monkeypatch.setattr(solve_module, "NATIVE_MAX_ORDER", {})
+    elif not native.AVAILABLE:
+        pytest.skip("the native extension is not built")
+    return request.param
+
+
 def pytest_collection_modifyitems(items):
     """Leave out what needs a device where there is none."""
     if not torch.cuda.is_available():

@@ -9,20 +9,9 @@ from torch import Tensor
 import fngd_kernels as fk
 from fngd_kernels import native
 from fngd_kernels.ops import coefficients as module
-from fngd_kernels.ops import solve as solve_module
 from fngd_kernels.ops.coefficients import DAMPING_MODES, NORMALIZATIONS, coefficients
 
 DTYPES = (torch.float32, torch.float64)
-
-
-@pytest.fixture(params=["native", "library"])
-def route(request, monkeypatch):
-    """Run the test through the native kernel, then through torch.linalg."""
-    if request.param == "library":
-        monkeypatch.setattr(solve_module, "NATIVE_MAX_ORDER", {})
-    elif not native.AVAILABLE:
-        pytest.skip("the native extension is not built")
-    return request.param
 
 
 def gram(layers: int, n: int, *, rank: int | None = None, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -15,16 +15,6 @@ EPS = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 DTYPES = (torch.float32, torch.float64)
 
 
-@pytest.fixture(params=["native", "library"])
-def route(request, monkeypatch):
-    """Run the test through the native kernel, then through torch.linalg."""
-    if request.param == "library":
-        monkeypatch.setattr(solve_module, "NATIVE_MAX_ORDER", {})
-    elif not native.AVAILABLE:
-        pytest.skip("the native extension is not built")
-    return request.param
-
-
 def gram(*shape: int, rank: int | None = None, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """Return random Gram matrices (..., N, N) of unit mean eigenvalue."""
     generator = torch.Generator().manual_seed(seed)

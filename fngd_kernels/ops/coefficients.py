@@ -42,15 +42,16 @@ def coefficients(
     Raises: ValueError, TypeError when shape or dtype do not fit, or an argument is not one of those named.
     Source: Ou et al. 2024 (arXiv 2403.03473), Sherman-Morrison-Woodbury in push-through form.
     """
-    check_matrices(k, "(L, N, N)")
-    damping = check_arguments(k, damping, damping_mode, normalize)
+    damping = check_arguments(k, damping, damping_mode, normalize, "(L, N, N)")
     run = torch.ops.fngd.coefficients.default if suits_native(k) else _coefficients_library
     return call(run, k, damping, damping_mode, normalize)
 
 
-def check_arguments(k: Tensor, damping: float, damping_mode: str, normalize: str) -> float:
-    """Require Gram matrices k (..., N, N) and what `coefficients` does with them; return the damping."""
-    check_matrices(k)
+def check_arguments(
+    k: Tensor, damping: float, damping_mode: str, normalize: str, shape: str = "(..., N, N)"
+) -> float:
+    """Require Gram matrices k of the shape named and what is done with them; return the damping."""
+    check_matrices(k, shape)
     choice("damping_mode", damping_mode, DAMPING_MODES)
     choice("normalize", normalize, NORMALIZATIONS)
     return non_negative("damping", damping, torch.finfo(k.dtype).max)

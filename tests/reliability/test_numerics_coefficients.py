@@ -13,22 +13,10 @@ from hypothesis import strategies as st
 from numeric_cases import DEVICES, KINDS, TINY, UNIT, Case, Worst, campaign, make
 
 import fngd_kernels as fk
-from fngd_kernels import native
-from fngd_kernels.ops import solve as solve_module
 from fngd_kernels.ops.coefficients import DAMPING_MODES, NORMALIZATIONS, RAISES, coefficients
 
 DTYPES = (torch.float32, torch.float64)
 DAMPINGS = (0.0, 1e-12, 1e-8, 1e-6, 1e-3, 0.1, 1.0, 1e3, 1e6)
-
-
-@pytest.fixture(params=["native", "library"])
-def route(request, monkeypatch):
-    """Run the test through the native kernel, then through torch.linalg."""
-    if request.param == "library":
-        monkeypatch.setattr(solve_module, "NATIVE_MAX_ORDER", {})
-    elif not native.AVAILABLE:
-        pytest.skip("the native extension is not built")
-    return request.param
 
 
 def relative_damping(n, trace, damping, damping_mode, raises, dtype):

@@ -16,21 +16,10 @@ from hypothesis import strategies as st
 from numeric_cases import DEVICES, KINDS, TINY, UNIT, Case, Worst, campaign, make
 
 import fngd_kernels as fk
-from fngd_kernels import native
 from fngd_kernels.ops import solve as solve_module
 
 DTYPES = (torch.float32, torch.float64)
 ORDERS = st.sampled_from((1, 2, 3, 5, 8, 16, 31, 64, 65, 100))
-
-
-@pytest.fixture(params=["native", "library"])
-def route(request, monkeypatch):
-    """Run the test through the native kernel, then through torch.linalg."""
-    if request.param == "library":
-        monkeypatch.setattr(solve_module, "NATIVE_MAX_ORDER", {})
-    elif not native.AVAILABLE:
-        pytest.skip("the native extension is not built")
-    return request.param
 
 
 def gram(kind, n, columns, exponent, seed):
