@@ -1,6 +1,8 @@
 """Build the native extension when torch and a C++ compiler are there; install without it otherwise.
 
-Environment: CXX, MAX_JOBS, TORCH_CUDA_ARCH_LIST as for any torch extension;
+The CUDA sources are left out where torch has no CUDA, or no toolkit is there that compiles them.
+
+Environment: CXX, MAX_JOBS, CUDA_HOME, TORCH_CUDA_ARCH_LIST as for any torch extension;
 FNGD_NO_EXTENSION=1 installs the plain-torch package; FNGD_NO_CUDA=1 leaves the CUDA sources out;
 FNGD_SANITIZE=address,undefined builds for those sanitizers, whose libraries then have to be loaded first.
 """
@@ -33,6 +35,27 @@ def extension_arguments() -> dict:
     if find_compiler() is None:
         return skip("no C++ compiler was found")
 
+    cuda = wants_cuda(cpp_extension)
+    module = extension(cpp_extension, cuda)
+
+    class BuildExtension(cpp_extension.BuildExtension):
+        """Torch's, which goes on without the CUDA sources where this toolkit does not build them."""
+
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except Exception as error:  # whatever torch, ninja or a compiler makes of a toolkit
+                if not cuda:
+                    raise
+                leave_cuda_out(f"{cpp_extension.CUDA_HOME} does not build them, see above ({error})")
+                vars(module).update(vars(extension(cpp_extension, cuda=False)))
+                super().build_extensions()
+
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+
+
+def extension(cpp_extension, cuda: bool):
+    """Return the extension with or without its CUDA sources."""
     sources = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
     # No fast math: the solver's guards rely on IEEE NaN and infinity.
     cxx_flags = ["/O2"] if sys.platform == "win32" else ["-O3", "-g0", "-Wall"]
@@ -47,27 +70,33 @@ def extension_arguments() -> dict:
         cxx_flags.append("-fopenmp")
         link_flags.append("-fopenmp")
     flags = {"cxx": cxx_flags}
-    extension = cpp_extension.CppExtension
-    cuda_sources = sorted(str(path) for path in Path("csrc").glob("*.cu"))
-    if cuda_sources and has_cuda(cpp_extension):
+    kind = cpp_extension.CppExtension
+    if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
-        extension = cpp_extension.CUDAExtension
-        sources += cuda_sources
+        kind = cpp_extension.CUDAExtension
+        sources += sorted(str(path) for path in Path("csrc").glob("*.cu"))
         cxx_flags.append("-DFNGD_WITH_CUDA")
         flags["nvcc"] = ["-O3", "-DFNGD_WITH_CUDA"]
-    module = extension("fngd_kernels._C", sources, extra_compile_args=flags, extra_link_args=link_flags)
-    return {"ext_modules": [module], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+    return kind("fngd_kernels._C", sources, extra_compile_args=flags, extra_link_args=link_flags)
 
 
-def has_cuda(cpp_extension) -> bool:
-    """Return whether torch was built with CUDA and nvcc is installed."""
+def wants_cuda(cpp_extension) -> bool:
+    """Return whether to build the CUDA sources; say so where a torch with CUDA goes without them."""
     import torch
 
-    return (
-        os.environ.get("FNGD_NO_CUDA") != "1"
-        and torch.version.cuda is not None
-        and cpp_extension.CUDA_HOME is not None
-    )
+    if torch.version.cuda is None:
+        return False
+    missing = "FNGD_NO_CUDA=1" if os.environ.get("FNGD_NO_CUDA") == "1" else ""
+    if not missing and cpp_extension.CUDA_HOME is None:
+        missing = "no CUDA toolkit was found (CUDA_HOME, or nvcc in PATH)"
+    if missing:
+        leave_cuda_out(missing)
+    return not missing
+
+
+def leave_cuda_out(reason: str) -> None:
+    """Say why the CUDA sources are left out."""
+    print(f"fngd: installing without the CUDA sources: {reason}", file=sys.stderr)
 
 
 def skip(reason: str) -> dict:

@@ -10,6 +10,7 @@
 // any number of times and every use of a weight, also inside a derivative, reaches the scale or the sink.
 
 #include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/extension.h>
 
@@ -203,36 +204,86 @@ struct Linear : Function<Linear> {
 
 // ---- convolution, 1-3 d, transposed or not, or its adjoint with respect to the input ----------------------------
 
+// Its calls stay clear of torch's faults on a CPU (docs/reliability.md), as those of library/convolution.py do.
 struct ConvGeometry {
   std::vector<int64_t> stride, padding, dilation;
-  int64_t groups;
   bool transposed;
   std::vector<int64_t> output_padding;
+  int64_t groups;
 
   Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) const {
     // at::convolution leaves this check to its callers.
     TORCH_CHECK(!bias || !bias->defined() || bias->scalar_type() == x.scalar_type(), "bias: expected the dtype of x, ",
                 x.scalar_type(), ", got ", bias->scalar_type());
-    return at::convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
+    return at::convolution(
+        x, in_usual_order(weight), bias, stride, padding, dilation, transposed, output_padding, groups);
   }
 
-  // Gradients of the convolution of x; which of (input, weight) is computed is up to the mask.
+  // The gradient by x, of which the shape alone is read.
+  Tensor input_gradient(const Tensor& e, const Tensor& x, const Tensor& weight) const {
+    return std::get<0>(backward(e, x, in_usual_order(weight), {true, false, false}));
+  }
+
+  // The gradient by the weight, of which shape and memory format alone are read.
+  Tensor weight_gradient(const Tensor& e, const Tensor& x, const Tensor& weight) const {
+    const std::array<bool, 3> mask{false, true, false};
+    if (x.is_cpu() && skips_pixels(weight)) {
+      // The same convolution on the pixels that it reads. oneDNN copies these, too, but past the end of its scratch
+      // memory where channels come last and fill no vector register.
+      ConvGeometry unstrided = *this;
+      unstrided.stride.assign(stride.size(), 1);
+      unstrided.output_padding.assign(stride.size(), 0);
+      return transposed ? unstrided.weight_gradient(pixels_read(e, x), x, weight)
+                        : unstrided.weight_gradient(e, pixels_read(x, e), weight);
+    }
+    if (x.is_cpu() && (x.scalar_type() == at::kHalf ||
+                       (x.scalar_type() == at::kBFloat16 && !onednn_serves_bfloat16()))) {
+      // Torch by itself rounds the sum to 16 bits after every sample.
+      return weight_gradient(e.to(at::kFloat), x.to(at::kFloat), weight.to(at::kFloat)).to(x.scalar_type());
+    }
+    if (x.is_cpu() && x.scalar_type() == at::kBFloat16) {
+      // oneDNN leaves parts of it unwritten in some other memory formats.
+      return std::get<1>(backward(e.contiguous(), x.contiguous(), weight.contiguous(), mask));
+    }
+    return std::get<1>(backward(e, x, in_usual_order(weight), mask));
+  }
+
+ private:
+  static bool onednn_serves_bfloat16() {
+    static const bool has = [] {
+      const auto found = c10::Dispatcher::singleton().findSchema({"mkldnn::_is_mkldnn_bf16_supported", ""});
+      return found && found->typed<bool()>().call();
+    }();
+    return has && at::globalContext().userEnabledMkldnn();
+  }
+
+  // Whether the kernel has one tap and passes over pixels.
+  bool skips_pixels(const Tensor& weight) const {
+    const auto is_one = [](int64_t size) { return size == 1; };
+    const at::IntArrayRef kernel = weight.sizes().slice(2);
+    return !std::all_of(stride.begin(), stride.end(), is_one) && std::all_of(kernel.begin(), kernel.end(), is_one) &&
+           std::all_of(padding.begin(), padding.end(), [](int64_t size) { return size == 0; });
+  }
+
+  // The pixels of the larger image that stand across from those of the smaller one.
+  Tensor pixels_read(const Tensor& fine, const Tensor& coarse) const {
+    Tensor result = fine;
+    for (size_t d = 0; d < stride.size(); ++d) {
+      const int64_t dim = static_cast<int64_t>(d) + 2;
+      result = result.slice_symint(dim, 0, coarse.sym_size(dim) * stride[d], stride[d]);
+    }
+    return result;
+  }
+
+  // oneDNN misreads other orders in grouped convolutions.
+  static Tensor in_usual_order(const Tensor& weight) {
+    return weight.is_cpu() ? weight.contiguous(weight.suggest_memory_format()) : weight;
+  }
+
   std::tuple<Tensor, Tensor, Tensor> backward(
       const Tensor& e, const Tensor& x, const Tensor& weight, std::array<bool, 3> mask) const {
     return at::convolution_backward(
         e, x, weight, std::nullopt, stride, padding, dilation, transposed, output_padding, groups, mask);
-  }
-
-  Tensor input_gradient(const Tensor& e, const Tensor& x, const Tensor& weight) const {
-    return std::get<0>(backward(e, x, weight, {true, false, false}));
-  }
-
-  Tensor weight_gradient(const Tensor& e, const Tensor& x, const Tensor& weight) const {
-    const std::array<bool, 3> mask{false, true, false};
-    // oneDNN leaves parts of it unwritten for bfloat16 in some other memory formats (torch 2.13).
-    const bool contiguous = x.is_cpu() && x.scalar_type() == at::kBFloat16;
-    return std::get<1>(
-        contiguous ? backward(e.contiguous(), x.contiguous(), weight.contiguous(), mask) : backward(e, x, weight, mask));
   }
 };
 
@@ -281,8 +332,8 @@ struct Conv : Function<Conv> {
     const SinkPtr sink = saved_sink(ctx);
     const ConvGeometry geometry{
         ctx->saved_data["stride"].toIntVector(), ctx->saved_data["padding"].toIntVector(),
-        ctx->saved_data["dilation"].toIntVector(), ctx->saved_data["groups"].toInt(),
-        ctx->saved_data["transposed"].toBool(), ctx->saved_data["output_padding"].toIntVector()};
+        ctx->saved_data["dilation"].toIntVector(), ctx->saved_data["transposed"].toBool(),
+        ctx->saved_data["output_padding"].toIntVector(), ctx->saved_data["groups"].toInt()};
     const bool adjoint = ctx->saved_data["adjoint"].toBool();
     const bool need_w = ctx->needs_input_grad(kWeight), need_b = needs_bias(ctx);
 
@@ -320,11 +371,18 @@ struct Embedding : Function<Embedding> {
     Tensor dw;
     if (ctx->needs_input_grad(kWeight)) {
       dw = sink ? (*sink)(ids, outputs[0], false).first
-                : at::embedding_dense_backward(
-                      scaled(outputs[0], saved_scale(saved)), ids, weight.size(0),
-                      ctx->saved_data["padding_idx"].toInt(), false);
+                : gradient(scaled(outputs[0], saved_scale(saved)), ids, weight.size(0),
+                           ctx->saved_data["padding_idx"].toInt());
     }
     return {Tensor(), dw, Tensor(), Tensor(), Tensor()};
+  }
+
+ private:
+  static Tensor gradient(const Tensor& e, const Tensor& ids, int64_t rows, int64_t padding_idx) {
+    // On a CPU torch by itself rounds the sum to 16 bits after every position.
+    const bool widened = e.is_cpu() && at::isReducedFloatingType(e.scalar_type());
+    const Tensor wide = widened ? e.to(at::kFloat) : e;
+    return at::embedding_dense_backward(wide, ids, rows, padding_idx, false).to(e.scalar_type());
   }
 };
 
@@ -366,9 +424,9 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
 
 Tensor conv(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
-    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, bool transposed,
-    at::IntArrayRef output_padding) {
-  const ConvGeometry geometry{stride.vec(), padding.vec(), dilation.vec(), groups, transposed, output_padding.vec()};
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
+    at::IntArrayRef output_padding, int64_t groups) {
+  const ConvGeometry geometry{stride.vec(), padding.vec(), dilation.vec(), transposed, output_padding.vec(), groups};
   return Conv::apply(x, weight, bias, scale, geometry, OptionalTensor(), SinkPtr());
 }
 
@@ -387,9 +445,9 @@ Tensor linear_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
 
 Tensor conv_forward(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor&, at::IntArrayRef stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, bool transposed,
-    at::IntArrayRef output_padding) {
-  return ConvGeometry{stride.vec(), padding.vec(), dilation.vec(), groups, transposed, output_padding.vec()}.forward(
+    at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding,
+    int64_t groups) {
+  return ConvGeometry{stride.vec(), padding.vec(), dilation.vec(), transposed, output_padding.vec(), groups}.forward(
       x, weight, bias);
 }
 
@@ -425,11 +483,11 @@ Tensor linear_autocast(const Tensor& x, const Tensor& weight, const OptionalTens
 
 Tensor conv_autocast(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
-    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, bool transposed,
-    at::IntArrayRef output_padding) {
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
+    at::IntArrayRef output_padding, int64_t groups) {
   const Autocast cast(x);
   return conv(
-      cast(x), cast(weight), cast(bias), scale, stride, padding, dilation, groups, transposed, output_padding);
+      cast(x), cast(weight), cast(bias), scale, stride, padding, dilation, transposed, output_padding, groups);
 }
 
 Tensor captured_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, py::object sink) {
@@ -440,11 +498,11 @@ Tensor captured_linear(const Tensor& x, const Tensor& weight, const OptionalTens
 
 Tensor captured_conv(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, py::object sink, std::vector<int64_t> stride,
-    std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, bool transposed,
-    std::vector<int64_t> output_padding) {
+    std::vector<int64_t> padding, std::vector<int64_t> dilation, bool transposed, std::vector<int64_t> output_padding,
+    int64_t groups) {
   const Autocast cast(x);
   const ConvGeometry geometry{
-      std::move(stride), std::move(padding), std::move(dilation), groups, transposed, std::move(output_padding)};
+      std::move(stride), std::move(padding), std::move(dilation), transposed, std::move(output_padding), groups};
   return Conv::apply(
       cast(x), cast(weight), cast(bias), OptionalTensor(), geometry, OptionalTensor(),
       c10::make_intrusive<Sink>(std::move(sink)));
@@ -489,8 +547,8 @@ void bind_nodes(py::module_& m) {
   m.def("captured_linear", captured_linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("sink"));
   m.def(
       "captured_conv", captured_conv, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("sink"),
-      py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("transposed"),
-      py::arg("output_padding"));
+      py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("transposed"), py::arg("output_padding"),
+      py::arg("groups"));
   m.def(
       "captured_embedding", captured_embedding, py::arg("ids"), py::arg("weight"), py::arg("sink"),
       py::arg("padding_idx"));

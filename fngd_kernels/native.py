@@ -1,6 +1,7 @@
 """The compiled extension, when there is one: importing it registers its kernels with torch."""
 
 import importlib
+import os
 import warnings
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch  # noqa: F401 - loads the libraries that the extension links to
 
 extension: Any = None
 try:
+    if os.environ.get("FNGD_NO_EXTENSION") == "1":
+        raise ImportError("FNGD_NO_EXTENSION=1")
     extension = importlib.import_module("fngd_kernels._C")
     AVAILABLE = True
 except ImportError as error:

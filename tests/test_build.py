@@ -1,12 +1,18 @@
 """The package without its native extension: it imports, says once what is slower, and computes the same."""
 
 import json
+import os
+import runpy
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
+import setuptools
 import torch
+from setuptools import Distribution
+from torch.utils import cpp_extension
 
 import fngd_kernels as fk
 
@@ -24,8 +30,9 @@ sys.meta_path.insert(0, Blocker())
 
 def run_without_extension(code: str) -> str:
     """Run the code in a fresh interpreter where the extension cannot be imported; return what it prints."""
-    program = BLOCK + textwrap.dedent(code)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", BLOCK + textwrap.dedent(code)]
+    environment = {name: value for name, value in os.environ.items() if name != "FNGD_NO_EXTENSION"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -100,3 +107,71 @@ def test_training_gives_the_same_weights():
     native = subprocess.run([sys.executable, "-c", plain], capture_output=True, text=True, check=True)
     for actual, expected in zip(json.loads(printed), json.loads(native.stdout), strict=True):
         torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_the_switch_leaves_the_extension_out_when_the_program_starts(monkeypatch):
+    monkeypatch.setenv("FNGD_NO_EXTENSION", "1")
+    program = "from fngd_kernels import native; print(native.AVAILABLE)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+    assert "works without its native extension (FNGD_NO_EXTENSION=1)" in done.stderr
+
+
+def build_extensions(monkeypatch, toolkit, build):
+    """Let setup.py's command build with a torch that has CUDA; return the extension."""
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", toolkit)
+    monkeypatch.setattr(cpp_extension.BuildExtension, "build_extensions", build)
+    monkeypatch.delenv("FNGD_NO_EXTENSION", raising=False)
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+    runpy.run_path(str(root / "setup.py"))
+    command = given["cmdclass"]["build_ext"](Distribution())
+    command.extensions = given["ext_modules"]
+    command.build_extensions()
+    return command.extensions[0]
+
+
+def has_cuda_sources(extension):
+    found = [source for source in extension.sources if source.endswith(".cu")]
+    assert bool(found) == ("-DFNGD_WITH_CUDA" in extension.extra_compile_args["cxx"])
+    return bool(found)
+
+
+def test_a_toolkit_that_does_not_compile_leaves_cuda_out_and_says_so(monkeypatch, tmp_path, capfd):
+    built = []
+
+    def build(command):
+        (extension,) = command.extensions
+        built.append(has_cuda_sources(extension))
+        extension._needs_stub = False  # as setuptools notes on what it was given
+        if built[-1]:
+            raise RuntimeError("Error compiling objects for extension")
+
+    extension = build_extensions(monkeypatch, str(tmp_path), build)
+    assert built == [True, False]
+    assert hasattr(extension, "_needs_stub")
+    message = f"fngd: installing without the CUDA sources: {tmp_path} does not build them, see above"
+    assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "switch", "reason"),
+    [("/usr", "1", "FNGD_NO_CUDA=1"), (None, "0", "no CUDA toolkit was found")],
+)
+def test_cuda_sources_that_are_not_asked_for_are_not_built(monkeypatch, toolkit, switch, reason, capfd):
+    monkeypatch.setenv("FNGD_NO_CUDA", switch)
+    assert not has_cuda_sources(build_extensions(monkeypatch, toolkit, lambda command: None))
+    assert f"fngd: installing without the CUDA sources: {reason}" in capfd.readouterr().err
+
+
+def test_what_does_not_compile_without_cuda_is_an_error(monkeypatch):
+    monkeypatch.setenv("FNGD_NO_CUDA", "1")
+
+    def build(command):
+        raise RuntimeError("Error compiling objects for extension")
+
+    with pytest.raises(RuntimeError, match="Error compiling"):
+        build_extensions(monkeypatch, "/usr", build)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import faults
 from bench.models import ResNet18
 from bench.peers import METHODS, Settings, available, steps
 from bench.peers.__main__ import main
@@ -49,6 +50,8 @@ def perceptron():
 @pytest.mark.parametrize("name", HERE)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_every_method_lowers_the_loss_of_a_convolutional_network(name, memory_format):
+    if memory_format is torch.channels_last and not name.startswith("fngd"):
+        faults.skip_where_torch_fails(faults.ONE_TAP)  # as it is in the shortcuts of two channels
     torch.manual_seed(0)
     model = ResNet18(3, 4, width=2).to(memory_format=memory_format)
     x = torch.randn(8, 3, 8, 8).to(memory_format=memory_format)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .convolution import Geometry, weight_gradient
 from .ids import check_ids
 from .products import accumulation_dtype
 
@@ -35,11 +36,13 @@ def combine_conv(
     """Return the weight gradient of the convolution for diag(s) E, and with bias the bias gradient."""
     if not x.shape[0]:
         return [x.new_zeros(weight_shape), *([e.new_zeros(weight_shape[0])] if bias else [])]
-    geometry = (weight_shape, stride, padding, dilation, groups)
     # On a CPU torch adds up samples in float16 where oneDNN does not serve.
     dtype = torch.float32 if e.dtype == torch.float16 and e.device.type == "cpu" else e.dtype
-    weight, bias_gradient = conv_weight_gradient(x.to(dtype), _scaled(e, s, dtype), *geometry, bias)
-    return [weight.to(e.dtype), *([bias_gradient.to(e.dtype)] if bias else [])]
+    scaled = _scaled(e, s, dtype)
+    weight = conv_weight_gradient(x.to(dtype), scaled, weight_shape, stride, padding, dilation, groups)
+    # By itself, because torch adds it up in bfloat16 where oneDNN does not serve.
+    bias_gradient = [scaled.sum([0, *range(2, e.ndim)]).to(e.dtype)] if bias else []
+    return [weight.to(e.dtype), *bias_gradient]
 
 
 def conv_weight_gradient(
@@ -50,26 +53,10 @@ def conv_weight_gradient(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    bias: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return the ordinary gradients of a convolution's weight and, with bias, of its bias."""
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-        # oneDNN leaves parts of the gradient unwritten for some other memory formats (torch 2.13).
-        x, e = x.contiguous(), e.contiguous()
-    _, weight, bias_gradient = torch.ops.aten.convolution_backward(
-        e,
-        x,
-        x.new_zeros(()).expand(weight_shape),
-        [weight_shape[0]] if bias else None,
-        stride,
-        padding,
-        dilation,
-        False,
-        [0] * len(stride),
-        groups,
-        [False, True, bias],
-    )
-    return weight.contiguous(), bias_gradient
+) -> Tensor:
+    """Return the ordinary gradient of a convolution's weight."""
+    geometry = Geometry(stride, padding, dilation, False, [0] * len(stride), groups)
+    return weight_gradient(e, x, x.new_zeros(()).expand(weight_shape), geometry).contiguous()
 
 
 def combine_embedding(

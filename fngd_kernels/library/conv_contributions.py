@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .convolution import Geometry, weight_gradient
+
 
 def conv_contributions(
     x: Tensor,
@@ -21,17 +23,10 @@ def conv_contributions(
     patches of one group at a time, so the patch tensor of the batch never exists.
     """
     (samples, groups, inputs), outputs = x.shape[:3], e.shape[2]
-    _, c, _ = torch.ops.aten.convolution_backward(
+    c = weight_gradient(
         e.to(dtype).reshape(1, -1, *e.shape[3:]),
         x.to(dtype).reshape(1, -1, *x.shape[3:]),
         x.new_zeros((), dtype=dtype).expand(samples * groups * outputs, inputs, *kernel),
-        None,
-        stride,
-        padding,
-        dilation,
-        False,
-        [0] * len(kernel),
-        samples * groups,
-        [False, True, False],
+        Geometry(stride, padding, dilation, False, [0] * len(kernel), samples * groups),
     )
     return c.reshape(samples, -1)

@@ -115,7 +115,7 @@ def combine_conv(
     if not _fused(x, e):
         return library.combine_conv(x, e, s, *geometry, bias)
     scaled, bias_gradient = scale_bias(e, s, 1, True, bias)
-    weight, _ = library.conv_weight_gradient(x, scaled, *geometry, False)
+    weight = library.conv_weight_gradient(x, scaled, *geometry)
     return [weight] if bias_gradient is None else [weight, bias_gradient]
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..library.convolution import Geometry
 from . import nodes_python
 from .library import LIBRARY
 
@@ -24,9 +25,8 @@ Sink = Callable[[Any, Tensor, bool, bool], Sequence[Tensor | None] | None]
 
 LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? scale) -> Tensor")
 LIBRARY.define(
-    "conv(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, "
-    "int[] stride, int[] padding, int[] dilation, int groups, bool transposed, "
-    "int[] output_padding) -> Tensor"
+    "conv(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, int[] stride, int[] padding, "
+    "int[] dilation, bool transposed, int[] output_padding, int groups) -> Tensor"
 )
 LIBRARY.define("embedding(Tensor ids, Tensor weight, Tensor? scale, int padding_idx) -> Tensor")
 LIBRARY.define("rows(Tensor parameter, int samples, Tensor? scale) -> Tensor")
@@ -41,7 +41,7 @@ def linear(
     """
     _check_scale(scale, x.shape[:1])
     if not native.AVAILABLE:
-        return nodes_python.Linear.apply(*nodes_python.autocast(x, weight, bias), scale, sink, False)
+        return nodes_python.linear(x, weight, bias, scale, sink)
     if sink is not None:
         return native.extension.captured_linear(x, weight, bias, sink)
     return torch.ops.fngd.linear(x, weight, bias, scale)
@@ -68,9 +68,9 @@ def conv(
     """
     _check_scale(scale, x.shape[:1])
     output_padding = [0] * len(stride) if output_padding is None else list(output_padding)
-    geometry = (list(stride), list(padding), list(dilation), groups, transposed, output_padding)
+    geometry = Geometry(list(stride), list(padding), list(dilation), transposed, output_padding, groups)
     if not native.AVAILABLE:
-        return nodes_python.Conv.apply(*nodes_python.autocast(x, weight, bias), scale, sink, geometry, None)
+        return nodes_python.conv(x, weight, bias, scale, sink, geometry)
     if sink is not None:
         return native.extension.captured_conv(x, weight, bias, sink, *geometry)
     return torch.ops.fngd.conv(x, weight, bias, scale, *geometry)
@@ -87,7 +87,7 @@ def embedding(
     """Return the rows of weight (V, D) that ids (N, ...) name; padding_idx is -1 where there is none."""
     _check_scale(scale, ids.shape[:1])
     if not native.AVAILABLE:
-        return nodes_python.Embedding.apply(ids, weight, scale, sink, padding_idx)
+        return nodes_python.embedding(ids, weight, scale, sink, padding_idx)
     if sink is not None:
         return native.extension.captured_embedding(ids, weight, sink, padding_idx)
     return torch.ops.fngd.embedding(ids, weight, scale, padding_idx)
@@ -97,7 +97,7 @@ def rows(parameter: Tensor, samples: int, scale: Tensor | None = None, sink: Sin
     """Return (samples, *parameter.shape), a copy for every sample; a sink receives (None, e)."""
     _check_scale(scale, (samples,))
     if not native.AVAILABLE:
-        return nodes_python.Rows.apply(parameter, samples, scale, sink)
+        return nodes_python.rows(parameter, samples, scale, sink)
     if sink is not None:
         return native.extension.captured_rows(parameter, samples, sink)
     return torch.ops.fngd.rows(parameter, samples, scale)

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from fngd_kernels import native
-
 from .capture import Layer, Member
 from .distributed import in_use, is_split
 from .gate import Gate, Passage
@@ -126,8 +124,7 @@ class Engine:
         member.layer.open_uses.add(sink)
         if sink.task != -1:
             self._open_task(sink.task)
-        # Nodes in Python hand over their uses also when no parameter's gradient is asked for: a gate knows.
-        if native.AVAILABLE and not _awaited(member.layer):
+        if not _awaited(member.layer):
             y = member.rule.forward(member.module, x, None, sink, *arguments)
             if member.layer.solves == 0:
                 self._watch(member)

@@ -1,0 +1,87 @@
+"""torch's convolutions, called so that they stay clear of its faults on a CPU (docs/reliability.md).
+
+csrc/nodes.cpp does the same for the native nodes.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_HAS_BFLOAT16 = (
+    hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
+
+
+class Geometry(NamedTuple):
+    """What torch.convolution is told beside its tensors, in its order."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    transposed: bool
+    output_padding: Sequence[int]
+    groups: int
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """Return the convolution of x."""
+    return torch.convolution(x, _in_usual_order(weight), bias, *geometry)
+
+
+def input_gradient(e: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Return the gradient by x, of which the shape alone is read."""
+    mask = [True, False, False]
+    weight = _in_usual_order(weight)
+    return torch.ops.aten.convolution_backward(e, x, weight, None, *geometry, mask)[0]
+
+
+def weight_gradient(e: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Return the gradient by the weight, of which shape and memory format alone are read."""
+    if x.device.type == "cpu":
+        if _skips_pixels(weight, geometry):
+            e, x, geometry = _without_strides(e, x, geometry)
+        if not _is_in_usual_order(weight):
+            weight = weight.new_empty(weight.shape)
+        if x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not _onednn_serves_bfloat16()):
+            # Torch by itself rounds the sum to 16 bits after every sample.
+            return weight_gradient(e.float(), x.float(), weight.float(), geometry).to(x.dtype)
+        if x.dtype == torch.bfloat16:
+            # oneDNN leaves parts of it unwritten in some other memory formats.
+            e, x, weight = e.contiguous(), x.contiguous(), weight.contiguous()
+    mask = [False, True, False]
+    return torch.ops.aten.convolution_backward(e, x, weight, None, *geometry, mask)[1]
+
+
+def _onednn_serves_bfloat16() -> bool:
+    return _HAS_BFLOAT16 and bool(torch.backends.mkldnn.enabled)
+
+
+def _skips_pixels(weight: Tensor, geometry: Geometry) -> bool:
+    """Return whether the kernel has one tap and passes over pixels."""
+    return max(geometry.stride) > 1 and not any(geometry.padding) and max(weight.shape[2:]) == 1
+
+
+def _without_strides(e: Tensor, x: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Geometry]:
+    """Return the same convolution on the pixels alone that it reads.
+
+    oneDNN copies these, too, but past the end of its scratch memory where channels come last and fill no
+    vector register.
+    """
+    fine, coarse = (e, x) if geometry.transposed else (x, e)
+    steps = zip(geometry.stride, coarse.shape[2:], strict=True)
+    read = fine[(slice(None), slice(None), *(slice(0, size * step, step) for step, size in steps))]
+    ones, zeros = (1,) * len(geometry.stride), (0,) * len(geometry.stride)
+    geometry = geometry._replace(stride=ones, output_padding=zeros)
+    return (read, x, geometry) if geometry.transposed else (e, read, geometry)
+
+
+def _is_in_usual_order(weight: Tensor) -> bool:
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
+    return weight.is_contiguous() or (last is not None and weight.is_contiguous(memory_format=last))
+
+
+def _in_usual_order(weight: Tensor) -> Tensor:
+    """Return the weight as torch's own formats have it: oneDNN misreads others in grouped convolutions."""
+    return weight if weight.device.type != "cpu" or _is_in_usual_order(weight) else weight.contiguous()
