@@ -275,7 +275,7 @@ struct ConvGeometry {
     return result;
   }
 
-  // oneDNN misreads other orders in grouped convolutions.
+  // oneDNN misreads some other orders in grouped convolutions.
   static Tensor in_usual_order(const Tensor& weight) {
     return weight.is_cpu() ? weight.contiguous(weight.suggest_memory_format()) : weight;
   }

@@ -176,32 +176,95 @@ def test_sink_receives_the_factors_of_every_use(case, implementation):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_sink_learns_where_the_bias_takes_part(case, implementation):
+def test_sink_learns_where_the_bias_takes_part_and_what_is_asked_for(case, implementation):
     node, geometry, x, weight, bias = CASES[case]()
     received = []
 
     def sink(a, e, biased, selective):
-        received.append(biased)
+        received.append((biased, selective))
         return torch.zeros_like(weight), torch.zeros_like(bias) if biased else None
 
     y = node(x, weight, bias, sink=sink, **geometry).tanh()
     (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     received.clear()
     dx.square().sum().backward()
-    assert sorted(received) == [False, True]  # the derivative's own use, and the map that it goes through
+    # The derivative's own use, and the map that it goes through.
+    assert sorted(received) == [(False, False), (True, False)]
 
 
-@pytest.mark.skipif(not native.AVAILABLE, reason="Python cannot tell which gradients are asked for")
 @pytest.mark.parametrize("case", CASES)
-def test_native_sink_is_called_only_for_weight_gradients(case):
+@pytest.mark.parametrize("leaf", [True, False])
+def test_sink_is_called_only_for_parameter_gradients(case, leaf, implementation):
     node, geometry, x, weight, bias = CASES[case]()
+    given = (weight, bias) if leaf else (weight * 2, bias * 2)
     calls = []
-    y = node(x, weight, bias, sink=lambda a, e, biased, selective: calls.append(selective), **geometry).sum()
-    torch.autograd.grad(y, x, retain_graph=True)
+    y = node(x, *given, sink=lambda a, e, biased, selective: calls.append(selective), **geometry).sum()
+    options = {"retain_graph": True, "allow_unused": True}
+    torch.autograd.grad(y, x, **options)
+    y.backward(inputs=[x], retain_graph=True)
     assert calls == []
-    torch.autograd.grad(y, weight, retain_graph=True, allow_unused=True)
+    for inputs in (weight, bias, given[0], (x, bias)):
+        torch.autograd.grad(y, inputs, **options)
+    y.backward(inputs=[weight, x], retain_graph=True)
+    assert calls == [True] * 5
     y.backward()
-    assert calls == [True, False]
+    assert calls == [True] * 5 + [False]
+
+
+def test_sinks_of_embeddings_and_rows_are_called_only_for_parameter_gradients(implementation):
+    weight, shift, calls = double(7, 3), double(4, 3), []
+    sink = lambda a, e, biased, selective: calls.append(selective)  # noqa: E731
+    y = nodes.embedding(torch.arange(4), weight, sink=sink) + nodes.rows(weight[0], 4, sink=sink) + shift
+    torch.autograd.grad(y.sum(), shift, retain_graph=True)
+    assert calls == []
+    torch.autograd.grad(y.sum(), weight, retain_graph=True, allow_unused=True)
+    y.sum().backward()
+    assert calls == [True, True, False, False]
+
+
+ORDERS = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "rows, channels, columns": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("transposed", "further"), [(False, 0), (True, 0), (True, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strided_convolutions_of_one_tap(order, transposed, further, dtype, implementation):
+    """Their weight gradient is that of an unstrided one on the pixels that are read."""
+    geometry = Geometry([2, 3], [0, 0], [1, 1], transposed, [further] * 2, 1)._asdict()
+    x, weight = (
+        torch.randn(3, 2, 7, 8).to(dtype),
+        torch.randn(*((2, 4) if transposed else (4, 2)), 1, 1).to(dtype),
+    )
+    x, weight = ORDERS[order](x), ORDERS[order](weight).requires_grad_()
+    y = nodes.conv(x, weight, None, torch.ones(3), **geometry)
+    e = ORDERS[order](torch.randn(y.shape).to(dtype))
+    (dw,) = torch.autograd.grad(y, weight, e)
+    exact = weight.detach().double().requires_grad_()
+    (truth,) = torch.autograd.grad(
+        torch_function(nodes.conv, geometry)(x.double(), exact, None), exact, e.double()
+    )
+    assert oracles.relative_error(dw, truth) < (1e-6 if dtype == torch.float32 else 2**-8)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_convolutions_with_a_weight_in_any_order(order, dtype, implementation):
+    """Where oneDNN misreads the weight: forward, and gradient at the input."""
+    geometry = {"stride": [2, 2], "padding": [1, 1], "dilation": [2, 2], "groups": 2}
+    x, weight = torch.randn(8, 16, 4, 4).to(dtype), ORDERS[order](torch.randn(20, 8, 2, 1).to(dtype))
+    x = ORDERS["channels last"](x).requires_grad_()
+    y = nodes.conv(x, weight, None, torch.ones(8), **geometry)
+    e = torch.randn(y.shape).to(dtype)
+    (dx,) = torch.autograd.grad(y, x, e)
+    exact = x.detach().double().requires_grad_()
+    truth = F.conv2d(exact, weight.double(), None, *geometry.values())
+    bound = 1e-6 if dtype == torch.float32 else 2**-7
+    assert oracles.relative_error(y, truth) < bound
+    assert oracles.relative_error(dx, torch.autograd.grad(truth, exact, e.double())[0]) < bound
 
 
 def test_embedding_and_rows(implementation):

@@ -71,17 +71,22 @@ def _without_strides(e: Tensor, x: Tensor, geometry: Geometry) -> tuple[Tensor, 
     """
     fine, coarse = (e, x) if geometry.transposed else (x, e)
     steps = zip(geometry.stride, coarse.shape[2:], strict=True)
-    read = fine[(slice(None), slice(None), *(slice(0, size * step, step) for step, size in steps))]
+    pixels = (slice(None), slice(None), *(slice(0, size * step, step) for step, size in steps))
+    read = fine[pixels]
     ones, zeros = (1,) * len(geometry.stride), (0,) * len(geometry.stride)
     geometry = geometry._replace(stride=ones, output_padding=zeros)
     return (read, x, geometry) if geometry.transposed else (e, read, geometry)
 
 
 def _is_in_usual_order(weight: Tensor) -> bool:
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
-    return weight.is_contiguous() or (last is not None and weight.is_contiguous(memory_format=last))
+    """Return whether the weight is contiguous, or has channels last with the strides torch gives them."""
+    step, strides = 1, [0] * weight.ndim
+    for d in (1, *range(weight.ndim - 1, 1, -1), 0):
+        strides[d] = step
+        step *= weight.shape[d]
+    return weight.is_contiguous() or weight.stride() == tuple(strides)
 
 
 def _in_usual_order(weight: Tensor) -> Tensor:
-    """Return the weight as torch's own formats have it: oneDNN misreads others in grouped convolutions."""
+    """Return the weight in such an order: oneDNN misreads some others in grouped convolutions."""
     return weight if weight.device.type != "cpu" or _is_in_usual_order(weight) else weight.contiguous()

@@ -11,7 +11,10 @@ from ..library import convolution
 from ..library.convolution import Geometry
 
 _EVERYTHING = torch.empty(0, device="cpu", requires_grad=True)
-"""A leaf behind every captured use, and in nobody's list of inputs: asked for only where all leaves are."""
+"""A leaf behind every captured use, and in nobody's list of inputs: asked for only where all leaves are.
+
+It is the last tensor that a node is given.
+"""
 
 
 def _is_asked_for(ctx: Any, edge: int) -> bool:
@@ -62,7 +65,7 @@ def conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, sink: Any, geometry: Geometry
 ) -> Tensor:
     """Return the convolution of x."""
-    return Conv.apply(*_autocast(x, weight, bias), scale, _everything(sink), sink, geometry, None)
+    return Conv.apply(*_autocast(x, weight, bias), scale, None, _everything(sink), sink, geometry)
 
 
 def embedding(ids: Tensor, weight: Tensor, scale: Tensor | None, sink: Any, padding_idx: int) -> Tensor:
@@ -111,7 +114,7 @@ class Conv(Function):
     """The convolution of x or, where `like` with the shape of its input is given, the adjoint."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, scale, everything, sink, geometry, like):
+    def forward(ctx, x, weight, bias, scale, like, everything, sink, geometry):
         ctx.save_for_backward(x, weight, scale)
         ctx.sink, ctx.geometry, ctx.adjoint = sink, geometry, like is not None
         ctx.has_bias = bias is not None
@@ -125,8 +128,9 @@ class Conv(Function):
         needs_x, needs_w, needs_b = ctx.needs_input_grad[:3]
         dx = dw = db = None
         if needs_x:
-            following = _everything(ctx.sink), ctx.sink, ctx.geometry, None if ctx.adjoint else x.detach()
-            dx = Conv.apply(gradient, weight, None, scale, *following)
+            like = None if ctx.adjoint else x.detach()
+            following = _everything(ctx.sink), ctx.sink, ctx.geometry
+            dx = Conv.apply(gradient, weight, None, scale, like, *following)
         if needs_w or needs_b:
             a, e = (gradient, x) if ctx.adjoint else (x, gradient)
             if ctx.sink is not None:
