@@ -92,6 +92,29 @@ def test_bfloat16_convolutions_in_the_order_of_channels():
         assert_combined(gradient, rows, s, x.dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_samples_are_added_up_in_float32(dtype):
+    """Where oneDNN does not serve, torch rounds the sum to 16 bits after every sample."""
+    shape = (4, 3, 3, 3)
+    x, e = (t.abs() / 16 for t in conv_case((512, 3, 6, 6), shape, {"padding": 1}, dtype))
+    s = torch.ones(len(x))
+    combined = fk.combine_conv(x, e, s, shape, padding=1, bias=True)
+    assert_combined(combined, oracles.conv_rows(x, e, shape, True, padding=1), s, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_strided_convolutions_of_one_tap(memory_format, dtype):
+    """Also of one sample, whose contributions are formed by an ordinary convolution."""
+    for n, shape, geometry in ((5, (4, 2, 1, 1), {"stride": (2, 3)}), (1, (3, 1, 1, 1), {"stride": 2})):
+        x, e = conv_case((n, shape[1], 8, 9), shape, geometry, dtype)
+        x, e = (t.contiguous(memory_format=memory_format) for t in (x, e))
+        s, rows = coefficients(n, dtype), oracles.conv_rows(x, e, shape, True, **geometry)
+        assert_combined(fk.combine_conv(x, e, s, shape, bias=True, **geometry), rows, s, dtype)
+        k = fk.gram_conv(x, e, shape, bias=True, **geometry)
+        assert oracles.relative_error(k, rows @ rows.T) < TOLERANCE[dtype]
+
+
 def test_no_gradients_are_recorded():
     a, e = (t.requires_grad_() for t in linear_case(4, 20, 5, 3))
     s = torch.ones(4, requires_grad=True)
