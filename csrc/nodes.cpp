@@ -239,7 +239,10 @@ struct ConvGeometry {
     if (x.is_cpu() && (x.scalar_type() == at::kHalf ||
                        (x.scalar_type() == at::kBFloat16 && !onednn_serves_bfloat16()))) {
       // Torch by itself rounds the sum to 16 bits after every sample.
-      return weight_gradient(e.to(at::kFloat), x.to(at::kFloat), weight.to(at::kFloat)).to(x.scalar_type());
+      const auto wide = [](const Tensor& t) {
+        return t.to(t.options().dtype(at::kFloat), /*non_blocking=*/false, /*copy=*/false, at::MemoryFormat::Contiguous);
+      };
+      return weight_gradient(wide(e), wide(x), wide(weight)).to(x.scalar_type());
     }
     if (x.is_cpu() && x.scalar_type() == at::kBFloat16) {
       // oneDNN leaves parts of it unwritten in some other memory formats.

@@ -4,6 +4,7 @@ csrc/nodes.cpp does the same for the native nodes.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -46,7 +47,8 @@ def weight_gradient(e: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) ->
             weight = weight.new_empty(weight.shape)
         if x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not _onednn_serves_bfloat16()):
             # Torch by itself rounds the sum to 16 bits after every sample.
-            return weight_gradient(e.float(), x.float(), weight.float(), geometry).to(x.dtype)
+            wide = partial(torch.Tensor.to, dtype=torch.float32, memory_format=torch.contiguous_format)
+            return weight_gradient(wide(e), wide(x), wide(weight), geometry).to(x.dtype)
         if x.dtype == torch.bfloat16:
             # oneDNN leaves parts of it unwritten in some other memory formats.
             e, x, weight = e.contiguous(), x.contiguous(), weight.contiguous()
