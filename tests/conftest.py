@@ -1,14 +1,15 @@
 """Shared fixtures."""
 
 import os
-import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
-# One for each instruction set: inductor takes what it compiled for another one, and computes wrong numbers.
-COMPILED = f"{tempfile.gettempdir()}/fngd-inductor-{torch.backends.cpu.get_cpu_capability()}"
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", COMPILED)
+# One cache for each instruction set: inductor would take what it compiled for another one, and compute wrong
+# numbers.
+COMPILED = Path(__file__).parents[1] / "build" / f"inductor-{torch.backends.cpu.get_cpu_capability()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILED))
 
 # MKL's batched LU (torch.linalg.solve, the truth of several tests) fails, or returns wrong numbers, once the
 # number of threads was lowered to one and raised again in a process: tests start with one and stay there.
