@@ -235,18 +235,14 @@ ORDERS = {
 def test_strided_convolutions_of_one_tap(order, transposed, further, dtype, implementation):
     """Their weight gradient is that of an unstrided one on the pixels that are read."""
     geometry = Geometry([2, 3], [0, 0], [1, 1], transposed, [further] * 2, 1)._asdict()
-    x, weight = (
-        torch.randn(3, 2, 7, 8).to(dtype),
-        torch.randn(*((2, 4) if transposed else (4, 2)), 1, 1).to(dtype),
-    )
-    x, weight = ORDERS[order](x), ORDERS[order](weight).requires_grad_()
+    x, weight = torch.randn(3, 2, 7, 8), torch.randn(*((2, 4) if transposed else (4, 2)), 1, 1)
+    x, weight = ORDERS[order](x.to(dtype)), ORDERS[order](weight.to(dtype)).requires_grad_()
     y = nodes.conv(x, weight, None, torch.ones(3), **geometry)
     e = ORDERS[order](torch.randn(y.shape).to(dtype))
     (dw,) = torch.autograd.grad(y, weight, e)
     exact = weight.detach().double().requires_grad_()
-    (truth,) = torch.autograd.grad(
-        torch_function(nodes.conv, geometry)(x.double(), exact, None), exact, e.double()
-    )
+    y = torch_function(nodes.conv, geometry)(x.double(), exact, None)
+    (truth,) = torch.autograd.grad(y, exact, e.double())
     assert oracles.relative_error(dw, truth) < (1e-6 if dtype == torch.float32 else 2**-8)
 
 

@@ -36,7 +36,7 @@ def combine_conv(
     """Return the weight gradient of the convolution for diag(s) E, and with bias the bias gradient."""
     if not x.shape[0]:
         return [x.new_zeros(weight_shape), *([e.new_zeros(weight_shape[0])] if bias else [])]
-    # On a CPU torch adds up samples in float16 where oneDNN does not serve.
+    # On a CPU float16 is summed in float32 anyway: its weighted gradients need not be rounded before.
     dtype = torch.float32 if e.dtype == torch.float16 and e.device.type == "cpu" else e.dtype
     scaled = _scaled(e, s, dtype)
     weight = conv_weight_gradient(x.to(dtype), scaled, weight_shape, stride, padding, dilation, groups)
