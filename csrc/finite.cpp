@@ -8,9 +8,10 @@
 #include <vector>
 
 #ifdef FNGD_WITH_CUDA
-#include <ATen/cuda/CUDAContext.h>
+// Not ATen/cuda: it includes headers of libraries that many toolkits come without.
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #endif
 
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
@@ -76,7 +77,7 @@ Tensor found_non_finite_device(at::TensorList tensors) {
   fngd::FiniteLaunch launch;
   const auto flush = [&] {
     if (launch.tensors == 0) return;
-    C10_CUDA_CHECK(fngd::find_non_finite(launch, found.mutable_data_ptr<float>(), at::cuda::getCurrentCUDAStream()));
+    C10_CUDA_CHECK(fngd::find_non_finite(launch, found.mutable_data_ptr<float>(), c10::cuda::getCurrentCUDAStream()));
     launch.tensors = 0;
   };
   for (const Tensor& tensor : tensors) {

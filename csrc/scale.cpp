@@ -11,9 +11,10 @@
 #include <vector>
 
 #ifdef FNGD_WITH_CUDA
-#include <ATen/cuda/CUDAContext.h>
+// Not ATen/cuda: it includes headers of libraries that many toolkits come without.
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #endif
 
 namespace {
@@ -87,14 +88,15 @@ std::optional<Results> fused(const Tensor& e, const Tensor& s, int64_t channel, 
   params.stride_s = weights.stride(0);
   params.scaled = scaled ? std::get<0>(result).mutable_data_ptr() : nullptr;
   params.bias = bias ? std::get<1>(result).mutable_data_ptr() : nullptr;
-  const int multiprocessors = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+  int multiprocessors = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, e.get_device()));
   if (!fngd::plan_scale(params, e.element_size(), multiprocessors)) return {};
   Tensor partial;
   if (bias && params.parts > 1) {
     partial = at::empty({int64_t{params.parts}, int64_t{params.channels}}, e.options().dtype(wide));
     params.partial = partial.mutable_data_ptr();
   }
-  C10_CUDA_CHECK(fngd::launch_scale_bias(params, *type, at::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(fngd::launch_scale_bias(params, *type, c10::cuda::getCurrentCUDAStream()));
   return result;
 }
 #endif

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -175,3 +177,24 @@ def test_what_does_not_compile_without_cuda_is_an_error(monkeypatch):
 
     with pytest.raises(RuntimeError, match="Error compiling"):
         build_extensions(monkeypatch, "/usr", build)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_cuda_headers_are_those_that_every_toolkit_has(tmp_path):
+    sources = (Path(__file__).parents[1] / "csrc").glob("*.cpp")
+    includes = {
+        line for path in sources for line in re.findall("#include <.*cuda.*>", path.read_text(), re.I)
+    }
+    assert len(includes) > 2
+    source = tmp_path / "headers.cpp"
+    source.write_text("\n".join(includes))
+    # torch's CPU builds come without this one, which its build writes
+    generated = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"
+    generated.parent.mkdir(parents=True)
+    generated.touch()
+    paths = [f"-I{path}" for path in (*cpp_extension.include_paths(), tmp_path)]
+    done = subprocess.run(["nvcc", "-std=c++20", "-M", *paths, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "cuda_runtime_api.h" in done.stdout
+    # a toolkit made of wheels has none of these libraries' headers
+    assert not re.findall(r"(?:cublas|cusparse|cusolver|curand|cufft|cudnn|nccl)\w*\.h", done.stdout)
