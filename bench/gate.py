@@ -1,6 +1,6 @@
 """The correctness gate before timing: FNGD's figures of single layers against float64.
 
-A pass is compared with its own layer inputs and output gradients: two passes of a network in 16 bits may round
+A pass is compared with its own layer inputs and output gradients: two passes in 16 bits may round
 differently, and behind BatchNorm that moves gradients by tens of percent.
 """
 

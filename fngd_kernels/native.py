@@ -1,5 +1,6 @@
 """The compiled extension, when there is one: importing it registers its kernels with torch."""
 
+import functools
 import importlib
 import os
 import warnings
@@ -21,3 +22,16 @@ except ImportError as error:
         "To build it, install a C++ compiler and run `pip install --no-build-isolation -e .`",
         stacklevel=2,
     )
+
+
+@functools.cache
+def warn_of_missing_cuda() -> None:
+    """Say once what is slower where the extension lacks its CUDA part, when a CUDA tensor asks for it."""
+    if AVAILABLE:
+        warnings.warn(
+            "fngd_kernels works without the CUDA part of its native extension: results are the same, but "
+            "batched solves, tests of gradients and weighted sums of CUDA tensors go through plain torch and "
+            "are slower. To build it, install a CUDA toolkit of the version that torch was built with; "
+            "`pip install --no-build-isolation -v -e .` says what is missing",
+            stacklevel=2,
+        )

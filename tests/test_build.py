@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from setuptools import Distribution
 from torch.utils import cpp_extension
 
 import fngd_kernels as fk
+from fngd_kernels import native
+from fngd_kernels.ops import finite, scale_bias, solve
 
 BLOCK = """
 import json, sys, warnings
@@ -182,9 +185,8 @@ def test_what_does_not_compile_without_cuda_is_an_error(monkeypatch):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_cuda_headers_are_those_that_every_toolkit_has(tmp_path):
     sources = (Path(__file__).parents[1] / "csrc").glob("*.cpp")
-    includes = {
-        line for path in sources for line in re.findall("#include <.*cuda.*>", path.read_text(), re.I)
-    }
+    lines = [line for path in sources for line in path.read_text().splitlines()]
+    includes = {line for line in lines if re.match("#include <.*cuda", line)}
     assert len(includes) > 2
     source = tmp_path / "headers.cpp"
     source.write_text("\n".join(includes))
@@ -198,3 +200,30 @@ def test_cuda_headers_are_those_that_every_toolkit_has(tmp_path):
     assert "cuda_runtime_api.h" in done.stdout
     # a toolkit made of wheels has none of these libraries' headers
     assert not re.findall(r"(?:cublas|cusparse|cusolver|curand|cufft|cudnn|nccl)\w*\.h", done.stdout)
+
+
+class OnCuda(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    "fallback",
+    [
+        lambda k: finite._found_non_finite([k]),
+        lambda k: scale_bias._scale_bias(k, k[:, 0, 0], 1, True, True),
+        lambda k: solve._solve_library(k, k[:, 0, 0], None),
+    ],
+)
+def test_cuda_tensors_without_the_cuda_part_are_named_once(fallback, monkeypatch):
+    native.warn_of_missing_cuda.cache_clear()
+    monkeypatch.setattr(native, "AVAILABLE", True)
+    k = torch.eye(3).expand(2, 3, 3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fallback(k)
+        assert not caught
+        for _ in range(2):
+            fallback(k.as_subclass(OnCuda))
+    native.warn_of_missing_cuda.cache_clear()
+    (message,) = (str(w.message) for w in caught)
+    assert "without the CUDA part of its native extension" in message

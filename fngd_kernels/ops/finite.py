@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import native  # noqa: F401 - registers the native kernels
+from .. import native
 from .library import LIBRARY, register
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -38,6 +38,8 @@ def _found_non_finite(tensors: Sequence[Tensor]) -> Tensor:
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
             raise TypeError(f"tensors: expected float64, float32, bfloat16 or float16, got {tensor.dtype}")
+    if tensors[0].is_cuda:
+        native.warn_of_missing_cuda()
     # The largest magnitude, unlike a sum, cannot overflow; it is NaN where any element is.
     device = tensors[0].device
     largest = [torch.linalg.vector_norm(t, math.inf).to(device, torch.float64) for t in tensors if t.numel()]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import native  # noqa: F401 - registers the CUDA kernel
+from .. import native
 from ..arguments import flag, integer
 from ..library.products import accumulation_dtype
 from .checks import check_coefficients, check_floating
@@ -38,6 +38,8 @@ def scale_bias(e: Tensor, s: Tensor, channel: int, scaled: bool, bias: bool) -> 
 
 
 def _scale_bias(e: Tensor, s: Tensor, channel: int, scaled: bool, bias: bool) -> Results:
+    if e.is_cuda:
+        native.warn_of_missing_cuda()
     dtype = accumulation_dtype(e.dtype)
     product = e.to(dtype) * s.to(dtype).view(-1, *[1] * (e.ndim - 1))
     others = [axis for axis in range(e.ndim) if axis != channel]

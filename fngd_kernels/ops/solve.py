@@ -6,7 +6,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .. import native  # noqa: F401 - registers the native kernels
+from .. import native
 from ..arguments import flag
 from .checks import check_solve
 from .library import LIBRARY, call, register
@@ -78,6 +78,8 @@ def _solve_library(
 ) -> tuple[Tensor, Tensor]:
     """Solve with torch.linalg; native kernels registered for a device take precedence over this."""
     n = k.shape[-1]
+    if k.is_cuda and suits_native(k):
+        native.warn_of_missing_cuda()
     if k.numel() == 0:
         return k.new_empty(k.shape[:-1]), k.new_zeros(k.shape[:-2], dtype=torch.int32)
     shifted = k.tril()
