@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -10,25 +11,49 @@ from pathlib import Path
 
 import torch
 
+from fngd_kernels import native
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def describe(device: torch.device) -> dict[str, str | float | bool | None]:
-    """Commit, whether the checkout has uncommitted changes, date, versions, processor, load, GPU, threads."""
+    """Commit, whether the checkout has uncommitted changes, date, versions, processor, load, GPU, threads.
+
+    FNGD_COMMIT and FNGD_DIRTY (1 or 0) say the first two where the code lies without its git repository.
+    extension: what of the native extension is there: "cuda", "cpu" or nothing
+    """
+    commit = _git("rev-parse", "--short=12", "HEAD")
     # results are appended to files of the repository, which must not make the next ones look uncommitted
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    dirty = {"1": True, "0": False}.get(os.environ.get("FNGD_DIRTY", ""))
     return {
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "uncommitted_changes": bool(changes) if changes is not None else None,
+        "commit": commit or os.environ.get("FNGD_COMMIT"),
+        "uncommitted_changes": dirty if changes is None else bool(changes),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "extension": _extension(),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
+
+
+def _extension() -> str | None:
+    if not native.AVAILABLE:
+        return None
+    return "cuda" if torch._C._dispatch_has_kernel_for_dispatch_key("fngd::solve", "CUDA") else "cpu"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _git(*arguments: str) -> str | None:

@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     device = torch.device(options.device)
     calls = 20 if device.type == "cuda" else 1
-    where = environment.describe(device) | {"cuda": torch.version.cuda}
+    where = environment.describe(device)
     output = options.output or record.RESULTS / ("gpu.jsonl" if device.type == "cuda" else "cpu.jsonl")
     failed = 0
     done: list[dict[str, Any]] = []

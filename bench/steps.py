@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     modes = options.mode or [mode for mode in MODES if mode != "graphed" or device.type == "cuda"]
     rounds, calls = options.rounds, 10 if device.type == "cuda" else 1
-    where = environment.describe(device) | {"cuda": torch.version.cuda}
+    where = environment.describe(device)
     output = options.output or record.RESULTS / ("gpu.jsonl" if device.type == "cuda" else "cpu.jsonl")
     start, missing = time.monotonic(), 0
     for name in options.network:

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 import fngd_kernels as fk
+from bench import ceilings
+from bench.ceilings import Ceilings
+from bench.kernels import __main__ as kernels_main
 from bench.kernels import plain, plot, summary
 from bench.kernels.__main__ import main
 from bench.kernels.cases import cases
@@ -136,19 +139,75 @@ def test_shapes_are_those_of_the_networks():
 
 def test_quick_takes_each_shape_once():
     chosen = list(cases(NETWORKS, [torch.bfloat16], CPU, quick=True))
-    layers = [(case.op, case.layer) for case in chosen if case.op not in ("solve", "gram_hadamard")]
+    once = [case for case in chosen if case.op not in ("solve", "gram_hadamard")]
+    layers = [(case.op, case.layer, case.dtype) for case in once]
     assert len(layers) == len(set(layers))
     everything = list(cases(NETWORKS, [torch.bfloat16], CPU, quick=False))
     assert {(case.op, case.layer) for case in everything} == {(case.op, case.layer) for case in chosen}
 
 
 def test_roofline_is_the_slower_of_compute_and_memory():
-    seconds, bound = roofline(Work(((10**12, "bf16"), (10**12, "tf32")), 10), "NVIDIA H200")
-    assert seconds == pytest.approx(2 / 989 + 2 / 494)
+    ceilings = Ceilings(4e12, {"bf16": 800e12, "tf32": 400e12, "fp32": 50e12})
+    seconds, bound = roofline(Work(((10**12, "bf16"), (10**12, "tf32")), 10), ceilings)
+    assert seconds == pytest.approx(2 / 800 + 2 / 400)
     assert bound == "compute"
-    assert roofline(Work((), 48 * 10**9), "NVIDIA H200") == (pytest.approx(0.01), "memory")
-    assert roofline(Work((), 1), "another") is None
+    assert roofline(Work((), 4 * 10**10), ceilings) == (pytest.approx(0.01), "memory")
     assert roofline(Work((), 1), None) is None
+
+
+def test_ceilings_are_those_of_the_device_in_the_file_or_measured(tmp_path, monkeypatch):
+    path, gpu = tmp_path / "ceilings.jsonl", torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "GPU A")
+    monkeypatch.setattr(ceilings, "measure", lambda _: measured.pop())
+    measured = [Ceilings(2.0, {}), Ceilings(1.0, {"bf16": 3.0})]
+    assert ceilings.known(path, CPU) is None
+    assert ceilings.known(path, gpu) == ceilings.known(path, gpu) == Ceilings(1.0, {"bf16": 3.0})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "GPU B")
+    assert ceilings.known(path, gpu).bytes_per_second == 2.0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["gpu"] for row in rows] == ["GPU A", "GPU B"]
+
+
+def test_ceilings_count_what_is_moved_and_multiplied(monkeypatch, capsys):
+    seconds = {"copy": 2.0, "product": 4.0}
+    monkeypatch.setattr(ceilings, "_seconds", lambda run, _: seconds["product" if run() is None else "copy"])
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda *_: None)
+    found = ceilings.measure(CPU, order=8, copied=1000)
+    assert found == Ceilings(1000, dict.fromkeys(("bf16", "tf32", "fp32"), 2 * 8**3 / 4))
+
+
+def test_what_is_asked_for_first_comes_first(tmp_path, capsys):
+    command = ["--tiny", "--device", "cpu", "--gate", "--dtypes", "float32", "--first", "^solve|T=1 3->2"]
+    assert main(command) == 0
+    names = [line.split("/")[0] for line in capsys.readouterr().out.splitlines() if "/tiny/" in line]
+    assert sorted(names[:4]) == ["combine", "combine with bias", "gram", "solve"]
+    assert len(names) > 10
+
+
+def test_no_case_follows_on_a_device_that_is_lost(monkeypatch, capsys):
+    def lost(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(kernels_main, "check", lost)
+    command = ["--tiny", "--device", "cpu", "--gate"]
+    everything = main(command)
+    monkeypatch.setattr(kernels_main, "synchronise", lost)
+    assert main(command) == 1 < everything
+    assert "the device is lost to this process" in capsys.readouterr().out
+
+
+def test_embeddings_are_measured_in_the_dtype_that_autocast_gives():
+    chosen = list(cases([TINY], [torch.bfloat16, torch.float32], CPU, quick=True))
+    dtypes = [case.dtype for case in chosen if case.op == "gram_embedding"]
+    assert dtypes == [torch.bfloat16, torch.float32]
+
+
+def test_convolutions_are_measured_in_both_layouts():
+    chosen = [case for case in cases([TINY], [torch.float32], CPU, quick=True) if case.op == "gram_conv"]
+    assert [case.layer.split()[-1] for case in chosen] == ["channels_last", "NCHW"]
+    formats = (torch.channels_last, torch.contiguous_format)
+    for case, memory_format in zip(chosen, formats, strict=True):
+        assert all(t.is_contiguous(memory_format=memory_format) for t in case.inputs())
 
 
 def test_of_repeated_measurements_the_last_counts():

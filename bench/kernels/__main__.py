@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import math
 import random
 import re
@@ -14,10 +13,12 @@ from pathlib import Path
 import torch
 
 from bench import environment, record
+from bench.ceilings import CEILINGS, known
 from bench.kernels import summary
 from bench.kernels.cases import cases
 from bench.kernels.run import Row, check, run
 from bench.kernels.shapes import NETWORKS, TINY
+from bench.timing import synchronise
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -31,15 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtypes = options.dtypes or (["bfloat16"] if options.quick else ["bfloat16", "float32"])
     networks = [TINY] if options.tiny else NETWORKS
     rounds = options.rounds or (7 if options.quick else 21)
-    where = environment.describe(device) | {"triton": _version("triton"), "cuda": torch.version.cuda}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    where = environment.describe(device)
     chosen = [
         case
         for case in cases(networks, [DTYPES[name] for name in dtypes], device, quick=options.quick)
         if re.search(options.shapes, case.name)
     ]
-    # What fits into --seconds is then a fair sample.
+    # What fits into --seconds is then a fair sample, but for what is asked for first.
     random.Random(0).shuffle(chosen)
+    chosen.sort(key=lambda case: re.search(options.first, case.name) is None)
+    ceilings = None if options.gate else known(options.ceilings, device)
     done: list[Row] = []
     failed = taken = 0
     start = time.monotonic()
@@ -52,11 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.gate:
                 print(case.name, check(case, case.inputs()), sep=" | ", flush=True)
                 continue
-            rows = run(case, rounds=rounds, device=device)
+            rows = run(case, rounds=rounds, device=device, ceilings=ceilings)
         except Exception as error:
             # A kernel that is wrong, fails or does not compile gets no figure; the other cases still do.
             failed += 1
             print(f"FAILED {case.name}: {type(error).__name__}: {error}", flush=True)
+            if not _usable(device):
+                print("the device is lost to this process: no further case", flush=True)
+                break
             continue
         rows = [{**row, **where} for row in rows]
         record.append(options.output, rows)
@@ -68,6 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return failed
 
 
+def _usable(device: torch.device) -> bool:
+    """Return whether kernels can still run: after an illegal access none can."""
+    try:
+        synchronise(device)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench.kernels", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -76,17 +90,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gate", action="store_true", help="check against float64, time nothing")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after that time")
     parser.add_argument("--shapes", default="", metavar="REGEX", help="op/network/layer/N=batch/dtype")
+    parser.add_argument(
+        "--first", default="", metavar="REGEX", help="begin with these, named as for --shapes"
+    )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--ceilings", type=Path, default=CEILINGS, help="measured where it lacks this device")
     parser.add_argument("--output", type=Path, default=record.RESULTS / "kernels.jsonl")
     return parser
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

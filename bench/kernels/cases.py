@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from bench.kernels.conv import conv_cases
 from bench.kernels.embedding import embedding_cases
 from bench.kernels.linear import hadamard_case, linear_cases
 from bench.kernels.roofline import Work
-from bench.kernels.shapes import Conv, Layer, Linear, Network
+from bench.kernels.shapes import Conv, Embedding, Layer, Linear, Network
 
 DAMPING = 0.1
 
@@ -31,10 +32,11 @@ def cases(
             for dtype in dtypes:
                 setting = Setting(network.name, batch, dtype, device)
                 for layer in network.layers:
-                    shape = str(layer), dtype
-                    if shape not in seen:
-                        yield from _layer_cases(setting, layer)
-                    seen.add(shape)
+                    for kind in _dtypes(layer, dtype):
+                        shape = str(layer), kind
+                        if shape not in seen:
+                            yield from _layer_cases(replace(setting, dtype=kind), layer)
+                        seen.add(shape)
                 rows = [
                     layer for layer in network.layers if isinstance(layer, Linear) and layer.positions == 1
                 ]
@@ -42,6 +44,12 @@ def cases(
                     yield hadamard_case(setting, rows)
             count = sum(layer.count for layer in network.layers)
             yield _solve_case(Setting(network.name, batch, torch.float32, device), count)
+
+
+def _dtypes(layer: Layer, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Return the dtypes of gradients in a network of 16 bits: under autocast embeddings give float32."""
+    both = isinstance(layer, Embedding) and dtype != torch.float32
+    return (dtype, torch.float32) if both else (dtype,)
 
 
 def _layer_cases(setting: Setting, layer: Layer) -> Iterator[Case]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 import fngd_kernels as fk
@@ -13,24 +14,32 @@ from bench.kernels.roofline import Work
 from bench.kernels.shapes import Conv
 from fngd_kernels.ops.scale_bias import scale_bias
 
+LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
+
 
 def conv_cases(setting: Setting, layer: Conv) -> Iterator[Case]:
-    """Yield the Gram matrix, the scaled output gradient and the weighted gradient."""
-    n = setting.batch
+    """Yield the Gram matrix, the scaled output gradient and the weighted gradient, each in both layouts."""
+    for layout in LAYOUTS:
+        yield from _layout_cases(setting, layer, layout)
+
+
+def _layout_cases(setting: Setting, layer: Conv, layout: str) -> Iterator[Case]:
+    n, name = setting.batch, f"{layer} {layout}"
 
     def inputs() -> tuple[Tensor, ...]:
         x = setting.random(n, layer.inputs, layer.image, layer.image)
-        return x, setting.random(n, layer.outputs, layer.space, layer.space)
+        e = setting.random(n, layer.outputs, layer.space, layer.space)
+        return x.to(memory_format=LAYOUTS[layout]), e.to(memory_format=LAYOUTS[layout])
 
     elements_x = n * layer.inputs * layer.image**2
     elements_e = n * layer.outputs * layer.space**2
     moved = (elements_x + elements_e) * setting.dtype.itemsize
-    yield _gram(setting, layer, inputs, moved)
-    yield _scale_bias(setting, layer, inputs, 2 * elements_e * setting.dtype.itemsize)
-    yield _combine(setting, layer, inputs, moved)
+    yield _gram(setting, layer, name, inputs, moved)
+    yield _scale_bias(setting, name, inputs, 2 * elements_e * setting.dtype.itemsize)
+    yield _combine(setting, layer, name, inputs, moved)
 
 
-def _gram(setting: Setting, layer: Conv, inputs: Inputs, moved: int) -> Case:
+def _gram(setting: Setting, layer: Conv, name: str, inputs: Inputs, moved: int) -> Case:
     n = setting.batch
     formed = (n * layer.space**2 * layer.weights, setting.arithmetic)
     contracted = (n * n // 2 * layer.weights, setting.contraction)
@@ -50,21 +59,21 @@ def _gram(setting: Setting, layer: Conv, inputs: Inputs, moved: int) -> Case:
         contenders["fused explicit"] = Contender(
             lambda x, e: gram_conv_explicit(x, e, layer.weight_shape, stride, padding, [1, 1], 1, False), work
         )
-    return setting.case("gram_conv", layer, inputs, unfolded, contenders)
+    return setting.case("gram_conv", name, inputs, unfolded, contenders)
 
 
-def _scale_bias(setting: Setting, layer: Conv, inputs: Inputs, moved: int) -> Case:
+def _scale_bias(setting: Setting, name: str, inputs: Inputs, moved: int) -> Case:
     work = Work((), moved)
     contenders = {
         "fngd": Contender(lambda e, s: scale_bias(e, s, 1, True, True), work),
         "plain": Contender(plain.scale_bias, work, "plain"),
     }
     return setting.case(
-        "scale_bias", layer, lambda: (inputs()[1], setting.coefficients()), plain.scale_bias, contenders
+        "scale_bias", name, lambda: (inputs()[1], setting.coefficients()), plain.scale_bias, contenders
     )
 
 
-def _combine(setting: Setting, layer: Conv, inputs: Inputs, moved: int) -> Case:
+def _combine(setting: Setting, layer: Conv, name: str, inputs: Inputs, moved: int) -> Case:
     macs = setting.batch * layer.space**2 * layer.weights
     work = Work(((macs, setting.arithmetic),), moved + layer.weights * setting.dtype.itemsize)
 
@@ -84,6 +93,4 @@ def _combine(setting: Setting, layer: Conv, inputs: Inputs, moved: int) -> Case:
             lambda x, e, s: plain.unweighted_conv(x, e, layer, True), work, "unweighted"
         ),
     }
-    return setting.case(
-        "combine_conv", layer, lambda: (*inputs(), setting.coefficients()), scaled, contenders
-    )
+    return setting.case("combine_conv", name, lambda: (*inputs(), setting.coefficients()), scaled, contenders)

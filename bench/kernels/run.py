@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.ceilings import Ceilings
 from bench.kernels.case import Case
 from bench.kernels.roofline import roofline
 from bench.kernels.timing import buffers_for, measure, workspace
@@ -17,14 +18,15 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 Row = dict[str, Any]
 
 
-def run(case: Case, *, rounds: int, device: torch.device) -> list[Row]:
+def run(case: Case, *, rounds: int, device: torch.device, ceilings: Ceilings | None = None) -> list[Row]:
     """Return one row for each contender.
+
+    ceilings: of the device, for shares of the roofline
 
     Raises: AssertionError when a kernel's error exceeds twice the best plain one's and a tolerance.
     """
     first = case.inputs()
     errors = check(case, first)
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     held = {name: workspace(contender.run, first, device) for name, contender in case.contenders.items()}
     sets = [first, *(case.inputs() for _ in range(buffers_for(first, device) - 1))]
     timings, how = measure(
@@ -37,7 +39,7 @@ def run(case: Case, *, rounds: int, device: torch.device) -> list[Row]:
     rows: list[Row] = []
     for name, contender in case.contenders.items():
         timing = timings[name]
-        limit = roofline(contender.work, gpu)
+        limit = roofline(contender.work, ceilings)
         rows.append(
             {
                 "op": case.op,
@@ -47,7 +49,11 @@ def run(case: Case, *, rounds: int, device: torch.device) -> list[Row]:
                 "dtype": str(case.dtype).removeprefix("torch."),
                 "contender": name,
                 "role": contender.role,
-                "path": "library on the CPU" if gpu is None else "dispatched" if name == "fngd" else "direct",
+                "path": "library on the CPU"
+                if device.type == "cpu"
+                else "dispatched"
+                if name == "fngd"
+                else "direct",
                 "baseline": baseline,
                 "ratio": timing.median / timings[baseline].median,
                 "median_s": timing.median,
