@@ -8,6 +8,7 @@ from torch import nn
 import faults
 from bench.models import ResNet18
 from bench.peers import METHODS, Settings, available, steps
+from bench.peers import __main__ as peers_main
 from bench.peers.__main__ import main
 from bench.peers.base import Method
 from bench.peers.muon import as_matrix, hidden_weights
@@ -160,3 +161,22 @@ def test_method_that_fails_does_not_cost_the_others_their_rows(tmp_path, capsys,
     assert main([*arguments, "--device", "cpu", "--output", str(output)]) == 1
     assert [json.loads(line)["contender"] for line in output.read_text().splitlines()] == ["sgd"]
     assert "FAILED muon: RuntimeError: no such device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("device", "period", "length"), [("cuda", 1, 10), ("cuda", 4, 12), ("cuda", 100, 100), ("cpu", 4, 4)]
+)
+def test_a_turn_has_whole_periods_and_on_a_gpu_ten_steps(device, period, length):
+    method = Method("Other", (0.1,), METHODS["sgd"].build, period=period)
+    assert steps.turn_length(method, torch.device(device)) == length
+
+
+def test_no_gate_no_figures(tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise AssertionError("coefficients of 0: relative deviation 1")
+
+    monkeypatch.setattr(peers_main.gate, "check", fail)
+    output = tmp_path / "peers.jsonl"
+    assert main(["--size", "tiny", "--device", "cpu", "--output", str(output)]) == 2
+    assert capsys.readouterr().out.count("gate: AssertionError: coefficients of 0") == 2
+    assert not output.exists()
