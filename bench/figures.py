@@ -31,18 +31,29 @@ STYLES = {
 
 
 def save_curves(path: Path, final: Mapping[str, list[Run]], *, title: str, target: float) -> None:
-    """Draw the final runs of each method: line = mean over seeds, band = lowest to highest seed."""
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    """Draw the final runs of each method: line = mean over seeds, band = lowest to highest seed.
+
+    Runs that shared the device are not drawn over seconds.
+    """
+    done = {method: [run for run in runs if not run.diverged] for method, runs in final.items()}
+    timed = {method: [run for run in runs if not run.shared_device] for method, runs in done.items()}
+    columns = 2 if any(timed.values()) else 1
+    figure = Figure(figsize=(5.5 * columns, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2, sharex="col", sharey="row")
-    for method, runs in final.items():
-        done = [run for run in runs if not run.diverged]
-        if done:
-            _draw(axes, method, done)
+    axes = figure.subplots(2, columns, sharex="col", sharey="row", squeeze=False)
+    for method, runs in done.items():
+        if runs:
+            _draw(axes[:, 0], method, runs, np.arange(1, len(runs[0].epochs) + 1))
+    for method, runs in timed.items():
+        if runs:
+            seconds = [[epoch["seconds"] for epoch in run.epochs] for run in runs]
+            _draw(axes[:, 1], method, runs, np.cumsum(seconds, axis=1).mean(axis=0))
     axes[0, 0].set_ylabel("training loss (mean of the epoch)")
     axes[1, 0].set_ylabel("validation error (%)")
     axes[1, 0].set_xlabel("epoch")
-    axes[1, 1].set_xlabel("seconds of training (evaluation excluded)")
+    if columns == 2:
+        without = "" if timed == done else "; without runs on a shared device"
+        axes[1, 1].set_xlabel(f"seconds of training (evaluation excluded{without})")
     for axis in axes.flat:
         axis.set_yscale("log")
         axis.grid(visible=True, which="both", linewidth=0.4, alpha=0.5)
@@ -61,23 +72,20 @@ def save_curves(path: Path, final: Mapping[str, list[Run]], *, title: str, targe
         horizontalalignment="right",
         color="#444444",
     )
-    axes[0, 1].legend(loc="upper right", fontsize="small")
+    axes[0, -1].legend(*axes[0, 0].get_legend_handles_labels(), loc="upper right", fontsize="small")
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
 
 
-def _draw(axes: np.ndarray, method: str, runs: list[Run]) -> None:
+def _draw(axes: np.ndarray, method: str, runs: list[Run], x: np.ndarray) -> None:
     loss = np.array([[epoch["train_loss"] for epoch in run.epochs] for run in runs])
     accuracy = np.array([[epoch["validation_accuracy"] for epoch in run.epochs] for run in runs])
-    seconds = np.cumsum([[epoch["seconds"] for epoch in run.epochs] for run in runs], axis=1).mean(axis=0)
-    epochs = np.arange(1, loss.shape[1] + 1)
     config = runs[0].config
     label = f"{METHODS[method].label} ({describe_point((config.lr, config.damping))})"
     # a log axis has no place for no error at all: such points are left out
     error = np.where(accuracy < 1, 100 * (1 - accuracy), np.nan)
-    for row, values in enumerate((loss, error)):
-        for column, x in enumerate((epochs, seconds)):
-            _band(axes[row, column], x, values, STYLES[method], label)
+    for axis, values in zip(axes, (loss, error), strict=True):
+        _band(axis, x, values, STYLES[method], label)
 
 
 def _band(axis: Axes, x: np.ndarray, values: np.ndarray, style: dict[str, str], label: str) -> None:

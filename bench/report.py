@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from tabulate import tabulate
 from bench import figures, record, summary
 from bench.peers import METHODS
 from bench.runs import parse_run
-from bench.study import SHARED, Results, choose
+from bench.study import SHARED, Results
 from bench.training import Run, RunConfig
 
 PEERS, TRAINING = "peers.jsonl", "training.jsonl"
@@ -30,7 +31,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Trained:
-    """The runs of one study: those that tuned, and the final ones at the settings chosen."""
+    """The runs of one study: those that tuned, and the final ones at the settings chosen.
+
+    A method that had a single setting is among the final ones only.
+    """
 
     task: Mapping[str, Any]
     tuning: dict[str, list[Run]]
@@ -39,13 +43,15 @@ class Trained:
     @property
     def config(self) -> RunConfig:
         """Configuration of some run: what all have in common holds of it."""
-        return next(runs[0] for runs in self.tuning.values()).config
+        return next(runs[0] for runs in itertools.chain(self.tuning.values(), self.final.values())).config
 
     @property
     def results(self) -> Results:
         """What the summary reads; steps are timed elsewhere."""
-        chosen = {method: choose(self.tuning[method]) for method in self.final}
-        return Results(self.tuning, chosen, self.final, steps={})
+        tuning = {method: self.tuning.get(method, []) for method in self.final}
+        settings = {method: runs[0].config for method, runs in self.final.items()}
+        chosen = {method: (config.lr, config.damping) for method, config in settings.items()}
+        return Results(tuning, chosen, self.final, steps={})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -175,8 +181,12 @@ def training_sections(rows: list[Row], pictures: Path) -> Iterator[str]:
             picture = pictures / f"training-{number}.png"
             figures.save_curves(picture, study.final, title=title, target=task["target"])
             yield f"![{title}](pictures/{picture.name})"
-        yield f"Validation {task['metric']} by learning rate, first seed, best damping:"
-        yield tuning_table(study.tuning)
+        if study.tuning:
+            yield f"Validation {task['metric']} by learning rate, first seed, best damping:"
+            yield tuning_table(study.tuning)
+        untuned = [METHODS[method].label for method in study.final if method not in study.tuning]
+        if untuned:
+            yield f"Not tuned, with a single setting to try: {', '.join(untuned)}."
         weighed = [run for run in study.final.get("fngd", []) if run.coefficients]
         if weighed:
             picture = pictures / f"coefficients-{number}.png"

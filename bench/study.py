@@ -77,7 +77,11 @@ SHARED = {field.name for field in fields(RunConfig)} - {"method", "lr", "damping
 
 @dataclass(frozen=True)
 class Results:
-    """Runs of both stages by method, the settings chosen, and the timing of single steps."""
+    """Runs of both stages by method, the settings chosen, and the timing of single steps.
+
+    tuning: without runs for a method that has one setting only
+    steps: empty where other runs shared the device
+    """
 
     tuning: dict[str, list[Run]]
     chosen: dict[str, Point]
@@ -93,41 +97,49 @@ def conduct(
     rows: Path | None = None,
     resume: bool = False,
     seconds: float | None = None,
+    shared_device: bool = False,
 ) -> Results:
     """Do what of the study is not yet in `folder`; every finished run is kept there at once.
 
     rows: file to which every finished run is appended as well
     resume: whether runs found in `rows` count as done, so that nothing but this file has to be kept
     seconds: the last step is taken after so many
+    shared_device: whether other runs use the device meanwhile; single steps are not timed then
 
-    A method that diverges at every setting has no final runs.
+    A method that diverges at every setting has no final runs. One with a single setting has only these.
 
     Raises: OutOfTime when the seconds are over first, ValueError when every method diverges.
     """
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     per_run = study.epochs * -(-task.sizes["train"] // study.batch_size)
-    points = [(method, point) for method in study.methods for point in study.grid(method)]
+    grids = {method: study.grid(method) for method in study.methods}
+    points = [(method, point) for method, grid in grids.items() if len(grid) > 1 for point in grid]
     runs = len(points) + len(study.methods) * len(study.seeds)
     deadline = None if seconds is None else time.monotonic() + seconds
     with Progress(runs * per_run) as progress:
-        runner = _Runner(task, folder, rows, recorded(rows) if resume else {}, deadline, progress, per_run)
+        done = recorded(rows) if resume else {}
+        runner = _Runner(task, folder, rows, done, deadline, shared_device, progress, per_run)
         tuning: dict[str, list[Run]] = {method: [] for method in study.methods}
         for method, point in points:
             tuning[method].append(runner.run(study.run_config(method, point, study.seeds[0]), "tune"))
         chosen = {
-            method: choose(runs) for method, runs in tuning.items() if not all(run.diverged for run in runs)
+            method: choose(tried) if tried else grids[method][0]
+            for method, tried in tuning.items()
+            if not tried or not all(run.diverged for run in tried)
         }
-        for method in study.methods:
+        for method in (method for method, tried in tuning.items() if tried):
             outcome = (
                 f", {describe_point(chosen[method])}" if method in chosen else ": diverged at all it tried"
             )
             progress.note(f"chosen on validation: {METHODS[method].label}{outcome}")
-        if not chosen:
-            raise ValueError("lr: every method diverged at all it tried; try smaller rates")
         final: dict[str, list[Run]] = {method: [] for method in chosen}
         # seed by seed: an interrupted study has as many of every method
         for seed, (method, point) in itertools.product(study.seeds, chosen.items()):
             final[method].append(runner.run(study.run_config(method, point, seed), "final"))
+        if all(run.diverged for group in final.values() for run in group):
+            raise ValueError("lr: every method diverged at all it tried; try smaller rates")
+        if shared_device:
+            return Results(tuning, chosen, final, steps={})
         progress.note("timing single steps, all methods in turns")
         return Results(tuning, chosen, final, time_steps(study, task))
 
@@ -200,6 +212,7 @@ class _Runner:
     rows: Path | None
     recorded: Mapping[tuple[str, RunConfig], Run]
     deadline: float | None
+    shared_device: bool
     progress: Progress
     steps: int
 
@@ -233,7 +246,8 @@ class _Runner:
 
             def on_epoch(number: int, epoch: dict[str, float]) -> None:
                 for key, value in epoch.items():
-                    writer.add_scalar(key, value, number)
+                    if key != "seconds" or not self.shared_device:
+                        writer.add_scalar(key, value, number)
 
             def on_step() -> None:
                 self.progress.advance()
@@ -244,11 +258,12 @@ class _Runner:
                 config,
                 self.task,
                 read_test=stage == "final",
+                shared_device=self.shared_device,
                 checkpoint_path=self.folder / "runs" / f"{name}.pt",
                 on_step=on_step,
                 on_epoch=on_epoch,
             )
-        run.environment = environment.describe(self.task.device)
+        run.environment = environment.describe(self.task.device) | {"shared_device": run.shared_device}
         return run
 
 
@@ -266,5 +281,5 @@ def describe(name: str, run: Run) -> str:
     return (
         f"{name}: train loss {last['train_loss']:.4f}, "
         f"validation accuracy {last['validation_accuracy']:.2%}, score {run.validation_score:.2f}, "
-        f"{seconds:.1f} s of training"
+        f"{seconds:.1f} s of training{' on a shared device' if run.shared_device else ''}"
     )

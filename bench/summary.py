@@ -34,7 +34,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """One method's figures; scores are those after the last epoch, seconds are of training alone."""
+    """One method's figures; scores are those after the last epoch, seconds are of training alone.
+
+    shared_device: runs whose seconds are left out, because others shared the device
+    """
 
     method: str
     lr: float
@@ -42,6 +45,7 @@ class Row:
     at_edge: bool
     seeds: int
     diverged: int
+    shared_device: int
     validation_score: Spread | None
     test_score: Spread | None
     epochs_to_target: Spread | None
@@ -62,7 +66,7 @@ def _row(results: Results, method: str, runs: list[Run], target: float) -> Row:
     lr, damping = results.chosen[method]
     done = [run for run in runs if not run.diverged]
     to_target = [(run, epoch) for run in done if (epoch := first_epoch_at(run, target)) is not None]
-    solving, later = _epoch_seconds(method, done)
+    solving, later = _epoch_seconds(method, [run for run in done if not run.shared_device])
     solving_step, later_step = _step_ratios(results, method)
     return Row(
         method=method,
@@ -71,13 +75,18 @@ def _row(results: Results, method: str, runs: list[Run], target: float) -> Row:
         at_edge=_at_edge(results.chosen[method], results.tuning[method]),
         seeds=len(runs),
         diverged=len(runs) - len(done),
+        shared_device=sum(run.shared_device for run in done),
         validation_score=Spread.of(
             [run.validation_score for run in done if run.validation_score is not None]
         ),
         test_score=Spread.of([run.test_score for run in done if run.test_score is not None]),
         epochs_to_target=Spread.of([float(epoch) for _, epoch in to_target]),
         seconds_to_target=Spread.of(
-            [sum(entry["seconds"] for entry in run.epochs[:epoch]) for run, epoch in to_target]
+            [
+                sum(entry["seconds"] for entry in run.epochs[:epoch])
+                for run, epoch in to_target
+                if not run.shared_device
+            ]
         ),
         reached_target=len(to_target),
         solving_epoch_seconds=solving,
@@ -161,9 +170,17 @@ def table(rows: list[Row], *, target: float, metric: str, style: str = "simple")
         disable_numparse=True,
         colalign=("left", *["right"] * (len(kept) - 1)),
     )
+    plain = style == "simple"
+    notes = []
     if any(row.at_edge for row in rows):
-        text += "\n\n\\* the best setting is the first or last one tried: a wider grid may do better"
-    return text if style != "simple" else text.replace("\n\n\\*", "\n*")
+        star = "*" if plain else "\\*"
+        notes.append(f"{star} the best setting is the first or last one tried: a wider grid may do better")
+    shared = [
+        f"{METHODS[row.method].label} {row.shared_device} of {row.seeds}" for row in rows if row.shared_device
+    ]
+    if shared:
+        notes.append(f"without the seconds of runs that shared the device with others: {', '.join(shared)}")
+    return ("\n" if plain else "\n\n").join([text, *notes])
 
 
 def _spread(spread: Spread | None, *, digits: int) -> str:

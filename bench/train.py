@@ -88,6 +88,11 @@ def parser() -> argparse.ArgumentParser:
         type=_positive,
         help="CPU threads (default: 1 for digits, whose steps are too short to divide, else torch's choice)",
     )
+    parser.add_argument(
+        "--shared",
+        action="store_true",
+        help="other runs share the device: seconds are marked as contaminated, single steps are not timed",
+    )
     parser.add_argument("--output", type=Path, help="folder of the results (default: runs/DATA[-MODEL]-TIME)")
     parser.add_argument("--rows", type=Path, help="file to append every finished run to, for bench.report")
     parser.add_argument("--seconds", type=_positive_float, help="stop after so long; --resume goes on")
@@ -126,7 +131,15 @@ def _compare(options: argparse.Namespace) -> None:
     )
     target = task.target if options.target is None else options.target
     _announce(study, task, folder)
-    results = conduct(study, task, folder, rows=options.rows, resume=options.resume, seconds=options.seconds)
+    results = conduct(
+        study,
+        task,
+        folder,
+        rows=options.rows,
+        resume=options.resume,
+        seconds=options.seconds,
+        shared_device=options.shared,
+    )
     rows = summary.summarise(results, target=target)
     summary.write_json(folder / "results.json", study, task, results, rows, target)
     seeds = ", ".join(map(str, study.seeds))
@@ -198,8 +211,12 @@ def _announce(study: Study, task: Task, folder: Path) -> None:
     sizes = ", ".join(f"{size} {name}" for name, size in task.sizes.items())
     print(f"{task.title}: {sizes}; {study.model} on {study.device}, {torch.get_num_threads()} threads")
     for method in study.methods:
-        grid = "; ".join(map(describe_point, study.grid(method)))
-        print(f"  {METHODS[method].label}: {grid}; then {len(study.seeds)} seeds at the best")
+        points = study.grid(method)
+        grid = "; ".join(map(describe_point, points))
+        final = f"then {len(study.seeds)} seeds at the best"
+        if len(points) == 1:
+            final = f"nothing to tune, {len(study.seeds)} seeds"
+        print(f"  {METHODS[method].label}: {grid}; {final}")
     print(f"  results in {folder}", flush=True)
 
 

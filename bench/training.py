@@ -51,7 +51,7 @@ class Run:
 
     validation_score, test_score: the task's metric after the last epoch
     coefficients: FNGD's weights of the samples, percentiles of the mean over layers, by state of the label
-    environment: where it ran
+    environment: where it ran, and whether other runs shared the device for a part of it
     """
 
     config: RunConfig
@@ -63,12 +63,18 @@ class Run:
     coefficients: dict[str, list[float]] | None = None
     environment: dict[str, str | float | bool | None] | None = None
 
+    @property
+    def shared_device(self) -> bool:
+        """Whether its seconds are contaminated by other runs on the device."""
+        return bool(self.environment and self.environment.get("shared_device"))
+
 
 def train(
     config: RunConfig,
     task: Task,
     *,
     read_test: bool = False,
+    shared_device: bool = False,
     checkpoint_path: Path | None = None,
     on_step: Callable[[], None] = lambda: None,
     on_epoch: Callable[[int, dict[str, float]], None] = lambda number, epoch: None,
@@ -78,6 +84,7 @@ def train(
     config: what to train
     task: the data, on the configuration's device
     read_test: whether to score the test split after the last epoch
+    shared_device: whether other runs use the device meanwhile
     checkpoint_path: where the state after each epoch is kept
     on_step: called after every training step
     on_epoch: called after every epoch with its number, from 1, and figures
@@ -88,7 +95,7 @@ def train(
     _warm_up(config, task)
     torch.manual_seed(config.seed)
     trainer = _Trainer.of(config, task)
-    run = Run(config)
+    run = Run(config, environment={"shared_device": shared_device})
     state = _State(run, trainer)
     if checkpoint_path is not None and checkpoint_path.exists():
         state.restore(checkpoint.load(checkpoint_path))
@@ -215,6 +222,7 @@ class _State:
         return {
             "config": asdict(self.run.config),
             "epochs": self.run.epochs,
+            "shared_device": self.run.shared_device,
             "model": self.trainer.model.state_dict(),
             "update": self.trainer.update.state_dict(),
             "generator": self.trainer.generator.get_state(),
@@ -226,6 +234,7 @@ class _State:
         if stored["config"] != asdict(self.run.config):
             raise ValueError(f"checkpoint: expected one of {self.run.config}, got {stored['config']}")
         self.run.epochs.extend(stored["epochs"])
+        self.run.environment = {"shared_device": self.run.shared_device or stored["shared_device"]}
         self.trainer.model.load_state_dict(stored["model"])
         self.trainer.update.load_state_dict(stored["update"])
         self.trainer.generator.set_state(stored["generator"])

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from bench import workloads
-from bench.workloads import cifar
+from bench.workloads import cifar, common
 from bench.workloads.common import crop_and_flip
 
 PER_CLASS = {"train": 11, "test": 2}
@@ -306,14 +306,28 @@ def test_impossible_train_size_is_named(size):
 def test_crop_and_flip_against_a_loop(shape):
     x = torch.arange(torch.Size(shape).numel()).view(shape).to(torch.int32) + 1
     out = crop_and_flip(x, 2, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    offsets = torch.randint(5, (len(x), 2), generator=generator).tolist()
+    mirrored = torch.randint(2, (len(x),), generator=generator).tolist()
     padded = torch.nn.functional.pad(x, [2] * 4)
     height, width = shape[2:]
-    for image in range(shape[0]):
-        windows = [
-            padded[image, :, top : top + height, left : left + width] for top in range(5) for left in range(5)
-        ]
-        candidates = windows + [window.flip(2) for window in windows]
-        assert any(torch.equal(out[image], candidate) for candidate in candidates)
+    for image, ((top, left), flip) in enumerate(zip(offsets, mirrored, strict=True)):
+        window = padded[image, :, top : top + height, left : left + width]
+        assert torch.equal(out[image], window.flip(2) if flip else window)
+
+
+def test_only_drawn_numbers_are_copied_to_the_device(monkeypatch):
+    copied = []
+
+    def to_device(x, device):
+        copied.append(tuple(x.shape))
+        return x.to(device)
+
+    monkeypatch.setattr(common, "to_device", to_device)
+    split = common.Split(torch.zeros(9, 3, 8, 8, device="meta"), torch.zeros(9, device="meta"))
+    x, _ = common.Fetched(split).__getitems__([4, 0, 8, 1, 1])
+    assert crop_and_flip(x, 2, torch.Generator()).shape == (5, 3, 8, 8)
+    assert copied == [(5,), (5, 3)]
 
 
 def test_crop_and_flip_draws_every_shift_and_both_directions():

@@ -14,14 +14,15 @@ from bench.training import rate, train
 from test_data import jpeg_files, write_tar
 from test_train import config, fake_run
 
-SCRIPT = Path(__file__).parent.parent / "bench" / "gpu_study.sh"
+REPOSITORY = Path(__file__).parent.parent
+SCRIPT = REPOSITORY / "bench" / "gpu_study.sh"
 HERE = environment.describe(torch.device("cpu")) | {"commit": "abc123", "load": 0.5}
 TASK = {"title": "digits", "metric": "accuracy", "target": 0.9, "sizes": {"train": 3, "validation": 2}}
 
 
 def training_row(run, stage, **changes):
     run.config = replace(run.config, **changes)
-    run.environment = HERE
+    run.environment = HERE | run.environment
     return {"stage": stage, "task": TASK, **asdict(run)}
 
 
@@ -88,6 +89,65 @@ def test_page_of_known_rows(tmp_path, capsys):
     for picture in ("steps-1.png", "steps-2.png", "training-1.png"):
         assert f"(pictures/{picture})" in text
         assert (tmp_path / "pictures" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_page_of_methods_that_were_not_tuned(tmp_path, capsys):
+    final = training_row(fake_run("sgd", 0.3, [0.5, 0.92], test=0.875, seconds=[2, 3]), "final")
+    record.append(tmp_path / "training.jsonl", [final])
+    text = page(tmp_path, capsys)
+    assert "87.50" in text
+    assert "by learning rate" not in text
+    assert "Not tuned, with a single setting to try: SGD." in text
+    record.append(
+        tmp_path / "training.jsonl",
+        [
+            training_row(fake_run("adamw", lr, [0.5, 0.7]), stage)
+            for lr, stage in ((0.1, "tune"), (0.1, "final"))
+        ],
+    )
+    text = page(tmp_path, capsys)
+    assert "by learning rate" in text
+    assert "Not tuned, with a single setting to try: SGD." in text
+
+
+def test_page_of_runs_on_a_shared_device(tmp_path, capsys):
+    run = fake_run("sgd", 0.3, [0.5, 0.92], test=0.875, seconds=[2, 3], shared=True)
+    record.append(tmp_path / "training.jsonl", [training_row(run, "final")])
+    text = page(tmp_path, capsys)
+    assert "without the seconds of runs that shared the device with others: SGD 1 of 1" in text
+    assert " s to 90.0%" not in text
+    assert "s / epoch" not in text
+
+
+def test_processes_append_whole_calls_at_a_time(tmp_path):
+    program = """if True:
+        import sys
+        from pathlib import Path
+        from bench import record
+        name, path = sys.argv[1:]
+        sys.stdin.readline()
+        for call in range(20):
+            record.append(Path(path), 2 * [{"name": name, "call": call, "text": name * 100_000}])
+    """
+    path = tmp_path / "rows.jsonl"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, name, path], cwd=REPOSITORY, stdin=subprocess.PIPE, text=True
+        )
+        for name in "abcd"
+    ]
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in processes:
+        process.communicate()
+        assert process.returncode == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows[::2] == rows[1::2]
+    assert all(row["text"] == row["name"] * 100_000 for row in rows)
+    assert sorted((row["name"], row["call"]) for row in rows[::2]) == [
+        (name, call) for name in "abcd" for call in range(20)
+    ]
 
 
 def test_studies_are_told_apart_by_what_their_runs_have_in_common():
@@ -176,29 +236,30 @@ def test_damping_factors_multiply_what_each_method_recommends():
 def test_rows_and_tensorboard_of_a_study(tmp_path, capsys):
     arguments = ["--width", "1", "--train-size", "100", "--epochs", "2", "--seeds", "1", "--optimizer", "sgd"]
     rows = tmp_path / "rows.jsonl"
-    assert train_main([*arguments, "--lr", "0.1", "--output", str(tmp_path / "s"), "--rows", str(rows)]) == 0
+    arguments += ["--lr", "0.1,0.3"]
+    assert train_main([*arguments, "--output", str(tmp_path / "s"), "--rows", str(rows)]) == 0
     stored = [json.loads(line) for line in rows.read_text().splitlines()]
-    assert [row["stage"] for row in stored] == ["tune", "final"]
-    assert stored[1]["task"]["title"] == "digits"
-    assert stored[1]["environment"]["torch"] == torch.__version__
-    assert len(list((tmp_path / "s" / "tensorboard").glob("*/events.*"))) == 2
+    assert [row["stage"] for row in stored] == ["tune", "tune", "final"]
+    assert stored[2]["task"]["title"] == "digits"
+    assert stored[2]["environment"]["torch"] == torch.__version__
+    assert len(list((tmp_path / "s" / "tensorboard").glob("*/events.*"))) == 3
 
 
 def test_study_out_of_time_goes_on_where_it_stopped(tmp_path, capsys):
     arguments = ["--width", "1", "--train-size", "100", "--epochs", "2", "--seeds", "1", "--optimizer", "sgd"]
-    arguments += ["--lr", "0.1", "--output", str(tmp_path / "s"), "--rows", str(tmp_path / "rows.jsonl")]
+    arguments += ["--lr", "0.1,0.3", "--output", str(tmp_path / "s"), "--rows", str(tmp_path / "rows.jsonl")]
     assert train_main([*arguments, "--seconds", "1e-9"]) == 0
     assert "--resume goes on" in capsys.readouterr().err
     assert not (tmp_path / "rows.jsonl").exists()
     assert train_main([*arguments, "--resume"]) == 0
     rows = (tmp_path / "rows.jsonl").read_text()
-    assert len(rows.splitlines()) == 2
+    assert len(rows.splitlines()) == 3
     # elsewhere, with the rows alone
     arguments[arguments.index("--output") + 1] = str(tmp_path / "elsewhere")
     assert train_main([*arguments, "--resume"]) == 0
     assert (tmp_path / "rows.jsonl").read_text() == rows
     assert train_main([*arguments, "--resume", "--batch-size", "32"]) == 0
-    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 6
 
 
 def script(part, folder, **settings):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import checkpoint, models, runs, study, summary, workloads
+from bench import checkpoint, figures, models, runs, study, summary, workloads
 from bench.peers import CORE, METHODS
 from bench.progress import Progress
 from bench.timing import Timing
@@ -100,6 +100,27 @@ class StopAfter:
             raise KeyboardInterrupt
 
 
+class NoWaits:
+    """Forbids that a step waits for the device, but for the first two of an epoch."""
+
+    def __init__(self, steps):
+        self.steps, self.done = steps, 0
+
+    def __call__(self):
+        self.done += 1
+        torch.cuda.set_sync_debug_mode("error" if self.done % self.steps >= 2 else "default")
+
+
+def train_without_waits(settings, task):
+    watch = NoWaits(len(task.batches(settings.batch_size, torch.Generator())))
+    try:
+        run = train(settings, task, on_step=watch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(run.epochs) == settings.epochs
+    assert watch.done == settings.epochs * watch.steps > 2 * settings.epochs
+
+
 RESUMING = ("sgd", "adamw", "fngd", "fngd-exact", "fngd-adamw", "muon", "soap")
 
 
@@ -144,6 +165,26 @@ def test_interrupted_convolutional_run_with_augmentation(tmp_path, digits):
     run = train(settings, cropped, checkpoint_path=tmp_path / "resumed.pt")
     assert without_time(run) == without_time(expected)
     assert without_time(train(settings, digits)) != without_time(expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", [*CORE, "fngd-adamw"])
+def test_no_step_on_images_waits_for_the_device(method, precision, digits):
+    cropped = workloads.Workload(**{**vars(digits), "crop_padding": 1}).to(torch.device("cuda"))
+    settings = config(
+        method, model="resnet18", width=4, epochs=2, batch_size=25, precision=precision, device="cuda"
+    )
+    train_without_waits(settings, cropped)
+
+
+def test_run_that_shared_the_device_for_a_part_says_so(digits, tmp_path):
+    path = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(config(), digits, shared_device=True, checkpoint_path=path, on_step=StopAfter(8))
+    assert train(config(), digits, checkpoint_path=path).shared_device
+    assert train(config(), digits, shared_device=True).shared_device
+    assert not train(config(), digits).shared_device
 
 
 def test_checkpoint_of_another_configuration_is_refused(digits, tmp_path):
@@ -191,7 +232,7 @@ def test_test_split_is_read_once_a_final_run(digits, tmp_path, monkeypatch):
     assert sum(read) == 1
 
 
-def fake_run(method, lr, accuracies, losses=None, test=None, seconds=None, diverged=False):
+def fake_run(method, lr, accuracies, losses=None, test=None, seconds=None, diverged=False, shared=False):
     losses = losses or [1.0] * len(accuracies)
     seconds = seconds or [1.0] * len(accuracies)
     epochs = [
@@ -199,7 +240,9 @@ def fake_run(method, lr, accuracies, losses=None, test=None, seconds=None, diver
         for accuracy, loss, time_taken in zip(accuracies, losses, seconds, strict=True)
     ]
     score = None if diverged else 100 * accuracies[-1]
-    return Run(config(method, lr=lr), epochs, diverged, score, None if test is None else 100 * test)
+    test_score = None if test is None else 100 * test
+    environment = {"shared_device": shared}
+    return Run(config(method, lr=lr), epochs, diverged, score, test_score, environment=environment)
 
 
 def test_choice_is_the_last_validation_accuracy_then_the_loss():
@@ -214,15 +257,39 @@ def test_choice_is_the_last_validation_accuracy_then_the_loss():
 
 def test_method_that_diverges_everywhere_is_left_out(tmp_path, capsys):
     arguments = ["--optimizer", "sgd", "--optimizer", "adamw", "--seeds", "1"]
-    assert cli(tmp_path, *arguments, "--lr", "sgd=1e20", "--lr", "adamw=0.01") == 0
+    assert cli(tmp_path, *arguments, "--lr", "sgd=1e20,1e21", "--lr", "adamw=0.01") == 0
     out, err = capsys.readouterr()
     assert "SGD: diverged at all it tried" in err
     assert "AdamW" in out
     assert [row["method"] for row in json.loads((tmp_path / "results.json").read_text())["table"]] == [
         "adamw"
     ]
-    assert cli(tmp_path / "all", "--optimizer", "sgd", "--seeds", "1", "--lr", "1e20") == 2
+
+
+@pytest.mark.parametrize("lr", ["1e20", "1e20,1e21"])
+def test_study_in_which_every_method_diverges_is_an_error(tmp_path, capsys, lr):
+    assert cli(tmp_path, "--optimizer", "sgd", "--seeds", "1", "--lr", lr) == 2
     assert "every method diverged" in capsys.readouterr().err
+
+
+def test_method_with_a_single_setting_is_not_tuned(tmp_path, capsys):
+    arguments = ["--optimizer", "sgd", "--optimizer", "adamw", "--seeds", "2"]
+    assert cli(tmp_path, *arguments, "--lr", "sgd=0.03", "--lr", "adamw=0.003,0.01") == 0
+    out, err = capsys.readouterr()
+    assert "SGD: lr 0.03; nothing to tune, 2 seeds" in out
+    assert "AdamW: lr 0.003; lr 0.01; then 2 seeds at the best" in out
+    assert "chosen on validation: SGD" not in err
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert {method: len(runs) for method, runs in stored["tuning"].items()} == {"sgd": 0, "adamw": 2}
+    assert {method: len(runs) for method, runs in stored["final"].items()} == {"sgd": 2, "adamw": 2}
+    assert stored["chosen"]["sgd"] == [0.03, None]
+    assert not stored["table"][0]["at_edge"]
+
+
+def test_single_setting_that_diverges_is_listed(tmp_path, capsys):
+    arguments = ["--optimizer", "sgd", "--optimizer", "adamw", "--seeds", "1"]
+    assert cli(tmp_path, *arguments, "--lr", "sgd=1e20", "--lr", "adamw=0.01") == 0
+    assert "SGD (1 of 1 diverged)" in capsys.readouterr().out
 
 
 def test_rows_from_known_runs():
@@ -273,6 +340,41 @@ def test_rows_from_known_runs():
     assert "(0 of 2 seeds)" in text
 
 
+def test_seconds_on_a_shared_device_are_left_out(tmp_path, monkeypatch):
+    final = {
+        "sgd": [
+            fake_run("sgd", 0.1, [0.5, 0.9], seconds=[1, 2]),
+            fake_run("sgd", 0.1, [0.9, 0.9], seconds=[100, 200], shared=True),
+        ],
+        "adamw": [fake_run("adamw", 0.01, [0.9, 0.9], seconds=[100, 200], shared=True)],
+    }
+    chosen = {"sgd": (0.1, None), "adamw": (0.01, None)}
+    results = study.Results({"sgd": [], "adamw": []}, chosen, final, steps={})
+    sgd, adamw = rows = summary.summarise(results, target=0.9)
+    assert (sgd.epochs_to_target.mean, sgd.seconds_to_target.mean, sgd.later_epoch_seconds) == (1.5, 3, 1.5)
+    assert (adamw.epochs_to_target.mean, adamw.seconds_to_target, adamw.later_epoch_seconds) == (
+        1,
+        None,
+        None,
+    )
+    text = summary.table(rows, target=0.9, metric="accuracy")
+    assert text.endswith("shared the device with others: SGD 1 of 2, AdamW 1 of 1")
+    assert "shared" not in summary.table(
+        summary.summarise(replace(results, final={"sgd": final["sgd"][:1]}), target=0.9),
+        target=0.9,
+        metric="accuracy",
+    )
+
+    drawn = []
+    monkeypatch.setattr(figures, "_band", lambda axis, x, values, *_: drawn.append((x.tolist(), len(values))))
+    figures.save_curves(tmp_path / "curves.png", final, title="", target=0.9)
+    # two rows each: both methods over epochs, one run over seconds
+    assert drawn == [([1, 2], 2)] * 2 + [([1, 2], 1)] * 2 + [([1, 3], 1)] * 2
+    drawn.clear()
+    figures.save_curves(tmp_path / "curves.png", {"adamw": final["adamw"]}, title="", target=0.9)
+    assert drawn == [([1, 2], 1)] * 2
+
+
 def cli(folder, *arguments):
     return main([*SMALL, "--output", str(folder), *arguments])
 
@@ -295,6 +397,7 @@ def test_command_line_from_tuning_to_picture(tmp_path, capsys, monkeypatch):
         assert best["epochs"][-1]["validation_accuracy"] == max(tuned)
         assert all(run["test_score"] is None for run in stored["tuning"][method])
         assert [run["config"]["seed"] for run in stored["final"][method]] == [4, 7]
+        assert not any(run["environment"]["shared_device"] for run in stored["final"][method])
         tests = [run["test_score"] for run in stored["final"][method]]
         assert row["test_score"]["mean"] == pytest.approx(statistics.mean(tests))
         assert f"{statistics.mean(tests):.2f} ± {statistics.stdev(tests):.2f}" in out
@@ -313,6 +416,23 @@ def test_command_line_from_tuning_to_picture(tmp_path, capsys, monkeypatch):
     assert json.loads((tmp_path / "results.json").read_text())["final"] == stored["final"]
     assert cli(tmp_path, *grid, "--resume", "--share", "mean") == 2
     assert "holds a run with other settings" in capsys.readouterr().err
+
+
+def test_study_on_a_shared_device_times_nothing(tmp_path, capsys, monkeypatch):
+    def timed(*_):
+        raise AssertionError("steps were timed")
+
+    monkeypatch.setattr(study, "time_steps", timed)
+    assert cli(tmp_path, "--optimizer", "sgd", "--lr", "0.03,0.1", "--seeds", "1", "--shared") == 0
+    out, err = capsys.readouterr()
+    assert "without the seconds of runs that shared the device with others: SGD 1 of 1" in out
+    assert "s / epoch" not in out
+    assert "s of training on a shared device" in err
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert stored["steps"] == {}
+    kept = [run["environment"] for stage in ("tuning", "final") for run in stored[stage]["sgd"]]
+    assert [environment["shared_device"] for environment in kept] == [True] * 3
+    assert all(environment["torch"] == torch.__version__ for environment in kept)
 
 
 @pytest.mark.parametrize("share", ["sample", "position", "mean"])

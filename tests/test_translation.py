@@ -1,6 +1,8 @@
 import gzip
 import itertools
+import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from bench.beam import translate
 from bench.translator import Translator
 from bench.workloads import multi30k
 from bench.workloads.multi30k import END, PAD, START
+from test_train import config, train_without_waits
 
 GERMAN = ("ein", "hund", "läuft", "kind", "grün", "haus")
 ENGLISH = ("a", "dog", "runs", "child", "green", "house")
@@ -86,6 +89,33 @@ def test_tokenizer_is_trained_once_on_the_training_split_alone(folder, monkeypat
     write(folder / "multi30k" / "val.en.gz", ["an unheard-of sentence"] * 60)
     assert load(folder).tokenizer.get_vocab() == first.tokenizer.get_vocab()
     write_files(folder)
+
+
+def test_another_process_may_write_the_tokenizer_at_the_same_time(tmp_path, monkeypatch):
+    write_files(tmp_path)
+    rename = Path.replace
+
+    def second(path, target):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", rename)
+            patch.setattr(os, "getpid", lambda: 1)
+            load(tmp_path)
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", second)
+        first = load(tmp_path)
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".json"]
+    assert load(tmp_path).tokenizer.to_str() == first.tokenizer.to_str()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["adamw", "fngd", "fngd-adamw"])
+def test_no_step_on_sentences_waits_for_the_device(folder, method):
+    settings = config(
+        method, data="multi30k", model="transformer", width=2, epochs=2, batch_size=10, device="cuda"
+    )
+    train_without_waits(settings, load(folder, device=torch.device("cuda")))
 
 
 def test_train_size_takes_the_first_pairs(folder):

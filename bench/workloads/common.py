@@ -19,6 +19,12 @@ NOISE_SEED = 0
 EVALUATION_BATCH = 500
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the CPU to `device`, for whose work the host does not wait."""
+    # a copy out of memory that is not pinned waits for all that the device was given before
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 @dataclass(frozen=True)
 class Split:
     """Images (N,C,H,W) and labels (N,) of one split."""
@@ -44,7 +50,7 @@ class Fetched(Dataset[tuple[Tensor, Tensor]]):
         return len(self.split)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        rows = torch.tensor(indices, device=self.split.x.device)
+        rows = to_device(torch.tensor(indices), self.split.x.device)
         return self.split.x[rows], self.split.y[rows]
 
 
@@ -216,11 +222,12 @@ def crop_and_flip(x: Tensor, padding: int, generator: torch.Generator) -> Tensor
     """Shift each image of (N,C,H,W) by up to `padding` pixels (zeros enter) and mirror half of them."""
     n, _, height, width = x.shape
     offsets = torch.randint(2 * padding + 1, (n, 2), generator=generator)
-    mirrored = torch.randint(2, (n, 1), generator=generator).bool()
-    rows = offsets[:, :1] + torch.arange(height)
-    columns = offsets[:, 1:] + torch.arange(width)
-    columns = torch.where(mirrored, columns.flip(1), columns)
+    mirrored = torch.randint(2, (n, 1), generator=generator)
+    top, left, flip = to_device(torch.cat([offsets, mirrored], dim=1), x.device).split(1, dim=1)
+    rows = top + torch.arange(height, device=x.device)
+    columns = left + torch.arange(width, device=x.device)
+    columns = torch.where(flip.bool(), columns.flip(1), columns)
     padded = torch.nn.functional.pad(x, [padding] * 4)
     index = (rows * (width + 2 * padding)).unsqueeze(2) + columns.unsqueeze(1)
-    index = index.view(n, 1, height * width).to(x.device)
-    return padded.flatten(2).gather(2, index.expand(-1, x.shape[1], -1)).view_as(x)
+    index = index.view(n, 1, height * width).expand(-1, x.shape[1], -1)
+    return padded.flatten(2).gather(2, index).view_as(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from bench.beam import translate
 from bench.translator import LONGEST, Translator
 from bench.workloads.archive import read_gzip
-from bench.workloads.common import shuffled
+from bench.workloads.common import shuffled, to_device
 
 NAME = "multi30k"
 FILES = {"train": "train", "validation": "val", "test": "test_2016_flickr"}
@@ -51,7 +52,7 @@ class Pairs:
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Source and target ids of `rows` (CPU), no longer than the longest of them."""
-        there = rows.to(self.source.device)
+        there = to_device(rows, self.source.device)
         return (
             self.source[there, : int(self.source_lengths[rows].max())],
             self.target[there, : int(self.target_lengths[rows].max())],
@@ -213,7 +214,7 @@ def _tokenizer(texts: list[list[str]], cache_dir: Path) -> Tokenizer:
     )
     tokenizer.train_from_iterator((line for side in texts for line in side), trainer)
     cache_dir.mkdir(parents=True, exist_ok=True)
-    unfinished = cache.with_suffix(".tmp")
+    unfinished = cache.with_suffix(f".{os.getpid()}.tmp")
     tokenizer.save(str(unfinished))
     unfinished.replace(cache)
     return tokenizer
