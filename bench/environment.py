@@ -1,9 +1,13 @@
-"""Where a figure was measured: commit, versions and hardware, to be stored beside it."""
+"""Where a figure was measured: commit, versions and hardware, to be stored beside it.
+
+`python -m bench.environment` prints it, and fails where torch has CUDA and the native extension has not.
+"""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -73,3 +77,9 @@ def _cpu_name() -> str:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    here = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    print(json.dumps(here))
+    raise SystemExit(torch.version.cuda is not None and here["extension"] != "cuda")

@@ -1,124 +1,217 @@
 #!/usr/bin/env bash
-# Build, check, time and profile the package on a machine with a CUDA device:
-#     bench/gpu.sh kernels|steps|compiled|equations|profile|check|sanitize|all [RESULTS_FOLDER]
-# kernels  each kernel against float64, then timed over real layer shapes        -> kernels.jsonl
-# steps    training steps, eager and as CUDA graphs; batched solves               -> gpu.jsonl
-# compiled training steps under torch.compile                                    -> gpu.jsonl
-# equations Gauss-Newton steps and their phases                                  -> gpu.jsonl
-# profile  where the time of a step goes: tables and Chrome traces               -> profile/
-# check    tests that need a device
-# sanitize compute-sanitizer's memcheck, racecheck, synccheck and initcheck over the CUDA and Triton kernels
-# Needs torch with CUDA, triton, nvcc and a C++ compiler; no network. A part takes 9 minutes at most: each stage
-# has a limit, one that fails leaves its log and does not stop the others. Exits non-zero if anything failed.
+# Build, check, time and profile the package on a machine with a CUDA device. bench/GPU.md is the manual.
+#     bench/gpu.sh pack DIR     before, without a GPU: what the next two take along
+#     bench/gpu.sh first OUT    in 6 minutes: every kernel checked; steps, solves, kernels, profiles
+#     bench/gpu.sh second OUT   in 5 minutes: steps of other optimizers, training side by side, device tests
+#     bench/gpu.sh PART [OUT]   one part in 9 minutes at most:
+# gate      every kernel against float64, a process for each operator
+# steps     training steps, eager and as CUDA graphs                          -> gpu.jsonl
+# solves    batched solves                                                    -> gpu.jsonl
+# kernels   kernels over real layer shapes                                    -> kernels.jsonl
+# compiled  training steps under torch.compile                                -> gpu.jsonl
+# equations Gauss-Newton steps and their phases                               -> gpu.jsonl
+# profile   where the time of a step goes                                     -> profile/
+# peers     steps of other optimizers over SGD's                              -> peers.jsonl
+# train     ResNet-18 on CIFAR-10 and a Transformer on Multi30k, all at once  -> training.jsonl
+# check     tests that need a device
+# sanitize  compute-sanitizer's four tools over the CUDA and Triton kernels
+# Needs torch with CUDA, triton, nvcc and a C++ compiler; no network. Each stage has a limit and a log; one that fails
+# costs itself alone. Exits non-zero if any failed. OUT is bench/results, PACK (what `pack` made) runs/pack, DATA_DIR
+# PACK/data; LIMIT is another number of seconds. DRY=1 rehearses it all on the CPU, in miniature.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
-case ${1-} in
-    kernels | steps | compiled | equations | profile | check | sanitize) parts=("$1") ;;
-    all) parts=(kernels steps compiled equations profile check sanitize) ;;
-    *) sed -n '2,13s/^# \?//p' "$0" >&2 && exit 2 ;;
+export PYTHON=${PYTHON:-python3}
+python=$PYTHON part=${1-}
+case $part in
+    pack) exec bench/gpu/pack.sh "${2:?a folder to pack into}" ;;
+    first) deadline=345 ;;
+    second) deadline=285 ;;
+    gate | steps | solves | kernels | compiled | equations | profile | peers | train | check | sanitize) deadline=525 ;;
+    *) sed -n '2,20s/^# \?//p' "$0" >&2 && exit 2 ;;
 esac
-results=$(mkdir -p "${2:-bench/results}" && cd "${2:-bench/results}" && pwd)
-logs=$results/logs
+deadline=${LIMIT:-$deadline}
+
+if [[ -n ${DRY-} ]]; then
+    device=cpu
+    step_options=(--size small --mode eager --rounds 2)
+    solve_options=(--batches 2 --orders 16 --rounds 2)
+    kernel_options=(--tiny --rounds 1)
+    profile_options=(--size small --mode eager --steps 2)
+    peer_options=(--size tiny --rounds 1)
+    training_options=(--train-size 80 --epochs 1)
+    image_options=(--width 2)
+    sentence_options=(--width 1)
+else
+    device=cuda
+    step_options=(--size gpu --mode eager graphed --rounds 11)
+    solve_options=(--dtypes float32 --rounds 9)
+    kernel_options=(--quick)
+    profile_options=(--size gpu --mode graphed eager)
+    peer_options=(--size gpu --rounds 3)
+    training_options=(--epochs 15)
+    image_options=(--width 64)
+    sentence_options=(--width 16)
+    "$python" -c 'import torch; assert torch.cuda.is_available(); print(torch.cuda.get_device_name())' || exit 2
+fi
+operators=(gram gram_conv gram_embedding gram_hadamard combine combine_conv combine_embedding scale_bias solve)
+# Before the other networks: what the steps are made of.
+targets='ResNet-18 CIFAR/.*channels_last|Transformer 6\+6 T=32/|GPT-2'
+
+out=$(mkdir -p "${2:-bench/results}" && cd "${2:-bench/results}" && pwd) work=$out
+pack=$(realpath -m "${PACK:-runs/pack}") data=${DATA_DIR:-${PACK:-runs/pack}/data}
+[[ $part == first || $part == second ]] && work=$PWD/runs/gpu/$part
+logs=$work/logs
 mkdir -p "$logs"
-export PYTHONPATH=.:python${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-16}
-python=${PYTHON:-python3}
+rm -f "$work"/{failed,running,passed}
+export PYTHONPATH=.:python:$work/peers${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-16}
+export TRITON_CACHE_DIR=/tmp/fngd-triton
+# Headers of torch's own packages, for a toolkit that lacks some.
+CPATH=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia/cu13/include${CPATH:+:$CPATH}
+export CPATH
 # The options in pyproject.toml need plugins that may be missing here.
 pytest=("$python" -m pytest -q -o addopts= -p no:cacheprovider)
-outcome=passed
+source bench/gpu/stage.sh
 
-# stage NAME SECONDS COMMAND...
-stage() {
-    local name=$1 seconds=$2 start=$SECONDS status=ok
-    shift 2
-    timeout "$seconds" "$@" >"$logs/$name.log" 2>&1 || status="FAILED ($?)"
-    echo "== $name: $status, $((SECONDS - start)) s, $logs/$name.log"
-    [[ $status == ok ]] && return
-    tail -n 15 "$logs/$name.log"
-    outcome=failed
-    return 1
+# Put in place what was packed for this machine.
+unpack() {
+    if [[ -f $pack/commit ]] && ! git rev-parse HEAD >/dev/null 2>&1; then
+        export FNGD_COMMIT FNGD_DIRTY=1
+        FNGD_COMMIT=$(<"$pack/commit")
+        sha256sum --check --status "$pack/tree.sha256" && FNGD_DIRTY=0
+    fi
+    if [[ -f $pack/triton.tar.gz ]]; then
+        mkdir -p "$TRITON_CACHE_DIR" && tar -xzf "$pack/triton.tar.gz" -C "$TRITON_CACHE_DIR"
+    fi
+    if [[ -d $pack/wheels ]]; then
+        "$python" -m pip install -q --no-index --no-deps --upgrade --target "$work/peers" "$pack"/wheels/*.whl
+    fi
+    if [[ -d $pack/cache ]]; then
+        mkdir -p "$work/cache" && cp "$pack"/cache/* "$work/cache"
+    fi
+    if [[ -f $pack/extension/target && $(<"$pack/extension/target") == "$(target)" ]]; then
+        mkdir -p build && cp "$pack"/extension/_C* fngd_kernels && cp "$pack/extension/sources.sha256" build
+    fi
 }
-has() { "$python" -c "import $1" 2>/dev/null; }
 
-build() {
+# Whether the native extension is there with its CUDA part: as packed, as built before, or built now.
+extension() {
     local sources=build/sources.sha256
-    mkdir -p build
-    sha256sum --check --status "$sources" 2>/dev/null && has fngd_kernels._C && return
-    stage build 130 "$python" setup.py build_ext --inplace && sha256sum setup.py csrc/* >"$sources"
+    sha256sum --check --status "$sources" 2>/dev/null && stage extension 60 "$python" -m bench.environment && return
+    rm -f "$sources"
+    TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(target | sed 's/.*(\(.*\), \(.*\))/\1.\2/')} \
+        stage build 150 "$python" setup.py build_ext --inplace || return
+    mkdir -p build && sha256sum setup.py csrc/* >"$sources"
+    stage extension 60 "$python" -m bench.environment
 }
 
+ceilings() {
+    stage ceilings 30 "$python" -m bench.ceilings --device "$device" --output "$out/ceilings.jsonl" &&
+        cat "$logs/ceilings.log"
+}
+
+gate() {
+    local op
+    for op in "${operators[@]}"; do
+        stage "gate-$op" 90 "$python" -m bench.kernels --tiny --gate --device "$device" \
+            --dtypes bfloat16 float16 float32 --shapes "^$op( with bias)?/" && echo "$op" >>"$work/passed" &
+    done
+    wait
+}
+
+# kernels SECONDS: the operators that passed the gate
 kernels() {
-    local left
-    # Every kernel in every dtype against float64, at tiny sizes; needs nothing but torch and triton.
-    stage gate 100 "$python" -m bench.kernels --tiny --gate --dtypes bfloat16 float16 float32
-    if has pytest; then
-        # Compiling is most of it: a process for each file.
-        find tests/fused -name 'test_*.py' ! -name test_offline_compile.py -print0 >"$logs/fused-tests"
-        stage tests-fused 150 xargs -0 -n 1 -P 12 -a "$logs/fused-tests" "${pytest[@]}"
-    fi
-    # At least 110 of 540 seconds.
-    left=$((490 - SECONDS + begun))
-    stage kernels $((left + 20)) "$python" -m bench.kernels --quick --seconds "$left" \
-        --output "$results/kernels.jsonl"
-    sed -n '/ cases, /,$p' "$logs/kernels.log"
-    if has matplotlib; then
-        stage plots 30 "$python" -m bench.kernels.plot "$results/kernels.jsonl" "$results/plots"
-    fi
+    local seconds=$1
+    time_kernels $((seconds * 25 / 100)) gram
+    time_kernels $((seconds * 40 / 100)) gram_conv
+    time_kernels $((seconds * 25 / 100)) combine combine_conv combine_embedding scale_bias
+    time_kernels $((seconds * 10 / 100)) gram_embedding gram_hadamard solve
 }
 
-steps() {
-    time_steps 170 eager graphed
-    stage solves 60 "$python" -m bench.solves --device cuda --output "$results/gpu.jsonl"
-    cat "$logs/solves.log"
-}
-
-compiled() { time_steps 200 compiled; }
-
-equations() {
-    stage gauss-newton 300 "$python" -m bench.gauss_newton --device cuda --output "$results/gpu.jsonl"
-    cat "$logs/gauss-newton.log"
-}
-
-# time_steps SECONDS MODE...: a network each SECONDS at most
-time_steps() {
-    local seconds=$1 name network
+# time_kernels SECONDS OPERATOR...: in a process of their own
+time_kernels() {
+    local seconds=$1 name=kernels-$2 chosen
     shift
-    # A process for each network: a kernel that faults takes its process with it, not the other's figures.
-    for network in resnet transformer; do
-        name=steps-$network-$1
-        stage "$name" "$seconds" "$python" -m bench.steps --device cuda --size gpu --network "$network" \
-            --mode "$@" --seconds $((seconds - 40)) --output "$results/gpu.jsonl"
-        cat "$logs/$name.log"
-    done
-}
-
-profile() {
-    local mode network seconds=45
-    for mode in eager graphed compiled; do
-        [[ $mode == compiled ]] && seconds=115
-        for network in resnet transformer; do
-            stage "profile-$network-$mode" "$seconds" "$python" -m bench.profile --device cuda --size gpu \
-                --network "$network" --mode "$mode" --output "$results/profile"
-        done
-    done
-}
-
-check() {
-    local marked=()
-    if ! has pytest; then
-        echo "== check: needs pytest, which is missing"
-        outcome=failed
+    chosen=$(printf "%s\n" "$@" | grep -Fxf "$work/passed" | paste -sd '|')
+    if [[ -z $chosen ]]; then
+        leave_out "$name" "none of its operators passed the gate"
         return
     fi
-    mapfile -t marked < <(grep -lr --include='test_*.py' 'mark\.gpu' tests)
-    ((${#marked[@]})) && stage tests-gpu 400 "${pytest[@]}" -m gpu "${marked[@]}"
+    stage "$name" $((seconds + 15)) "$python" -m bench.kernels "${kernel_options[@]}" --device "$device" \
+        --shapes "^($chosen)( with bias)?/" --first "$targets" --seconds "$seconds" \
+        --ceilings "$out/ceilings.jsonl" --output "$out/kernels.jsonl"
+}
+
+# time_steps NAME SECONDS OPTION...: a network each SECONDS at most, in processes of their own
+time_steps() {
+    local name=$1 seconds=$2 network
+    for network in resnet transformer; do
+        stage "$name-$network" "$seconds" "$python" -m bench.steps --device "$device" --network "$network" \
+            --seconds $((seconds * 3 / 4)) --output "$out/gpu.jsonl" "${@:3}"
+    done
+}
+
+solves() {
+    stage solves 60 "$python" -m bench.solves --device "$device" "${solve_options[@]}" --output "$out/gpu.jsonl"
+}
+
+# profile SECONDS OPTION...
+profile() {
+    stage profile "$1" "$python" -m bench.profile --device "$device" --network resnet transformer "${profile_options[@]}" \
+        --output "$work/profile" "${@:2}"
+}
+
+# time_peers SECONDS: a network each SECONDS at most
+time_peers() {
+    local network
+    for network in resnet transformer; do
+        stage "peers-$network" "$1" "$python" -m bench.peers --device "$device" "${peer_options[@]}" --network "$network" \
+            --method sgd adamw fngd muon soap shampoo kfac --output "$out/peers.jsonl"
+    done
+}
+
+# Decode the images once, for all that train on them.
+decode() {
+    stage decode 90 "$python" -c "
+from pathlib import Path
+from bench import workloads
+workloads.load('cifar10', data_dir=Path('$data'), cache_dir=Path('$work/cache'))"
+}
+
+# Each method at one preset rate, on the one device at a time: scores count, seconds do not.
+train() {
+    train_one images sgd 0.1 &
+    train_one images adamw 0.001 &
+    train_one images fngd 0.1 &
+    train_one images fngd-exact 0.1 &
+    train_one sentences adamw 0.001 &
+    train_one sentences fngd-adamw 0.001 &
+    wait
+}
+
+# train_one TASK METHOD RATE
+train_one() {
+    local task=("${image_options[@]}" --data cifar10 --model resnet18 --warmup-epochs 1)
+    [[ $1 == sentences ]] && task=("${sentence_options[@]}" --data multi30k --warmup-epochs 2)
+    stage "train-$1-$2" $((deadline - SECONDS)) "$python" -m bench.train --device "$device" --data-dir "$data" \
+        --cache-dir "$work/cache" --batch-size 128 --precision bf16 --seeds 1 "${task[@]}" "${training_options[@]}" \
+        --optimizer "$2" --lr "$3" --threads 2 --shared --rows "$out/training.jsonl" --output "$work/studies/$1-$2"
+}
+
+# check PROCESSES
+check() {
+    local files
+    mapfile -t files < <(find tests -name 'test_*.py' ! -name test_offline_compile.py)
+    has xdist && pytest+=(-n "$1")
+    # The tests of the kernels run on the device where there is one; of the others those that ask for it.
+    stage tests-kernels 400 "${pytest[@]}" tests/fused --ignore tests/fused/test_offline_compile.py
+    stage tests-device 400 "${pytest[@]}" -m gpu "${files[@]}"
 }
 
 sanitize() {
     local tool
-    local native=(tests/test_solve.py tests/test_coefficients.py tests/test_scaling.py tests/test_finite.py)
-    if ! command -v compute-sanitizer >/dev/null || ! has pytest; then
-        echo "== sanitize: needs compute-sanitizer and pytest"
-        outcome=failed
+    local native=(tests/test_{solve,coefficients,scaling,finite}.py)
+    if ! command -v compute-sanitizer >/dev/null; then
+        leave_out sanitize "no compute-sanitizer"
         return
     fi
     for tool in racecheck synccheck; do
@@ -132,27 +225,60 @@ sanitize() {
         under "$tool" "$tool" 85 "${pytest[@]}" -m gpu -k 'not graph and not capture' "${native[@]}"
         under "$tool" "$tool-fused" 45 "$python" -m bench.kernels --tiny --gate --dtypes bfloat16
     done
-    unset PYTORCH_NO_CUDA_MEMORY_CACHING
 }
 
 # under TOOL NAME SECONDS COMMAND...
 under() {
-    local tool=$1 name=$2 seconds=$3
-    shift 3
-    stage "$name" "$seconds" compute-sanitizer --tool "$tool" --error-exitcode 1 "$@"
+    stage "$2" "$3" compute-sanitizer --tool "$1" --error-exitcode 1 "${@:4}"
 }
 
-"$python" -c 'import torch; assert torch.cuda.is_available(); print(torch.cuda.get_device_name())' || exit 2
-if [[ -z ${TORCH_CUDA_ARCH_LIST:-} ]]; then
-    # Only this machine's architecture: a third of the build.
-    TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
-    export TORCH_CUDA_ARCH_LIST
-fi
-begun=0
-build
-for part in "${parts[@]}"; do
-    "$part"
-    begun=$SECONDS
-done
-echo "$outcome, $SECONDS s in all"
-[[ $outcome == passed ]]
+# Figures without the extension would be those of its plain-torch stand-ins.
+need_extension() {
+    extension || { leave_out "$part" "the native extension is missing" && return 1; }
+}
+
+trap finish EXIT
+trap 'exit 143' HUP INT TERM
+unpack
+case $part in
+    first)
+        ceilings
+        extension && built=1
+        gate
+        archive
+        if [[ -n ${built-} ]]; then
+            time_steps steps 60 "${step_options[@]}" --base sgd
+            archive
+            solves
+        else
+            leave_out steps "the native extension is missing"
+        fi
+        kernels 90
+        archive
+        [[ -n ${built-} ]] && profile 45 --no-traces
+        ;;
+    second)
+        if need_extension; then
+            decode &
+            time_peers 50
+            wait
+            archive
+            train &
+            check 4
+            wait
+        fi
+        ;;
+    gate) gate ;;
+    kernels) need_extension && ceilings && gate && kernels 420 ;;
+    steps) need_extension && time_steps steps 250 "${step_options[@]}" ;;
+    compiled) need_extension && time_steps compiled 250 --size gpu --mode compiled ;;
+    equations)
+        need_extension && stage equations 500 "$python" -m bench.gauss_newton --device "$device" --output "$out/gpu.jsonl"
+        ;;
+    profile) need_extension && profile 500 ;;
+    peers) need_extension && time_peers 250 ;;
+    train) need_extension && decode && train ;;
+    check) need_extension && check 8 ;;
+    sanitize) need_extension && sanitize ;;
+    solves) need_extension && solves ;;
+esac

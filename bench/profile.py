@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -31,19 +33,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Profile each contender; leave a trace of each, and the tables as Markdown and as JSON."""
     options = _parser().parse_args(arguments)
     device = torch.device(options.device)
-    network = MIXED[options.network][options.size]
+    for mode, network in itertools.product(options.mode, options.network):
+        with tempfile.TemporaryDirectory() as folder:
+            traces = options.output if options.traces else Path(folder)
+            _report(network, mode, device, traces, options)
+
+
+def _report(key: str, mode: str, device: torch.device, traces: Path, options: argparse.Namespace) -> None:
+    network = MIXED[key][options.size]
     batch = network.draw(device)
     # on CUDA the fused form, which FNGD takes there
     base = f"{options.base} fused" if device.type == "cuda" else options.base
-    made = contenders(network, batch, options.base, options.mode, record_function)
-    name = f"{options.network}-{options.mode}-{options.base}"
+    made = contenders(network, batch, options.base, mode, record_function)
+    name = f"{key}-{mode}-{options.base}"
     options.output.mkdir(parents=True, exist_ok=True)
 
     summaries: dict[str, Summary] = {}
     operators: dict[str, Calls] = {}
     kernels: dict[str, Calls] = {}
     for contender in (base, *(other for other in made if other.startswith("fngd"))):
-        path = options.output / f"{name}-{contender.replace(' ', '-')}.json.gz"
+        path = traces / f"{name}-{contender.replace(' ', '-')}.json.gz"
         profiler = _profiled(made[contender](), options.steps, device)
         profiler.export_chrome_trace(str(path))
         summaries[contender] = trace.summarize(trace.load(path))
@@ -51,18 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     sides = ("host", "device") if device.type == "cuda" else ("host",)
     where = environment.describe(device)
-    tables = [f"## {network.name}, {options.mode}, {where['gpu'] or where['cpu']}"]
+    tables = [f"## {network.name}, {mode}, {where['gpu'] or where['cpu']}"]
     tables += [totals(summaries, device), phases(summaries, sides)]
     for contender in list(summaries)[1:]:
         tables.append(differences("operator", sides, operators, base, contender))
         if device.type == "cuda":
             tables.append(differences("kernel", ("device",), kernels, base, contender))
     text = "\n\n".join(tables) + "\n"
-    print(text)
+    print(text, flush=True)
     (options.output / f"{name}.md").write_text(text)
     report = {
         "network": network.name,
-        "mode": options.mode,
+        "mode": mode,
         "base": base,
         **where,
         "summaries": {contender: asdict(summary) for contender, summary in summaries.items()},
@@ -146,12 +155,13 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench.profile", description=__doc__)
-    parser.add_argument("--network", choices=MIXED, default="resnet")
+    parser.add_argument("--network", nargs="+", choices=MIXED, default=["resnet"])
     parser.add_argument("--size", choices=("small", "gpu"), default="small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--mode", choices=MODES, default="eager")
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=["eager"])
     parser.add_argument("--base", choices=BASES, default="sgd")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--no-traces", dest="traces", action="store_false", help="leave the tables alone")
     parser.add_argument("--output", type=Path, default=Path("runs/profile"))
     return parser
 

@@ -138,7 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = options.output or record.RESULTS / ("gpu.jsonl" if device.type == "cuda" else "cpu.jsonl")
     failed = 0
     done: list[dict[str, Any]] = []
-    for kind, dtype, batch, order in itertools.product(NAMES, DTYPES, options.batches, options.orders):
+    for kind, dtype, batch, order in itertools.product(
+        NAMES, options.dtypes, options.batches, options.orders
+    ):
         try:
             case = make(kind, batch, order, DTYPES[dtype], device)
             errors = case.check()
@@ -159,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench.solves", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--orders", nargs="+", type=int, default=ORDERS)
     parser.add_argument("--rounds", type=int, default=25)

@@ -1,9 +1,5 @@
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +13,6 @@ from bench.networks import Network
 from bench.timing import Timing, round_robin
 
 CPU = torch.device("cpu")
-GPU_SCRIPT = Path(__file__).parent.parent / "bench" / "gpu.sh"
 SMALL = Network(
     name="small",
     model=lambda: nn.Sequential(
@@ -245,23 +240,6 @@ def test_gate_compares_modes_by_what_fngd_changes(monkeypatch):
     monkeypatch.setattr(gate, "_changes", lambda *arguments: lost[arguments[2]])
     with pytest.raises(AssertionError, match=r"compiled step: weighted gradient of 4.bias is 100% off"):
         gate.check_mode(SMALL, batch, "compiled")
-
-
-@pytest.mark.parametrize("part", ["", "everything"])
-def test_the_gpu_script_names_its_parts(part, tmp_path):
-    done = subprocess.run([GPU_SCRIPT, part, tmp_path / "new"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "kernels|steps|compiled|equations|profile|check|sanitize|all" in done.stderr
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would run for minutes")
-@pytest.mark.parametrize("part", ["steps", "all"])
-def test_the_gpu_script_wants_a_gpu(part, tmp_path):
-    environment = os.environ | {"PYTHON": sys.executable}
-    done = subprocess.run([GPU_SCRIPT, part, tmp_path], env=environment, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "AssertionError" in done.stderr
 
 
 def test_solves_on_the_cpu(tmp_path, capsys):

@@ -56,8 +56,8 @@ class Setting:
 
     @property
     def fused(self) -> bool:
-        """Whether the Triton kernels run: on a GPU, or interpreted."""
-        return self.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+        """Whether the Triton kernels run: on a GPU, interpreted, or compiled for meta tensors."""
+        return self.device.type in ("cuda", "meta") or os.environ.get("TRITON_INTERPRET") == "1"
 
     @property
     def arithmetic(self) -> str:
