@@ -79,7 +79,12 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Print what is here; return 1 where torch has CUDA and the extension has not."""
     here = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     print(json.dumps(here))
-    raise SystemExit(torch.version.cuda is not None and here["extension"] != "cuda")
+    return int(torch.version.cuda is not None and here["extension"] != "cuda")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

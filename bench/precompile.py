@@ -93,6 +93,7 @@ class Compiled:
     def __init__(self, capability: tuple[int, int]) -> None:
         self.capability = capability
         self.kernels: dict[int, Any] = {}
+        self.utils: Any = None
 
     def get_current_device(self) -> int:
         """Return the only one."""
@@ -138,7 +139,7 @@ def build_launchers(compiled: Compiled) -> None:
         ):
             for platform in PLATFORMS:
                 with mock.patch.object(build, "platform_key", lambda platform=platform: platform):
-                    CudaUtils()
+                    compiled.utils = CudaUtils()
                     for kernel in compiled.kernels.values():
                         CudaLauncher(kernel.src, kernel.metadata)
 

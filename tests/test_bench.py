@@ -11,6 +11,7 @@ from bench import contenders, environment, gate, gauss_newton, oracle, record, s
 from bench.memory import peak_memory
 from bench.networks import Network
 from bench.timing import Timing, round_robin
+from fngd_kernels import native
 
 CPU = torch.device("cpu")
 SMALL = Network(
@@ -125,6 +126,30 @@ def test_rows_are_appended(tmp_path):
     assert [row["a"] for row in rows] == [1, 2.5, None]
     assert rows[2]["torch"] == torch.__version__
     assert rows[2]["gpu"] is None
+
+
+def test_the_environment_says_the_commit_where_git_does_not(monkeypatch):
+    row = environment.describe(CPU)
+    assert row["extension"] == ("cpu" if native.AVAILABLE else None)
+    assert {"triton", "cuda", "uncommitted_changes"} <= row.keys()
+    monkeypatch.setenv("FNGD_COMMIT", "0123456789ab")
+    monkeypatch.setenv("FNGD_DIRTY", "0")
+    assert environment.describe(CPU)["commit"] == row["commit"]
+    monkeypatch.setattr(environment, "_git", lambda *_: None)
+    row = environment.describe(CPU)
+    assert (row["commit"], row["uncommitted_changes"]) == ("0123456789ab", False)
+    monkeypatch.delenv("FNGD_DIRTY")
+    assert environment.describe(CPU)["uncommitted_changes"] is None
+
+
+@pytest.mark.parametrize(
+    ("here", "cuda", "status"), [("cuda", "13.0", 0), ("cpu", "13.0", 1), ("cpu", None, 0)]
+)
+def test_the_environment_fails_where_the_extension_lacks_cuda(here, cuda, status, monkeypatch, capsys):
+    monkeypatch.setattr(environment, "_extension", lambda: here)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert environment.main() == status
+    assert json.loads(capsys.readouterr().out)["extension"] == here
 
 
 def test_round_robin_lets_everyone_run_once_a_round():
@@ -246,7 +271,10 @@ def test_solves_on_the_cpu(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     arguments = ["--device=cpu", "--batches", "3", "--orders", "17", "--rounds=2", f"--output={path}"]
     assert solves.main(arguments) == 0
+    assert solves.main([*arguments, "--dtypes", "float64"]) == 0
     rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all("float64" in row["network"] for row in rows[8:])
+    rows = rows[:8]
     names = [f"{kind} 3 x 17 {dtype}" for kind in solves.NAMES for dtype in solves.DTYPES for _ in range(2)]
     assert [row["network"] for row in rows] == names
     assert all(row["residual"] <= 32 * torch.finfo(torch.float32).eps for row in rows)

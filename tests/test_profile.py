@@ -81,3 +81,21 @@ def test_profile_on_the_cpu(tmp_path, capsys):
     assert "fngd::gram" not in calls["fngd steady"]
     written = tmp_path / "transformer-eager-sgd-fngd-steady.json.gz"
     assert json.loads(gzip.decompress(written.read_bytes()))["traceEvents"]
+
+
+def test_tables_of_several_networks_and_modes_without_traces(tmp_path):
+    options = [
+        "--device=cpu",
+        "--network",
+        "transformer",
+        "resnet",
+        "--mode",
+        "eager",
+        "--steps=1",
+        "--no-traces",
+    ]
+    profile.main([*options, f"--output={tmp_path}"])
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        f"{name}-eager-sgd.{kind}" for name in ("resnet", "transformer") for kind in ("md", "json")
+    }
