@@ -31,8 +31,9 @@ case $part in
 esac
 deadline=${LIMIT:-$deadline}
 
+# slow: what limits are multiplied by
 if [[ -n ${DRY-} ]]; then
-    device=cpu
+    device=cpu slow=4
     step_options=(--size small --mode eager --rounds 2)
     solve_options=(--batches 2 --orders 16 --rounds 2)
     kernel_options=(--tiny --rounds 1)
@@ -42,13 +43,13 @@ if [[ -n ${DRY-} ]]; then
     image_options=(--width 2)
     sentence_options=(--width 1)
 else
-    device=cuda
+    device=cuda slow=1
     step_options=(--size gpu --mode eager graphed --rounds 11)
     solve_options=(--dtypes float32 --rounds 9)
     kernel_options=(--quick)
     profile_options=(--size gpu --mode graphed eager)
     peer_options=(--size gpu --rounds 3)
-    training_options=(--epochs 15)
+    training_options=(--epochs 8)
     image_options=(--width 64)
     sentence_options=(--width 16)
     "$python" -c 'import torch; assert torch.cuda.is_available(); print(torch.cuda.get_device_name())' || exit 2
@@ -116,6 +117,9 @@ gate() {
             --dtypes bfloat16 float16 float32 --shapes "^$op( with bias)?/" && echo "$op" >>"$work/passed" &
     done
     wait
+    if [[ -n ${DRY-} ]]; then
+        stage compile 600 "$python" -m bench.precompile gate quick steps training && cat "$logs/compile.log"
+    fi
 }
 
 # kernels SECONDS: the operators that passed the gate
@@ -160,12 +164,18 @@ profile() {
         --output "$work/profile" "${@:2}"
 }
 
-# time_peers SECONDS: a network each SECONDS at most
+# peers SECONDS SECONDS: those that decompose matrices apart, which may take too long
+peers() {
+    time_peers peers "$1" adamw fngd muon soap
+    time_peers peers-matrices "$2" fngd kfac shampoo
+}
+
+# time_peers NAME SECONDS METHOD...: over SGD, a network each SECONDS at most
 time_peers() {
-    local network
+    local name=$1 seconds=$2 network
     for network in resnet transformer; do
-        stage "peers-$network" "$1" "$python" -m bench.peers --device "$device" "${peer_options[@]}" --network "$network" \
-            --method sgd adamw fngd muon soap shampoo kfac --output "$out/peers.jsonl"
+        stage "$name-$network" "$seconds" "$python" -m bench.peers --device "$device" "${peer_options[@]}" \
+            --network "$network" --method "${@:3}" --output "$out/peers.jsonl"
     done
 }
 
@@ -192,7 +202,7 @@ train() {
 train_one() {
     local task=("${image_options[@]}" --data cifar10 --model resnet18 --warmup-epochs 1)
     [[ $1 == sentences ]] && task=("${sentence_options[@]}" --data multi30k --warmup-epochs 2)
-    stage "train-$1-$2" $((deadline - SECONDS)) "$python" -m bench.train --device "$device" --data-dir "$data" \
+    stage "train-$1-$2" 600 "$python" -m bench.train --device "$device" --data-dir "$data" \
         --cache-dir "$work/cache" --batch-size 128 --precision bf16 --seeds 1 "${task[@]}" "${training_options[@]}" \
         --optimizer "$2" --lr "$3" --threads 2 --shared --rows "$out/training.jsonl" --output "$work/studies/$1-$2"
 }
@@ -202,6 +212,7 @@ check() {
     local files
     mapfile -t files < <(find tests -name 'test_*.py' ! -name test_offline_compile.py)
     has xdist && pytest+=(-n "$1")
+    [[ -n ${DRY-} ]] && pytest+=(--collect-only)
     # The tests of the kernels run on the device where there is one; of the others those that ask for it.
     stage tests-kernels 400 "${pytest[@]}" tests/fused --ignore tests/fused/test_offline_compile.py
     stage tests-device 400 "${pytest[@]}" -m gpu "${files[@]}"
@@ -260,7 +271,7 @@ case $part in
     second)
         if need_extension; then
             decode &
-            time_peers 50
+            peers 30 45
             wait
             archive
             train &
@@ -276,7 +287,7 @@ case $part in
         need_extension && stage equations 500 "$python" -m bench.gauss_newton --device "$device" --output "$out/gpu.jsonl"
         ;;
     profile) need_extension && profile 500 ;;
-    peers) need_extension && time_peers 250 ;;
+    peers) need_extension && peers 100 150 ;;
     train) need_extension && decode && train ;;
     check) need_extension && check 8 ;;
     sanitize) need_extension && sanitize ;;

@@ -1,13 +1,13 @@
 # shellcheck shell=bash disable=SC2154
 # Stages of bench/gpu.sh: each has a limit and a log, and costs itself alone when it fails. To be sourced.
-# $deadline: the second of this script after which nothing begins and nothing goes on
+# $deadline: the second of this script after which nothing begins and nothing goes on; $slow: a factor for all limits
 # $out: rows; $work: all else, packed into $out/logs.tar.gz where the two differ
 
 # stage NAME SECONDS COMMAND...: whether COMMAND succeeded within SECONDS and the deadline
 stage() {
-    local name=$1 limit=$2 start=$SECONDS status=0
+    local name=$1 limit=$(($2 * slow)) left=$((deadline * slow - SECONDS)) start=$SECONDS status=0
     shift 2
-    ((limit <= deadline - SECONDS)) || limit=$((deadline - SECONDS))
+    ((limit <= left)) || limit=$left
     if ((limit < 1)); then
         leave_out "$name" "no time left"
         return 1
