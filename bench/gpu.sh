@@ -158,10 +158,13 @@ solves() {
     stage solves 60 "$python" -m bench.solves --device "$device" "${solve_options[@]}" --output "$out/gpu.jsonl"
 }
 
-# profile SECONDS OPTION...
+# profile SECONDS OPTION...: a network each SECONDS at most
 profile() {
-    stage profile "$1" "$python" -m bench.profile --device "$device" --network resnet transformer "${profile_options[@]}" \
-        --output "$work/profile" "${@:2}"
+    local network
+    for network in resnet transformer; do
+        stage "profile-$network" "$1" "$python" -m bench.profile --device "$device" --network "$network" \
+            "${profile_options[@]}" --output "$work/profile" "${@:2}"
+    done
 }
 
 # peers SECONDS SECONDS: those that decompose matrices apart, which may take too long
@@ -266,7 +269,7 @@ case $part in
         fi
         kernels 90
         archive
-        [[ -n ${built-} ]] && profile 45 --no-traces
+        [[ -n ${built-} ]] && profile 25 --no-traces
         ;;
     second)
         if need_extension; then
@@ -286,7 +289,7 @@ case $part in
     equations)
         need_extension && stage equations 500 "$python" -m bench.gauss_newton --device "$device" --output "$out/gpu.jsonl"
         ;;
-    profile) need_extension && profile 500 ;;
+    profile) need_extension && profile 250 ;;
     peers) need_extension && peers 100 150 ;;
     train) need_extension && decode && train ;;
     check) need_extension && check 8 ;;

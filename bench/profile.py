@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import tempfile
 from collections.abc import Sequence
@@ -33,19 +32,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Profile each contender; leave a trace of each, and the tables as Markdown and as JSON."""
     options = _parser().parse_args(arguments)
     device = torch.device(options.device)
-    for mode, network in itertools.product(options.mode, options.network):
+    for mode in options.mode:
         with tempfile.TemporaryDirectory() as folder:
-            traces = options.output if options.traces else Path(folder)
-            _report(network, mode, device, traces, options)
+            _report(mode, device, options.output if options.traces else Path(folder), options)
 
 
-def _report(key: str, mode: str, device: torch.device, traces: Path, options: argparse.Namespace) -> None:
-    network = MIXED[key][options.size]
+def _report(mode: str, device: torch.device, traces: Path, options: argparse.Namespace) -> None:
+    network = MIXED[options.network][options.size]
     batch = network.draw(device)
     # on CUDA the fused form, which FNGD takes there
     base = f"{options.base} fused" if device.type == "cuda" else options.base
     made = contenders(network, batch, options.base, mode, record_function)
-    name = f"{key}-{mode}-{options.base}"
+    name = f"{options.network}-{mode}-{options.base}"
     options.output.mkdir(parents=True, exist_ok=True)
 
     summaries: dict[str, Summary] = {}
@@ -155,7 +153,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench.profile", description=__doc__)
-    parser.add_argument("--network", nargs="+", choices=MIXED, default=["resnet"])
+    parser.add_argument("--network", choices=MIXED, default="resnet")
     parser.add_argument("--size", choices=("small", "gpu"), default="small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=["eager"])

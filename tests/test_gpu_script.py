@@ -27,7 +27,8 @@ exit 0
 OPERATORS = ("gram", "gram_conv", "gram_embedding", "gram_hadamard", "combine", "combine_conv")
 OPERATORS += ("combine_embedding", "scale_bias", "solve")
 FIRST = (
-    *("ceilings", "extension", "compile", "steps-resnet", "steps-transformer", "solves", "profile"),
+    *("ceilings", "extension", "compile", "solves"),
+    *(f"{stage}-{network}" for stage in ("steps", "profile") for network in ("resnet", "transformer")),
     *(f"gate-{operator}" for operator in OPERATORS),
     *(f"kernels-{operator}" for operator in ("gram", "gram_conv", "combine", "gram_embedding")),
 )
@@ -99,7 +100,7 @@ PLANTED = {
     "bench.steps .*--network resnet": {"steps-resnet"},
     "bench.solves": {"solves"},
     "bench.kernels .*gram_conv.*--first": {"kernels-gram_conv"},
-    "bench.profile": {"profile"},
+    "bench.profile .*transformer": {"profile-transformer"},
 }
 
 
