@@ -70,7 +70,7 @@ export TRITON_CACHE_DIR=/tmp/fngd-triton
 CPATH=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia/cu13/include${CPATH:+:$CPATH}
 export CPATH
 # The options in pyproject.toml need plugins that may be missing here.
-pytest=("$python" -m pytest -q -o addopts= -p no:cacheprovider)
+pytest=("$python" -m pytest -v -o addopts= -p no:cacheprovider)
 source bench/gpu/stage.sh
 
 # Put in place what was packed for this machine.
@@ -106,6 +106,7 @@ extension() {
 }
 
 ceilings() {
+    nvidia-smi >"$logs/nvidia-smi.txt" 2>&1
     stage ceilings 30 "$python" -m bench.ceilings --device "$device" --output "$out/ceilings.jsonl" &&
         cat "$logs/ceilings.log"
 }
@@ -216,9 +217,9 @@ check() {
     mapfile -t files < <(find tests -name 'test_*.py' ! -name test_offline_compile.py)
     has xdist && pytest+=(-n "$1")
     [[ -n ${DRY-} ]] && pytest+=(--collect-only)
-    # The tests of the kernels run on the device where there is one; of the others those that ask for it.
-    stage tests-kernels 400 "${pytest[@]}" tests/fused --ignore tests/fused/test_offline_compile.py
     stage tests-device 400 "${pytest[@]}" -m gpu "${files[@]}"
+    # These run on the device where there is one, without asking for it.
+    stage tests-kernels 400 "${pytest[@]}" tests/fused --ignore tests/fused/test_offline_compile.py
 }
 
 sanitize() {
@@ -278,7 +279,7 @@ case $part in
             wait
             archive
             train &
-            check 4
+            check 6
             wait
         fi
         ;;
@@ -289,7 +290,7 @@ case $part in
     equations)
         need_extension && stage equations 500 "$python" -m bench.gauss_newton --device "$device" --output "$out/gpu.jsonl"
         ;;
-    profile) need_extension && profile 250 ;;
+    profile) need_extension && profile 250 --mode graphed eager compiled ;;
     peers) need_extension && peers 100 150 ;;
     train) need_extension && decode && train ;;
     check) need_extension && check 8 ;;
