@@ -16,7 +16,7 @@ PART_STEPS = 16
 """Price of a partial tile, in steps of the product: 8 for traffic, 8 for the launch that sums; not timed."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "part_rows"], do_not_specialize_on_alignment=["positions"])
 def _combine_kernel(
     A,
     E,
@@ -78,7 +78,7 @@ def _combine_kernel(
         tl.store(B + pid_p * stride_p + offs_o, b, mask=mask_o & (pid_i == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _sum_parts_kernel(
     PARTS, W, B, parts, weights, biases, stride_p, WITH_BIAS: tl.constexpr, BD: tl.constexpr
 ):

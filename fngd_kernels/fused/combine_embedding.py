@@ -10,7 +10,10 @@ from .rounding import rounded
 from .tiles import tile
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_embeddings", "padding_idx"],
+    do_not_specialize_on_alignment=["positions"],
+)
 def _sum_chunks_kernel(
     IDS,
     ORDER,
@@ -64,7 +67,7 @@ def _sum_chunks_kernel(
     tl.store(row_p[:, None] + offs_d[None, :], sums, mask=mask_p)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_embeddings", "padding_idx"])
 def _join_chunks_kernel(
     IDS,
     ENDS,

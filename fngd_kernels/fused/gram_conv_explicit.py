@@ -23,8 +23,34 @@ from .tiles import tile
 TAP_CHANNELS = 32
 """Channels per group from which a tile holds channels of one kernel offset only, with one mask for all."""
 
+# Knowing that one of these is 1 or a multiple of 16 makes no load wider: all layers share what is compiled.
+GEOMETRY = [
+    "first_tile",
+    "tiles_o",
+    "tiles_i",
+    *(f"{name}_{axis}" for name in ("size", "kernel", "step", "padding", "dilation") for axis in "dhw"),
+    "out_h",
+    "out_w",
+]
 
-@triton.jit(do_not_specialize=["first_tile"])
+
+@triton.jit
+def _divided(x, divisor, reciprocal):
+    """Return x // divisor and x % divisor of 0 <= x < 2^31; reciprocal is (2^31 - 1) // divisor."""
+    quotient = tl.umulhi(2 * x.to(tl.uint32), reciprocal.to(tl.uint32)).to(tl.int32)
+    rest = x - quotient * divisor
+    # What the reciprocal lacks makes the quotient too small by one at most.
+    short = rest >= divisor
+    return tl.where(short, quotient + 1, quotient), tl.where(short, rest - divisor, rest)
+
+
+@triton.jit
+def _inside(offs, corner, size):
+    """Return whether 0 <= offs + corner < size for all pairs; as unsigned one comparison."""
+    return (offs[:, None] + corner[None, :]).to(tl.uint32) < size.to(tl.uint32)
+
+
+@triton.jit(do_not_specialize=GEOMETRY)
 def _contributions_conv_kernel(
     X,
     E,
@@ -66,6 +92,8 @@ def _contributions_conv_kernel(
     dilation_d,
     dilation_h,
     dilation_w,
+    HAS_DEPTH: tl.constexpr,
+    IN_PAIRS: tl.constexpr,
     ONE_TAP: tl.constexpr,
     PRECISION: tl.constexpr,
     BO: tl.constexpr,
@@ -90,29 +118,42 @@ def _contributions_conv_kernel(
     corner_d = tap // (kernel_h * kernel_w) * dilation_d - padding_d
     corner_h = tap // kernel_w % kernel_h * dilation_h - padding_h
     corner_w = tap % kernel_w * dilation_w - padding_w
+    corner = corner_h.to(tl.int64) * stride_xh + corner_w.to(tl.int64) * stride_xw
+    if HAS_DEPTH:
+        corner += corner_d.to(tl.int64) * stride_xd
     offs_xc, offs_eo = (pid_g * channels + offs_c).to(tl.int64), (pid_g * outputs + offs_o).to(tl.int64)
-    channel_x = X + pid_n * stride_xn + offs_xc * stride_xc  # [BI]
-    channel_e = E + pid_n * stride_en + offs_eo * stride_eo  # [BO]
+    column_x = X + pid_n * stride_xn + offs_xc * stride_xc + corner  # [BI]
+    column_e = E + pid_n * stride_en + offs_eo * stride_eo  # [BO]
 
+    # Two divisions of each position, by what is known only here, would be most of the loop's integer work.
+    reciprocal_h, reciprocal_w = 0x7FFFFFFF // out_h, 0x7FFFFFFF // out_w
     c = tl.zeros([BO, BI], dtype=tl.float32)
     for start in range(0, positions, BT):
         offs_t = start + tl.arange(0, BT)
         mask_t = offs_t < positions
-        at_d, at_h, at_w = offs_t // (out_h * out_w), offs_t // out_w % out_h, offs_t % out_w
+        at_h, at_w = _divided(offs_t, out_w, reciprocal_w)
+        if HAS_DEPTH:
+            at_d, at_h = _divided(at_h, out_h, reciprocal_h)
         if stride_et is None:
-            offs_e = (
-                at_d.to(tl.int64) * stride_ed + at_h.to(tl.int64) * stride_eh + at_w.to(tl.int64) * stride_ew
-            )
+            offs_e = at_h.to(tl.int64) * stride_eh + at_w.to(tl.int64) * stride_ew
+            if HAS_DEPTH:
+                offs_e += at_d.to(tl.int64) * stride_ed
         else:
             offs_e = offs_t.to(tl.int64) * stride_et
-        d = (at_d * step_d)[:, None] + corner_d[None, :]  # [BT, 1 or BI]
-        h = (at_h * step_h)[:, None] + corner_h[None, :]
-        w = (at_w * step_w)[:, None] + corner_w[None, :]
-        inside = (d >= 0) & (d < size_d) & (h >= 0) & (h < size_h) & (w >= 0) & (w < size_w)
-        pixel = d.to(tl.int64) * stride_xd + h.to(tl.int64) * stride_xh + w.to(tl.int64) * stride_xw
+        # From the pixel of output position 0; what that one is under each kernel offset is in column_x.
+        h, w = at_h * step_h, at_w * step_w
+        pixel = h.to(tl.int64) * stride_xh + w.to(tl.int64) * stride_xw
+        if IN_PAIRS:
+            # A warp then reads along positions.
+            pixel = tl.max_contiguous(pixel, 2)
+        inside = _inside(h, corner_h, size_h) & _inside(w, corner_w, size_w)  # [BT, 1 or BI]
+        if HAS_DEPTH:
+            d = at_d * step_d
+            pixel += d.to(tl.int64) * stride_xd
+            inside &= _inside(d, corner_d, size_d)
         mask_e, mask_x = mask_t[:, None] & mask_o[None, :], mask_t[:, None] & inside & mask_i[None, :]
-        e = tl.load(channel_e[None, :] + offs_e[:, None], mask=mask_e, other=0)  # [BT, BO]
-        x = tl.load(channel_x[None, :] + pixel, mask=mask_x, other=0)  # [BT, BI]
+        e = tl.load(column_e[None, :] + offs_e[:, None], mask=mask_e, other=0)  # [BT, BO]
+        x = tl.load(column_x[None, :] + pixel[:, None], mask=mask_x, other=0)  # [BT, BI]
         c = dot(tl.trans(e), x, c, PRECISION)  # [BO, BI]
     store_contributions(C, c, pid_w, pid_n, extent_o, extent_i, stride_cn, PRECISION, BO, BI)
 
@@ -125,7 +166,7 @@ def _position_stride(e: Tensor) -> int | None:
     return axes[-1][1] if axes else 1
 
 
-def _axes(name: str, values: Sequence[int]) -> dict[str, int]:
+def _axes(name: str, values: Sequence[int | None]) -> dict[str, int | None]:
     return {f"{name}{axis}": value for axis, value in zip("dhw", values, strict=True)}
 
 
@@ -144,12 +185,19 @@ def _form(
     taps, positions = prod(kernel), prod(e.shape[2:])
     one_tap = channels >= TAP_CHANNELS
     inputs = channels if one_tap else taps * channels
-    chosen = tile("contributions_conv", capability(x.device), x.itemsize)
+    kernel_tile = "contributions_conv" if one_tap else "contributions_conv_taps"
+    chosen = tile(kernel_tile, capability(x.device), x.itemsize)
     options = launch_options(chosen, len(x), outputs, inputs, positions, workspace)
+    if not one_tap:
+        # Each column then has an offset and a mask of its own: more of them do not fit into registers.
+        options["BI"] = min(options["BI"], 16 * options["num_warps"])
     extent_o, extent_i = extent(outputs, options["BO"]), extent(inputs, options["BI"])
     tiles_o = triton.cdiv(outputs, extent_o)
     tiles_i = triton.cdiv(inputs, extent_i) * (taps if one_tap else 1)
     stride_et = _position_stride(e)
+    # Whether every even position and the next one read neighbours: they lie in one row.
+    in_pairs = x.stride(4) == stride[2] == 1 and e.shape[4] % 2 == 0
+    has_depth = any(sizes[0] > 1 for sizes in (x.shape[2:], e.shape[2:], kernel)) or padding[0] > 0
 
     def form(scratch: Tensor, first: int, count: int) -> None:
         _contributions_conv_kernel[(count, len(x))](
@@ -173,12 +221,14 @@ def _form(
             **_axes("stride_x", x.stride()[2:]),
             stride_en=e.stride(0),
             stride_eo=e.stride(1),
-            **_axes("stride_e", e.stride()[2:]),
+            **_axes("stride_e", e.stride()[2:] if stride_et is None else (None,) * 3),
             stride_et=stride_et,
             stride_cn=scratch.stride(0),
             **_axes("step_", stride),
             **_axes("padding_", padding),
             **_axes("dilation_", dilation),
+            HAS_DEPTH=has_depth,
+            IN_PAIRS=in_pairs,
             ONE_TAP=one_tap,
             PRECISION=precision,
             **options,

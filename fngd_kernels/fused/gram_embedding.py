@@ -14,7 +14,7 @@ from .reduce import sum_partials
 from .tiles import PairGrid, Tile, diagonal_grid, pair_grid, tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["padding_idx"], do_not_specialize_on_alignment=["pairs"])
 def _gram_embedding_kernel(
     IDS,
     E,

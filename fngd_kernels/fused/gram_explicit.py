@@ -17,7 +17,7 @@ from .contributions import (
 from .tiles import tile
 
 
-@triton.jit(do_not_specialize=["first_tile"])
+@triton.jit(do_not_specialize=["first_tile", "tiles_i"])
 def _contributions_kernel(
     A,
     E,

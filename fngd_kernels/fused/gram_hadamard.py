@@ -118,7 +118,8 @@ def gram_hadamard(
                 stride_eo=tuple(e[place].stride(-1) for place in some),
                 stride_kl=n * n,
                 stride_ki=n,
-                bias=tuple(int(bias[place]) for place in some),
+                # Not integers, of which Triton makes a 1 a constant: code for every set of biases.
+                bias=tuple(float(bias[place]) for place in some),
                 PRECISION=precision,
                 **chosen.launch,
             )

@@ -22,7 +22,7 @@ from .reduce import sum_partials
 from .tiles import PairGrid, Tile, diagonal_grid, pair_grid, tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["pairs"])
 def _gram_pairs_kernel(
     A,
     E,

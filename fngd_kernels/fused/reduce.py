@@ -8,7 +8,7 @@ from .common import capability
 from .tiles import tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _sum_partials_kernel(
     PARTIAL, K, parts, n, stride_pp, stride_pn, stride_kn, BN: tl.constexpr, BP: tl.constexpr
 ):

@@ -44,21 +44,22 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
     },
     "gram_hadamard": {
         (80, 2): Tile({"ROWS": 128, "BK": 32}, 8, 4, _COMPILED),
-        (80, 4): Tile({"ROWS": 64, "BK": 16}, 4, 2, _COMPILED),
+        (80, 4): Tile({"ROWS": 64, "BK": 16}, 8, 3, _COMPILED),
         (90, 2): Tile({"ROWS": 128, "BK": 64}, 8, 4, _COMPILED),
         (90, 4): Tile({"ROWS": 64, "BK": 32}, 8, 3, _COMPILED),
     },
     "gram_hadamard_unaligned": {
         (80, 2): Tile({"ROWS": 64, "BK": 32}, 8, 3, _COMPILED),
-        (80, 4): Tile({"ROWS": 32, "BK": 16}, 4, 4, _COMPILED),
+        (80, 4): Tile({"ROWS": 32, "BK": 32}, 4, 3, _COMPILED),
     },
     "gram_hadamard_few": {
         (80, 2): Tile({"ROWS": 32, "BK": 128}, 4, 4, _COMPILED),
         (80, 4): Tile({"ROWS": 32, "BK": 32}, 4, 4, _COMPILED),
+        (100, 2): Tile({"ROWS": 32, "BK": 64}, 4, 4, _COMPILED),
     },
     "gram_hadamard_few_unaligned": {
         (80, 2): Tile({"ROWS": 32, "BK": 64}, 4, 4, _COMPILED),
-        (80, 4): Tile({"ROWS": 32, "BK": 16}, 4, 4, _COMPILED),
+        (80, 4): Tile({"ROWS": 32, "BK": 32}, 4, 3, _COMPILED),
     },
     "combine": {
         (80, 2): Tile({"BO": 128, "BI": 128, "BK": 64}, 8, 3, _COMPILED),
@@ -83,6 +84,12 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
         (80, 2): Tile({"BO": 128, "BI": 128, "BT": 32}, 8, 4, _COMPILED),
         (80, 4): Tile({"BO": 64, "BI": 64, "BT": 16}, 4, 3, _COMPILED),
         (100, 4): Tile({"BO": 64, "BI": 64, "BT": 16}, 4, 2, _COMPILED),
+    },
+    # Of several kernel offsets: every column has addresses and masks of its own.
+    "contributions_conv_taps": {
+        (80, 2): Tile({"BO": 128, "BI": 128, "BT": 32}, 8, 4, _COMPILED),
+        (80, 4): Tile({"BO": 128, "BI": 32, "BT": 16}, 4, 3, _COMPILED),
+        (90, 4): Tile({"BO": 64, "BI": 64, "BT": 16}, 4, 2, _COMPILED),
     },
     "add_gram": {
         (80, 4): Tile({"BN": 128, "BK": 16}, 8, 4, _COMPILED),

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 from unittest import mock
 
@@ -19,8 +20,8 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 VARIANTS = {
@@ -32,15 +33,6 @@ VARIANTS = {
         (FLOAT32, "tf32"),
         (FLOAT32, "tf32x3"),
     ]
-}
-
-TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.bool: "i1",
 }
 
 
@@ -75,6 +67,11 @@ def gram_hadamard(dtype: torch.dtype, precision: str) -> None:
         a, e = ([meta(samples, 1, pair[place], dtype=dtype) for pair in layers] for place in (0, 1))
         gram_hadamard(a, e, [True] * len(layers), precision)
         gram_hadamard(a[:1], e[:1], [False], precision)
+    # Layers of one network, alone and together.
+    rows = [meta(256, 1, size, dtype=dtype) for size in (784, 1024, 1024, 512, 10)]
+    for layer in pairwise(rows):
+        gram_hadamard(layer[:1], layer[1:], [True], precision)
+    gram_hadamard(rows[:-1], rows[1:], [True] * 4, precision)
 
 
 def gram_explicit(dtype: torch.dtype, precision: str) -> None:
@@ -101,6 +98,14 @@ def gram_conv_explicit(dtype: torch.dtype, precision: str) -> None:
     from fngd_kernels.fused.gram_conv_explicit import gram_conv_explicit
 
     precision = precision if dtype == FLOAT32 else "tf32"
+    # First layers on images, in both layouts: columns of many kernel offsets, pixels and patches.
+    for outputs, kernel, stride, padding in ((64, 7, 2, 3), (384, 16, 16, 0), (96, 4, 4, 0)):
+        size = (224 + 2 * padding - kernel) // stride + 1
+        x, e = meta(64, 3, 224, 224, dtype=dtype), meta(64, outputs, size, size, dtype=dtype)
+        strided = (stride,) * 2, (padding,) * 2, (1, 1), 1
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x, e = (t.to(memory_format=layout) for t in (x, e))
+            gram_conv_explicit(x, e, (outputs, 3, kernel, kernel), *strided, False, precision)
     geometry = (1, 1), (1, 1), (1, 1), 1
     for channels, layout in (
         (128, torch.contiguous_format),
@@ -150,42 +155,22 @@ def recorded(launch: Callable[[], None], arch: int) -> list[tuple]:
     return launches
 
 
-def specialised(value: object, path: tuple[int, ...], constants: dict, attributes: dict) -> object:
-    """Return the type of an argument as Triton would see it: 1 is a constant, multiples of 16 are known."""
-    if isinstance(value, tuple):
-        parts = enumerate(value)
-        return tuple(specialised(part, (*path, place), constants, attributes) for place, part in parts)
-    if value is None or (isinstance(value, int) and value == 1):
-        constants[path] = value
-        return "constexpr"
-    if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
-        attributes[path] = [["tt.divisibility", 16]]
-    if isinstance(value, Tensor):
-        return "*" + TYPES[value.dtype]
-    if isinstance(value, int):
-        return "i32" if abs(value) < 1 << 31 else "i64"
-    return "fp32"
+def source_of(kernel: JITFunction, arguments: dict, target: GPUTarget) -> tuple[ASTSource, dict]:
+    """Return what Triton would compile for a launch, specialised as Triton does it, and the options."""
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialisation, _ = bind(**arguments)
+    options, *source = kernel._pack_args(backend, arguments, bound, specialisation, None)
+    return ASTSource(kernel, *source), vars(options)
 
 
-def source_of(kernel: JITFunction, arguments: dict) -> tuple[ASTSource, dict]:
-    """Return what Triton would compile for a launch, and the options."""
-    signature, constants, attributes, options = {}, {}, {}, dict(arguments)
-    for index, parameter in enumerate(kernel.params):
-        value = options.pop(parameter.name)
-        if parameter.is_constexpr:
-            signature[parameter.name], constants[(index,)] = "constexpr", value
-        else:
-            signature[parameter.name] = specialised(value, (index,), constants, attributes)
-    return ASTSource(kernel, signature, constants, attributes), options
-
-
-def compiled(source: ASTSource, options: dict, arch: int) -> dict:
+def compiled(source: ASTSource, options: dict, target: GPUTarget) -> dict:
     """Compile, and return what the code needs of a multiprocessor."""
     # ptxas reports only when it runs.
     triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
-        result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        result = triton.compile(source, target=target, options=options)
     return {
         "kernel": source.name,
         "shared": result.metadata.shared,
@@ -196,15 +181,16 @@ def compiled(source: ASTSource, options: dict, arch: int) -> dict:
 
 def main(arch: int, names: list[str]) -> None:
     once = names[0] == "--first"
+    target = GPUTarget("cuda", arch, 32)
     seen = set()
     for name in names[once:]:
         case, variant = name.split("-", 1)
         for kernel, arguments in recorded(partial(CASES[case], *VARIANTS[variant]), arch):
-            source, options = source_of(kernel, arguments)
+            source, options = source_of(kernel, arguments, target)
             key = source.name if once else (source.hash(), str(options))
             if key not in seen:
                 seen.add(key)
-                result = compiled(source, options, arch)
+                result = compiled(source, options, target)
                 print(json.dumps({"case": name, "arch": arch} | result), flush=True)
 
 

@@ -1,12 +1,14 @@
 import pytest
 import torch
+import triton
+import triton.language as tl
 from poison import poisoned
 from torch.nn import functional as F
 
 import fngd_kernels as fk
 import oracles
 from fngd_kernels.fused.contributions import default_precision
-from fngd_kernels.fused.gram_conv_explicit import gram_conv_explicit
+from fngd_kernels.fused.gram_conv_explicit import _divided, gram_conv_explicit
 from fngd_kernels.geometry import expand
 from fngd_kernels.library.gram_conv_explicit import gram_conv_explicit as library_gram_conv_explicit
 
@@ -103,3 +105,23 @@ def test_offsets_beyond_32_bits(device):
     storage = torch.empty((2 << 30) + 50, dtype=x.dtype, device=device)
     far = storage.as_strided(x.shape, (25, 1 << 30, 5, 1)).copy_(x)
     assert_as_good_as_the_library(far, e, shape, {}, False)
+
+
+@triton.jit(do_not_specialize=["divisor"])
+def _division_kernel(X, QUOTIENT, REST, divisor, SIZE: tl.constexpr):
+    offs = tl.arange(0, SIZE)
+    quotient, rest = _divided(tl.load(X + offs), divisor, 0x7FFFFFFF // divisor)
+    tl.store(QUOTIENT + offs, quotient)
+    tl.store(REST + offs, rest)
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 56, 112, 1000, 65537, 2**31 - 1])
+def test_division_is_exact(divisor, device):
+    last = 2**31 - 1
+    multiples = divisor * torch.randint(0, last // divisor + 1, (60,))
+    x = torch.cat([multiples, (multiples - 1).clamp(0), torch.tensor([0, 1, divisor - 1, divisor, last])])
+    x = torch.cat([x, torch.randint(0, last, (3,))])
+    quotient, rest = torch.empty(2, 128, dtype=torch.int32, device=device)
+    _division_kernel[(1,)](x.to(device, torch.int32), quotient, rest, divisor, SIZE=128)
+    assert torch.equal(quotient.cpu().long(), x // divisor)
+    assert torch.equal(rest.cpu().long(), x % divisor)
