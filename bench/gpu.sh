@@ -168,10 +168,13 @@ profile() {
     done
 }
 
-# peers SECONDS SECONDS: those that decompose matrices apart, which may take too long
+# peers SECONDS METHOD...: those that decompose matrices, which may take too long, in processes of their own
 peers() {
-    time_peers peers "$1" adamw fngd muon soap
-    time_peers peers-matrices "$2" fngd kfac shampoo
+    local method
+    time_peers peers "$1" adamw fngd muon
+    for method in "${@:2}"; do
+        time_peers "peers-$method" "$1" fngd "$method"
+    done
 }
 
 # time_peers NAME SECONDS METHOD...: over SGD, a network each SECONDS at most
@@ -275,7 +278,7 @@ case $part in
     second)
         if need_extension; then
             decode &
-            peers 30 45
+            peers 35 kfac shampoo
             wait
             archive
             train &
@@ -291,7 +294,7 @@ case $part in
         need_extension && stage equations 500 "$python" -m bench.gauss_newton --device "$device" --output "$out/gpu.jsonl"
         ;;
     profile) need_extension && profile 250 --mode graphed eager compiled ;;
-    peers) need_extension && peers 100 150 ;;
+    peers) need_extension && peers 120 kfac shampoo soap ;;
     train) need_extension && decode && train ;;
     check) need_extension && check 8 ;;
     sanitize) need_extension && sanitize ;;

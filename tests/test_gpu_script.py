@@ -34,7 +34,8 @@ FIRST = (
 )
 SECOND = (
     *("extension", "decode", "tests-kernels", "tests-device"),
-    *(f"{peers}-{network}" for peers in ("peers", "peers-matrices") for network in ("resnet", "transformer")),
+    *(f"peers-{network}" for network in ("resnet", "transformer")),
+    *(f"peers-{name}-{network}" for name in ("kfac", "shampoo") for network in ("resnet", "transformer")),
     *(f"train-images-{method}" for method in ("sgd", "adamw", "fngd", "fngd-exact")),
     *(f"train-sentences-{method}" for method in ("adamw", "fngd-adamw")),
 )
@@ -115,12 +116,10 @@ def test_a_failure_in_the_first_call_costs_its_stage_alone(planted, checkout):
     assert packed(checkout) == set(FIRST)
 
 
-@pytest.mark.parametrize(
-    "name", ["peers-matrices-resnet", "train-images-fngd-exact", "tests-kernels", "decode"]
-)
+@pytest.mark.parametrize("name", ["peers-kfac-resnet", "train-images-fngd-exact", "tests-kernels", "decode"])
 def test_a_failure_in_the_second_call_costs_its_stage_alone(name, checkout):
     planted = {
-        "peers-matrices-resnet": "bench.peers .*resnet .*kfac",
+        "peers-kfac-resnet": "bench.peers .*resnet .*kfac",
         "train-images-fngd-exact": "optimizer fngd-exact",
         "tests-kernels": "pytest .* tests/fused --ignore",
         "decode": "workloads.load",
