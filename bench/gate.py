@@ -23,6 +23,7 @@ from bench.networks import Batch, Network
 DAMPING = 0.1
 # the momentum buffer then holds the last gradient, which a graph's step has deleted
 KEEP_GRADIENT = {"lr": 0.0, "momentum": 1e-9}
+NORMS = nn.LayerNorm | nn.BatchNorm2d
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,11 @@ def _solved(layer: Captured) -> Tensor:
 
 
 def _weighted(optimizer: fngd.FNGD, layers: dict[str, Captured]) -> list[str]:
-    kinds = optimizer.coverage()
-    return [name for name in layers if not kinds[f"{name}.weight"].startswith("plain")]
+    """Return the layers that are to be weighted: all but normalisations, which keep their gradient."""
+    names = [name for name, captured in layers.items() if not isinstance(captured.layer, NORMS)]
+    plain = [name for name in names if optimizer.coverage()[f"{name}.weight"].startswith("plain")]
+    assert not plain, f"layers with the plain gradient: {plain}"
+    return names
 
 
 def _shared(optimizer: fngd.FNGD, name: str, ids: Tensor) -> Tensor:

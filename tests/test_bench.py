@@ -110,6 +110,10 @@ def test_gate_stops_wrong_figures(monkeypatch):
         with pytest.raises(AssertionError, match="coefficients of 0: relative deviation"):
             gate.check(SMALL, batch)
     with monkeypatch.context() as patch:
+        patch.setattr(gate.fngd, "FNGD", lambda *a, **k: fngd_class(*a, **k, skip=("4",)))
+        with pytest.raises(AssertionError, match=r"layers with the plain gradient: \['4'\]"):
+            gate.check(SMALL, batch)
+    with monkeypatch.context() as patch:
         patch.setattr(fngd_class, "zero_grad", lambda *_: None)
         with pytest.raises(AssertionError, match="weighted gradient of 0, weight: relative deviation"):
             gate.check(SMALL, batch)

@@ -15,6 +15,9 @@ from bench.kernels.timing import buffers_for, measure, workspace
 # On top of twice the error of the best plain way, of the largest entry.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 
+# What a contender is called that takes whatever way the package chooses; others are launched as they are.
+PATHS = {"fngd": "dispatched"}
+
 Row = dict[str, Any]
 
 
@@ -49,11 +52,7 @@ def run(case: Case, *, rounds: int, device: torch.device, ceilings: Ceilings | N
                 "dtype": str(case.dtype).removeprefix("torch."),
                 "contender": name,
                 "role": contender.role,
-                "path": "library on the CPU"
-                if device.type == "cpu"
-                else "dispatched"
-                if name == "fngd"
-                else "direct",
+                "path": "library on the CPU" if device.type == "cpu" else PATHS.get(name, "direct"),
                 "baseline": baseline,
                 "ratio": timing.median / timings[baseline].median,
                 "median_s": timing.median,
