@@ -58,12 +58,11 @@ operators=(gram gram_conv gram_embedding gram_hadamard combine combine_conv comb
 # Before the other networks: what the steps are made of.
 targets='ResNet-18 CIFAR/.*channels_last|Transformer 6\+6 T=32/|GPT-2'
 
-out=$(mkdir -p "${2:-bench/results}" && cd "${2:-bench/results}" && pwd) work=$out
+out=$(mkdir -p "${2:-bench/results}" && cd "${2:-bench/results}" && pwd) work=$PWD/runs/gpu/$part
 pack=$(realpath -m "${PACK:-runs/pack}") data=${DATA_DIR:-${PACK:-runs/pack}/data}
-[[ $part == first || $part == second ]] && work=$PWD/runs/gpu/$part
 logs=$work/logs
-mkdir -p "$logs"
-rm -f "$work"/{failed,running,passed}
+rm -rf "$work"/{failed,running,passed}
+mkdir -p "$logs" "$work/running"
 export PYTHONPATH=.:python:$work/peers${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-16}
 export TRITON_CACHE_DIR=/tmp/fngd-triton
 # Headers of torch's own packages, for a toolkit that lacks some.
@@ -159,12 +158,12 @@ solves() {
     stage solves 60 "$python" -m bench.solves --device "$device" "${solve_options[@]}" --output "$out/gpu.jsonl"
 }
 
-# profile SECONDS OPTION...: a network each SECONDS at most
+# profile SECONDS FOLDER OPTION...: a network each SECONDS at most
 profile() {
     local network
     for network in resnet transformer; do
         stage "profile-$network" "$1" "$python" -m bench.profile --device "$device" --network "$network" \
-            "${profile_options[@]}" --output "$work/profile" "${@:2}"
+            "${profile_options[@]}" --output "$2" "${@:3}"
     done
 }
 
@@ -273,7 +272,7 @@ case $part in
         fi
         kernels 90
         archive
-        [[ -n ${built-} ]] && profile 25 --no-traces
+        [[ -n ${built-} ]] && profile 25 "$work/profile" --no-traces
         ;;
     second)
         if need_extension; then
@@ -293,7 +292,7 @@ case $part in
     equations)
         need_extension && stage equations 500 "$python" -m bench.gauss_newton --device "$device" --output "$out/gpu.jsonl"
         ;;
-    profile) need_extension && profile 250 --mode graphed eager compiled ;;
+    profile) need_extension && profile 250 "$out/profile" --mode graphed eager compiled ;;
     peers) need_extension && peers 120 kfac shampoo soap ;;
     train) need_extension && decode && train ;;
     check) need_extension && check 8 ;;

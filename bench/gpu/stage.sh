@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2154
 # Stages of bench/gpu.sh: each has a limit and a log, and costs itself alone when it fails. To be sourced.
 # $deadline: the second of this script after which nothing begins and nothing goes on; $slow: a factor for all limits
-# $out: rows; $work: all else, packed into $out/logs.tar.gz where the two differ
+# $out: rows, and logs.tar.gz with all else, which is collected in $work
 
 # stage NAME SECONDS COMMAND...: whether COMMAND succeeded within SECONDS and the deadline
 stage() {
@@ -14,8 +14,9 @@ stage() {
     fi
     # In the background, so that a signal to this script is not kept waiting.
     timeout -k 10 "$limit" "$@" >"$logs/$name.log" 2>&1 &
-    echo $! >>"$work/running"
+    echo $! >"$work/running/$name"
     wait $! || status=$?
+    rm "$work/running/$name"
     if ((status == 0)); then
         echo "== $name: ok, $((SECONDS - start)) s"
     else
@@ -34,8 +35,7 @@ leave_out() {
 
 # Pack logs and profiles into one file, whole or not at all: what lies there when this script is killed is complete.
 archive() {
-    [[ $work == "$out" ]] && return
-    tar -czf "$work.tar.gz" -C "$work" --exclude='*.pt' --exclude=./cache --exclude=./peers . &&
+    tar -czf "$work.tar.gz" -C "$work" --exclude='*.pt' --exclude=./{cache,peers,running} . &&
         mv "$work.tar.gz" "$out/logs.tar.gz"
 }
 
@@ -43,7 +43,7 @@ archive() {
 finish() {
     local status=$?
     trap - EXIT
-    xargs kill <"$work/running" 2>/dev/null
+    cat "$work/running"/* 2>/dev/null | xargs kill 2>/dev/null
     archive
     "$python" -m bench.digest "$out"
     if [[ -s $work/failed ]]; then
