@@ -88,7 +88,7 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
     # Of several kernel offsets: every column has addresses and masks of its own.
     "contributions_conv_taps": {
         (80, 2): Tile({"BO": 128, "BI": 128, "BT": 32}, 8, 4, _COMPILED),
-        (80, 4): Tile({"BO": 128, "BI": 32, "BT": 16}, 4, 3, _COMPILED),
+        (80, 4): Tile({"BO": 128, "BI": 32, "BT": 16}, 4, 2, _COMPILED),
         (90, 4): Tile({"BO": 64, "BI": 64, "BT": 16}, 4, 2, _COMPILED),
     },
     "add_gram": {
