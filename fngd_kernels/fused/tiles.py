@@ -90,6 +90,7 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
         (80, 2): Tile({"BO": 128, "BI": 128, "BT": 32}, 8, 4, _COMPILED),
         (80, 4): Tile({"BO": 128, "BI": 32, "BT": 16}, 4, 2, _COMPILED),
         (90, 4): Tile({"BO": 64, "BI": 64, "BT": 16}, 4, 2, _COMPILED),
+        (100, 4): Tile({"BO": 128, "BI": 32, "BT": 16}, 4, 2, _COMPILED),
     },
     "add_gram": {
         (80, 4): Tile({"BN": 128, "BK": 16}, 8, 4, _COMPILED),
