@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from bench import environment, record
+from bench.precision import allow_tf32
 from bench.timing import round_robin
 
 CEILINGS = record.RESULTS / "ceilings.jsonl"
@@ -33,8 +32,7 @@ def known(path: Path, device: torch.device) -> Ceilings | None:
     if device.type != "cuda":
         return None
     gpu = torch.cuda.get_device_name(device)
-    lines = path.read_text().splitlines() if path.exists() else []
-    for row in map(json.loads, reversed(lines)):
+    for row in reversed(record.read(path)):
         if row["gpu"] == gpu:
             return Ceilings(row["bytes_per_second"], row["flops"])
     ceilings = measure(device)
@@ -57,23 +55,13 @@ def measure(device: torch.device, *, order: int = 8192, copied: int = 1 << 32) -
         ("fp32", torch.float32, False),
     ):
         x, y = (torch.randn(order, order, device=device).to(dtype) for _ in range(2))
-        with _tf32(tf32):
+        with allow_tf32(tf32):
             flops[name] = 2 * order**3 / _seconds(lambda x=x, y=y: x @ y, device)  # type: ignore[misc]
     return Ceilings(moved, flops)
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
     return round_robin({"": run}, rounds=5, warmup=2, device=device, calls=3)[""].median
-
-
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
+from bench import record
 from bench.kernels import summary
-
-Row = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -23,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def tables(folder: Path) -> Iterator[str]:
     """Yield a table for each kind of row that was measured on a GPU, and trained runs."""
-    timed = [row for row in _rows(folder / "gpu.jsonl") if row["contender"] != row["baseline"]]
+    timed = [row for row in record.read(folder / "gpu.jsonl") if row["contender"] != row["baseline"]]
     if timed:
         yield "step or solve | mode, base | ratio | ms"
         yield _table(
@@ -35,16 +33,16 @@ def tables(folder: Path) -> Iterator[str]:
             ]
             for row in timed
         )
-    peers = _rows(folder / "peers.jsonl")
+    peers = record.read(folder / "peers.jsonl")
     if peers:
         yield "step of another optimizer | over SGD's | ms"
         yield _table(
             [f"{row['network']}: {row['contender']}", row["ratio"], 1e3 * row["median_s"]] for row in peers
         )
-    kernels = _rows(folder / "kernels.jsonl")
+    kernels = record.read(folder / "kernels.jsonl")
     if kernels:
         yield "kernels over the fastest plain way, geometric mean\n" + summary.table(kernels)
-    runs = _rows(folder / "training.jsonl")
+    runs = record.read(folder / "training.jsonl")
     if runs:
         yield "training | epochs | diverged | validation | test"
         yield _table(
@@ -59,12 +57,8 @@ def tables(folder: Path) -> Iterator[str]:
         )
 
 
-def _rows(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _table(rows: Iterator[list[Any]] | list[list[Any]]) -> str:
-    return tabulate(list(rows), tablefmt="plain", floatfmt=".3f")
+def _table(rows: Iterable[list[Any]]) -> str:
+    return tabulate(rows, tablefmt="plain", floatfmt=".3f")
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ import fngd
 from bench import oracle
 from bench.contenders import fngd_optimizer, make_step
 from bench.networks import Batch, Network
+from bench.precision import allow_tf32
 
 DAMPING = 0.1
 # the momentum buffer then holds the last gradient, which a graph's step has deleted
-KEEP_GRADIENT = {"lr": 0.0, "momentum": 1e-9}
+KEEP_GRADIENT: dict[str, Any] = {"lr": 0.0, "momentum": 1e-9}
 NORMS = nn.LayerNorm | nn.BatchNorm2d
 
 
@@ -136,7 +137,7 @@ def _check_compiled(network: Network, batch: Batch, mode: str) -> None:
     A layer left plain, or with weights of other samples, is 100 % off.
     """
     network = dataclasses.replace(network, autocast=None)
-    with _full_float32():
+    with allow_tf32(False):
         eager, other = (_changes(network, batch, m) for m in ("eager", mode))
     for name, change in eager.items():
         deviation = float((other[name] - change).norm() / change.norm())
@@ -148,9 +149,8 @@ def _check_compiled(network: Network, batch: Batch, mode: str) -> None:
 def _changes(network: Network, batch: Batch, mode: str) -> dict[str, Tensor]:
     """Return FNGD's gradient less SGD's of every weighted parameter, in the last of a few steps."""
     models = [network.build(batch[0].device) for _ in range(2)]
-    options: dict[str, Any] = KEEP_GRADIENT
-    weighted = fngd_optimizer(models[0], "sgd", mode, share="sample", **options)
-    plain = torch.optim.SGD(models[1].parameters(), **options)
+    weighted = fngd_optimizer(models[0], "sgd", mode, share="sample", **KEEP_GRADIENT)
+    plain = torch.optim.SGD(models[1].parameters(), **KEEP_GRADIENT)
     for model, optimizer in zip(models, (weighted, plain), strict=True):
         step = make_step(network, batch, model, optimizer, mode)
         for _ in range(3):
@@ -183,18 +183,6 @@ def captured(model: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Cap
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    precision, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = tf32
 
 
 def _solved(layer: Captured) -> Tensor:

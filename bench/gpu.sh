@@ -52,11 +52,12 @@ else
     training_options=(--epochs 8)
     image_options=(--width 64)
     sentence_options=(--width 16)
-    "$python" -c 'import torch; assert torch.cuda.is_available(); print(torch.cuda.get_device_name())' || exit 2
 fi
+source bench/gpu/stage.sh
+target=$(target) || exit 2
 operators=(gram gram_conv gram_embedding gram_hadamard combine combine_conv combine_embedding scale_bias solve)
 # Before the other networks: what the steps are made of.
-targets='ResNet-18 CIFAR/.*channels_last|Transformer 6\+6 T=32/|GPT-2'
+foremost='ResNet-18 CIFAR/.*channels_last|Transformer 6\+6 T=32/|GPT-2'
 
 out=$(mkdir -p "${2:-bench/results}" && cd "${2:-bench/results}" && pwd) work=$PWD/runs/gpu/$part
 pack=$(realpath -m "${PACK:-runs/pack}") data=${DATA_DIR:-${PACK:-runs/pack}/data}
@@ -65,12 +66,8 @@ rm -rf "$work"/{failed,running,passed}
 mkdir -p "$logs" "$work/running"
 export PYTHONPATH=.:python:$work/peers${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-16}
 export TRITON_CACHE_DIR=/tmp/fngd-triton
-# Headers of torch's own packages, for a toolkit that lacks some.
-CPATH=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia/cu13/include${CPATH:+:$CPATH}
-export CPATH
 # The options in pyproject.toml need plugins that may be missing here.
 pytest=("$python" -m pytest -v -o addopts= -p no:cacheprovider)
-source bench/gpu/stage.sh
 
 # Put in place what was packed for this machine.
 unpack() {
@@ -82,13 +79,13 @@ unpack() {
     if [[ -f $pack/triton.tar.gz ]]; then
         mkdir -p "$TRITON_CACHE_DIR" && tar -xzf "$pack/triton.tar.gz" -C "$TRITON_CACHE_DIR"
     fi
-    if [[ -d $pack/wheels ]]; then
+    if [[ -d $pack/wheels && $part =~ second|peers ]]; then
         "$python" -m pip install -q --no-index --no-deps --upgrade --target "$work/peers" "$pack"/wheels/*.whl
     fi
     if [[ -d $pack/cache ]]; then
         mkdir -p "$work/cache" && cp "$pack"/cache/* "$work/cache"
     fi
-    if [[ -f $pack/extension/target && $(<"$pack/extension/target") == "$(target)" ]]; then
+    if [[ -f $pack/extension/target && $(<"$pack/extension/target") == "$target" ]]; then
         mkdir -p build && cp "$pack"/extension/_C* fngd_kernels && cp "$pack/extension/sources.sha256" build
     fi
 }
@@ -98,7 +95,9 @@ extension() {
     local sources=build/sources.sha256
     sha256sum --check --status "$sources" 2>/dev/null && stage extension 60 "$python" -m bench.environment && return
     rm -f "$sources"
-    TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(target | sed 's/.*(\(.*\), \(.*\))/\1.\2/')} \
+    # Headers of torch's own packages, for a toolkit that lacks some.
+    CPATH=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia/cu13/include${CPATH:+:$CPATH} \
+        TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-${target##* }} \
         stage build 150 "$python" setup.py build_ext --inplace || return
     mkdir -p build && sha256sum setup.py csrc/* >"$sources"
     stage extension 60 "$python" -m bench.environment
@@ -141,7 +140,7 @@ time_kernels() {
         return
     fi
     stage "$name" $((seconds + 15)) "$python" -m bench.kernels "${kernel_options[@]}" --device "$device" \
-        --shapes "^($chosen)( with bias)?/" --first "$targets" --seconds "$seconds" \
+        --shapes "^($chosen)( with bias)?/" --first "$foremost" --seconds "$seconds" \
         --ceilings "$out/ceilings.jsonl" --output "$out/kernels.jsonl"
 }
 

@@ -31,6 +31,7 @@ from triton.runtime import build, driver
 from triton.runtime.jit import JITFunction
 
 import fngd
+from bench.kernels.case import Case
 from bench.kernels.cases import cases
 from bench.kernels.shapes import NETWORKS, TINY
 from bench.networks import MIXED, Batch, Network
@@ -144,14 +145,12 @@ def build_launchers(compiled: Compiled) -> None:
                         CudaLauncher(kernel.src, kernel.metadata)
 
 
-def _kernels(chosen: Iterator[Any]) -> None:
-    for case in chosen:
-        if case.op == "solve":
-            continue
-        inputs = case.inputs()
-        for contender in case.contenders.values():
-            if contender.role == "fngd":
-                with _OnCuda():
+def _kernels(chosen: Iterator[Case]) -> None:
+    with _OnCuda():
+        for case in chosen:
+            inputs = case.inputs()
+            for contender in case.contenders.values():
+                if contender.role == "fngd":
                     contender.run(*inputs)
 
 

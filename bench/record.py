@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -21,3 +22,8 @@ def append(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
         written = file.write(content)
     if written != len(content):
         raise OSError(f"{path}: {written} of {len(content)} bytes written")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of `path`, none when it is not there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

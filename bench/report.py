@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the result files")
     folder = parser.parse_args(arguments).results
-    peers, training = read(folder / PEERS), read(folder / TRAINING)
+    peers, training = record.read(folder / PEERS), record.read(folder / TRAINING)
     pictures = folder / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     page = "\n\n".join(
@@ -75,11 +75,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (folder / "REPORT.md").write_text(page + "\n")
     print(folder / "REPORT.md")
     return 0
-
-
-def read(path: Path) -> list[Row]:
-    """Rows of a result file; none when it is not there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def step_sections(rows: list[Row], pictures: Path) -> Iterator[str]:

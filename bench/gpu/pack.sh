@@ -9,7 +9,7 @@ pack=$(mkdir -p "$1" && cd "$1" && pwd)
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
 export PYTHONPATH=.:python PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=/tmp/fngd-triton TORCH_CUDA_ARCH_LIST=9.0
-most=$((60 << 20)) log=$pack.log
+device=cpu most=$((60 << 20)) log=$pack.log
 source bench/gpu/stage.sh
 
 # part NAME FUNCTION: say what was packed, or that it was not; the first command that fails ends it

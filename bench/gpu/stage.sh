@@ -54,12 +54,15 @@ finish() {
     exit "$status"
 }
 
-# What a built extension is good for: versions and architecture, Hopper's where there is no device.
+# What an extension is built for: versions, then the device's architecture, Hopper's where $device is the CPU.
 target() {
     "$python" -c "
 import sys, torch
-capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
-print(sys.implementation.cache_tag, torch.__version__, capability)"
+major, minor = (9, 0)
+if '$device' == 'cuda':
+    assert torch.cuda.is_available(), 'no CUDA device'
+    major, minor = torch.cuda.get_device_capability()
+print(sys.implementation.cache_tag, torch.__version__, f'{major}.{minor}')"
 }
 
 has() { "$python" -c "import $1" 2>/dev/null; }
