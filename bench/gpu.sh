@@ -127,7 +127,8 @@ kernels() {
     time_kernels $((seconds * 25 / 100)) gram
     time_kernels $((seconds * 40 / 100)) gram_conv
     time_kernels $((seconds * 25 / 100)) combine combine_conv combine_embedding scale_bias
-    time_kernels $((seconds * 10 / 100)) gram_embedding gram_hadamard solve
+    time_kernels $((seconds * 5 / 100)) gram_embedding gram_hadamard
+    time_kernels $((seconds * 5 / 100)) solve
 }
 
 # time_kernels SECONDS OPERATOR...: in a process of their own

@@ -415,7 +415,8 @@ def on_gpu(case, dtype, last):
     """A node's call, its leaves, its output's gradient, the weights, and what the leaves' gradients are."""
     node, geometry, x_shape, weight_shape = GPU_CASES[case]
     x, weight = torch.randn(x_shape).to(dtype), torch.randn(weight_shape).to(dtype)
-    bias, scale = torch.randn(weight_shape[0]).to(dtype), torch.rand(x_shape[0]) + 0.5
+    bias = torch.randn(outputs(weight_shape, geometry)).to(dtype)
+    scale = torch.rand(x_shape[0]) + 0.5
     exact = [t.double().requires_grad_() for t in (x, weight, bias)]
     y = torch_function(node, geometry)(*exact)
     gradient = torch.randn(y.shape).to(dtype)

@@ -93,9 +93,9 @@ def test_same_bits_every_time():
     assert all(torch.equal(scale_bias(e, s, 1, False, True)[1], first) for _ in range(5))
 
 
-@pytest.mark.gpu
-def test_arguments_that_do_not_fit():
-    e, s = torch.randn(3, 4, device="cuda"), torch.rand(3, device="cuda")
-    for arguments, match in (((e, s[:2], 1), "s: expected shape"), ((e, s, 2), "channel: expected a dim")):
+@pytest.mark.parametrize("device", DEVICES)
+def test_arguments_that_do_not_fit(device):
+    e, s = torch.randn(3, 4, device=device), torch.rand(3, device=device)
+    for arguments, match in (((e, s[:2], 1), "s: expected shape"), ((e, s, 2), "channel: expected 1 to 1")):
         with pytest.raises(ValueError, match=match):
             scale_bias(*arguments, True, True)

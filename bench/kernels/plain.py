@@ -125,4 +125,6 @@ def solve(k: Tensor, damping: float) -> Tensor:
     shifted = k.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(damping)
     lower, _ = torch.linalg.cholesky_ex(shifted)
-    return torch.cholesky_solve(torch.ones_like(k[..., :1]), lower)[..., 0]
+    # cholesky_solve may go to MAGMA, which allocates: a CUDA graph cannot capture that.
+    half = torch.linalg.solve_triangular(lower, torch.ones_like(k[..., :1]), upper=False)
+    return torch.linalg.solve_triangular(lower.mT, half, upper=True)[..., 0]

@@ -59,5 +59,6 @@ class _BatchNorm(Function):
         statistics = (mean.repeat(samples), inverse_std.repeat(samples))
         rows = [t.reshape(1, -1, *t.shape[2:]) for t in (e, x)]
         mask = [False, True, True]
-        _, dw, db = backward(*rows, None, None, None, *statistics, True, ctx.eps, mask)
+        # Torch's CUDA kernels take the dtype of the results from the weight, and fail without one.
+        _, dw, db = backward(*rows, weight.flatten(), None, None, *statistics, True, ctx.eps, mask)
         return dx, dw.view_as(weight), db.view_as(bias), None, None, None, None
