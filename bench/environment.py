@@ -23,16 +23,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def describe(device: torch.device) -> dict[str, str | float | bool | None]:
     """Commit, whether the checkout has uncommitted changes, date, versions, processor, load, GPU, threads.
 
-    FNGD_COMMIT and FNGD_DIRTY (1 or 0) say the first two where the code lies without its git repository.
+    FNGD_COMMIT and FNGD_DIRTY (1 or 0) say the first two for a copy whose repository, if any, does not know.
     extension: what of the native extension is there: "cuda", "cpu" or nothing
     """
-    commit = _git("rev-parse", "--short=12", "HEAD")
-    # results are appended to files of the repository, which must not make the next ones look uncommitted
-    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
-    dirty = {"1": True, "0": False}.get(os.environ.get("FNGD_DIRTY", ""))
+    commit, changed = _code()
     return {
-        "commit": commit or os.environ.get("FNGD_COMMIT"),
-        "uncommitted_changes": dirty if changes is None else bool(changes),
+        "commit": commit,
+        "uncommitted_changes": changed,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -45,6 +42,15 @@ def describe(device: torch.device) -> dict[str, str | float | bool | None]:
         "load": round(os.getloadavg()[0], 2),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
+
+
+def _code() -> tuple[str | None, bool | None]:
+    """Return the commit that runs and whether it has changes."""
+    if "FNGD_COMMIT" in os.environ:
+        return os.environ["FNGD_COMMIT"], os.environ.get("FNGD_DIRTY") != "0"
+    # results are appended to files of the repository, which must not make the next ones look uncommitted
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    return _git("rev-parse", "--short=12", "HEAD"), None if changes is None else bool(changes)
 
 
 def _extension() -> str | None:

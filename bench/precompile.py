@@ -129,11 +129,12 @@ def compiling(capability: tuple[int, int]) -> Iterator[Compiled]:
 
 
 def build_launchers(compiled: Compiled) -> None:
-    """Build what Triton writes in C to launch each kernel, against an empty libcuda, and load none of it."""
+    """Build what Triton writes in C to launch each kernel, against a stub of libcuda; load none of it."""
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "libcuda.so.1"
-        command = ["gcc", "-shared", "-x", "c", "/dev/null", "-Wl,-soname,libcuda.so.1", "-o", str(library)]
-        subprocess.run(command, check=True)
+        command = ["gcc", "-shared", "-x", "c", "-", "-Wl,-soname,libcuda.so.1", "-o", str(library)]
+        # All launchers call it: a linker would leave out a library that nothing is taken from.
+        subprocess.run(command, check=True, input=b"void cuGetErrorString(void) {}")
         with (
             mock.patch.object(triton.knobs.nvidia, "libcuda_path", folder),
             mock.patch.object(build, "_load_module_from_path"),

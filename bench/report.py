@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def step_sections(rows: list[Row], pictures: Path) -> Iterator[str]:
-    """A table and a picture for each network and machine, from the latest run there."""
+    """A table and a picture of each process that timed something last on its network and machine."""
     if rows:
         yield "## Time of a step"
         yield (
@@ -86,13 +86,8 @@ def step_sections(rows: list[Row], pictures: Path) -> Iterator[str]:
             "percentile. A method that refreshes a preconditioner every so many steps has the average over "
             "that period. FNGD average: one epoch with solves, then without."
         )
-    latest: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        kept = latest.setdefault((row["network"], _hardware(row)), [])
-        if kept and kept[0]["date"] != row["date"]:
-            kept.clear()
-        kept.append(row)
-    for number, ((network, _), group) in enumerate(sorted(latest.items()), start=1):
+    for number, group in enumerate(_latest(rows), start=1):
+        network = group[0]["network"]
         table = [
             {
                 "step of": step_label(row["contender"], row.get("epochs")),
@@ -112,6 +107,20 @@ def step_sections(rows: list[Row], pictures: Path) -> Iterator[str]:
         figures.save_ratios(picture, {line["step of"]: float(line["over SGD's"]) for line in table}, network)
         yield f"![{network}](pictures/{picture.name})"
         yield provenance(group)
+
+
+def _latest(rows: list[Row]) -> list[list[Row]]:
+    """Return the rows of each process that has something which none after it timed again."""
+    processes: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        processes.setdefault((row["network"], _hardware(row), row["date"]), []).append(row)
+    kept, again = [], set()
+    for (network, hardware, _), group in sorted(processes.items(), reverse=True):
+        timed = {(network, hardware, row["contender"]) for row in group}
+        if not timed <= again:
+            kept.append(group)
+        again |= timed
+    return kept[::-1]
 
 
 def step_label(contender: str, epochs: int | None) -> str:

@@ -132,18 +132,19 @@ def test_rows_are_appended(tmp_path):
     assert rows[2]["gpu"] is None
 
 
-def test_the_environment_says_the_commit_where_git_does_not(monkeypatch):
+def test_the_environment_says_which_commit_was_copied(monkeypatch):
     row = environment.describe(CPU)
     assert row["extension"] == ("cpu" if native.AVAILABLE else None)
     assert {"triton", "cuda", "uncommitted_changes"} <= row.keys()
     monkeypatch.setenv("FNGD_COMMIT", "0123456789ab")
-    monkeypatch.setenv("FNGD_DIRTY", "0")
-    assert environment.describe(CPU)["commit"] == row["commit"]
+    for said, dirty in (("0", False), ("1", True)):
+        monkeypatch.setenv("FNGD_DIRTY", said)
+        row = environment.describe(CPU)
+        assert (row["commit"], row["uncommitted_changes"]) == ("0123456789ab", dirty)
+    monkeypatch.delenv("FNGD_COMMIT")
     monkeypatch.setattr(environment, "_git", lambda *_: None)
     row = environment.describe(CPU)
-    assert (row["commit"], row["uncommitted_changes"]) == ("0123456789ab", False)
-    monkeypatch.delenv("FNGD_DIRTY")
-    assert environment.describe(CPU)["uncommitted_changes"] is None
+    assert (row["commit"], row["uncommitted_changes"]) == (None, None)
 
 
 @pytest.mark.parametrize(

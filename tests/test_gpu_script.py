@@ -30,12 +30,15 @@ FIRST = (
     *("ceilings", "extension", "compile", "solves"),
     *(f"{stage}-{network}" for stage in ("steps", "profile") for network in ("resnet", "transformer")),
     *(f"gate-{operator}" for operator in OPERATORS),
-    *(f"kernels-{operator}" for operator in ("gram", "gram_conv", "combine", "gram_embedding")),
+    *(f"kernels-{operator}" for operator in ("gram", "gram_conv", "combine", "gram_embedding", "solve")),
 )
 SECOND = (
-    *("extension", "decode", "tests-kernels", "tests-device"),
+    *("extension", "tests-kernels", "tests-device"),
     *(f"peers-{network}" for network in ("resnet", "transformer")),
     *(f"peers-{name}-{network}" for name in ("kfac", "shampoo") for network in ("resnet", "transformer")),
+)
+THIRD = (
+    *("extension", "decode"),
     *(f"train-images-{method}" for method in ("sgd", "adamw", "fngd", "fngd-exact")),
     *(f"train-sentences-{method}" for method in ("adamw", "fngd-adamw")),
 )
@@ -87,7 +90,7 @@ def packed(checkout):
         return {Path(name).stem for name in archive.getnames() if name.endswith(".log")}
 
 
-@pytest.mark.parametrize(("part", "names"), [("first", FIRST), ("second", SECOND)])
+@pytest.mark.parametrize(("part", "names"), [("first", FIRST), ("second", SECOND), ("third", THIRD)])
 def test_every_stage_is_called_and_packed(part, names, checkout):
     done, stages = run(checkout, part)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -116,18 +119,20 @@ def test_a_failure_in_the_first_call_costs_its_stage_alone(planted, checkout):
     assert packed(checkout) == set(FIRST)
 
 
-@pytest.mark.parametrize("name", ["peers-kfac-resnet", "train-images-fngd-exact", "tests-kernels", "decode"])
-def test_a_failure_in_the_second_call_costs_its_stage_alone(name, checkout):
-    planted = {
-        "peers-kfac-resnet": "bench.peers .*resnet .*kfac",
-        "train-images-fngd-exact": "optimizer fngd-exact",
-        "tests-kernels": "pytest .* tests/fused --ignore",
-        "decode": "workloads.load",
-    }
-    done, stages = run(checkout, "second", FAILS=planted[name])
+@pytest.mark.parametrize(
+    ("part", "names", "name", "planted"),
+    [
+        ("second", SECOND, "peers-kfac-resnet", "bench.peers .*resnet .*kfac"),
+        ("second", SECOND, "tests-kernels", "pytest .* tests/fused --ignore"),
+        ("third", THIRD, "train-images-fngd-exact", "optimizer fngd-exact"),
+        ("third", THIRD, "decode", "workloads.load"),
+    ],
+)
+def test_a_failure_in_a_later_call_costs_its_stage_alone(part, names, name, planted, checkout):
+    done, stages = run(checkout, part, FAILS=planted)
     assert done.returncode == 1
-    assert stages == dict.fromkeys(SECOND, "ok") | {name: "FAILED"}
-    assert packed(checkout) == set(SECOND)
+    assert stages == dict.fromkeys(names, "ok") | {name: "FAILED"}
+    assert packed(checkout) == set(names)
 
 
 def test_an_operator_that_fails_its_gate_is_not_timed(checkout):
@@ -137,11 +142,12 @@ def test_an_operator_that_fails_its_gate_is_not_timed(checkout):
     assert timed == [
         "gram",
         "combine_conv|combine_embedding|scale_bias",
-        "gram_embedding|gram_hadamard|solve",
+        "gram_embedding|gram_hadamard",
+        "solve",
     ]
 
 
-@pytest.mark.parametrize("part", ["first", "second"])
+@pytest.mark.parametrize("part", ["first", "second", "third"])
 def test_nothing_is_timed_without_the_extension(part, checkout):
     done, stages = run(checkout, part, FAILS="bench.environment|setup.py")
     assert done.returncode == 1

@@ -45,5 +45,7 @@ def test_kernels_of_a_solving_step_are_in_the_cache(tmp_path):
     files = {path for path in tmp_path.rglob("*") if path.is_file()}
     assert len([path for path in files if path.suffix == ".cubin"]) == int(count)
     assert [path for path in files if path.name.startswith("cuda_utils")]
+    # or the functions of the driver would be missing where they are loaded
+    assert all(b"libcuda.so.1" in path.read_bytes() for path in files if path.suffix == ".so")
     assert run(tmp_path) == [count, *names]
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == files

@@ -65,11 +65,14 @@ def test_page_of_known_rows(tmp_path, capsys):
     seconds = {"sgd": 0.010, "fngd": 0.011, "fngd solving": 0.02, "fngd average": 0.0125, "kfac": 0.03}
     record.append(tmp_path / "peers.jsonl", step_rows("Old", {"sgd": 1.0}, date="2025-01-01"))
     record.append(tmp_path / "peers.jsonl", step_rows("Net", {"sgd": 7.0}, date="2025-01-01"))
+    # K-FAC in a process of its own, of which the next one times SGD again
+    record.append(tmp_path / "peers.jsonl", step_rows("Net", {"sgd": 0.01, "muon": 0.019}, date="2026-01-01"))
     record.append(tmp_path / "peers.jsonl", step_rows("Net", seconds))
     text = page(tmp_path, capsys)
     assert "K-FAC over FNGD average: 2.40 (in the paper: 2.4)" in text
     assert "| SGD " in text
     assert "7000.00" not in text
+    assert text.index("1.90 | 19.00") < text.index("3.00 | 30.00")
     assert "87.50" in text
     assert "62.50" in text
     assert "5.0" in text

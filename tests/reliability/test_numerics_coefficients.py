@@ -98,7 +98,9 @@ def test_coefficients(route, device, tally):
             outcome = "plain weights, info N + 2"
         else:
             rho = relative_damping(n, trace, damping, damping_mode, max(0, -info), dtype)
-            assert info <= 0 or not must_be_solved(k, rho, normalize)
+            # torch.linalg on a GPU solves once: looking whether it failed would make the host wait.
+            raised = route == "native" or device == "cpu" or rho > 100 * n * numbers.eps
+            assert info <= 0 or not (raised and must_be_solved(k, rho, normalize))
             outcome = "plain weights, info > 0"
             if info <= 0:
                 assert info >= -RAISES
