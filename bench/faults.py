@@ -18,7 +18,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import fngd
-import fngd.engine
+import fngd.preconditioner
 from bench import models
 from bench.workloads import digits
 
@@ -114,11 +114,11 @@ def memory(loop: Loop, ids: Tensor) -> None:
     def fail(parts: object) -> Tensor:
         raise torch.OutOfMemoryError
 
-    gram, fngd.engine.tied_gram = fngd.engine.tied_gram, fail
+    gram, fngd.preconditioner.block_gram = fngd.preconditioner.block_gram, fail
     try:
         loop.step(ids)
     finally:
-        fngd.engine.tied_gram = gram
+        fngd.preconditioner.block_gram = gram
 
 
 def restart(loop: Loop, ids: Tensor) -> None:

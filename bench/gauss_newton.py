@@ -15,7 +15,7 @@ import fngd
 import fngd_kernels as fk
 from bench import environment, record
 from bench.timing import Step, Timing, round_robin
-from fngd.jacobian import Jacobian
+from fngd.gauss_newton.jacobian import Jacobian
 
 DAMPING = 1e-3
 # points of the gate, which forms the whole Jacobian

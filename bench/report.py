@@ -114,7 +114,8 @@ def _latest(rows: list[Row]) -> list[list[Row]]:
     processes: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         processes.setdefault((row["network"], _hardware(row), row["date"]), []).append(row)
-    kept, again = [], set()
+    kept: list[list[Row]] = []
+    again: set[tuple[str, str, str]] = set()
     for (network, hardware, _), group in sorted(processes.items(), reverse=True):
         timed = {(network, hardware, row["contender"]) for row in group}
         if not timed <= again:

@@ -61,3 +61,8 @@ def peak_allocation(run: Callable[[], object]) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def solved(opt):
+    """Return the coefficients (N,) of every block in its last solve, in the order of the table's rows."""
+    return [opt._report.last_coefficients[block] for block in opt._preconditioner.blocks]

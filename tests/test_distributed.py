@@ -119,11 +119,11 @@ def check_ddp(rank, ranks, folder):
         train(net, opt, batches, range(3))
         for p, q in zip(model.parameters(), definition.model.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
-        assert_same_on_all_ranks(opt._sharing.table.values)
-        for layer in opt._engine.layers:
+        assert_same_on_all_ranks(opt._schedule.table.values)
+        for layer in opt._preconditioner.blocks:
             expected = torch.stack([definition.known[i][layer.name] for i in range(SAMPLES)])
             torch.testing.assert_close(
-                opt._sharing.table.values[layer.index].double(), expected, rtol=1e-5, atol=1e-6
+                opt._schedule.table.values[layer.index].double(), expected, rtol=1e-5, atol=1e-6
             )
         stats = opt.stats()
         assert stats["seen_samples"] == SAMPLES
@@ -177,9 +177,9 @@ def check_uneven_ranks(rank, ranks, folder):
             x, y = data[ids]
             definition.name(ids)
             definition.backward(F.cross_entropy(definition.model(x), y, reduction="none") / 2)
-    table = opt._sharing.table
+    table = opt._schedule.table
     assert_same_on_all_ranks(table.values)
-    for layer in opt._engine.layers:
+    for layer in opt._preconditioner.blocks:
         known = [[d.known[i][layer.name] for d in definitions if i in d.known] for i in range(last + 1)]
         expected = torch.stack([sum(weights) / len(weights) for weights in known])
         torch.testing.assert_close(
@@ -210,20 +210,20 @@ def check_means(rank, ranks, folder):
         for i in range(1 + rank):
             x, y = data[list(range(rank + i, rank + i + 4 - i))]
             F.cross_entropy(model(x), y).backward()
-            s = torch.ones(len(opt._engine.layers), 4, dtype=torch.float64) * float("nan")
-            weights = torch.stack([layer.weights for layer in opt._engine.layers])
+            s = torch.ones(len(opt._preconditioner.blocks), 4, dtype=torch.float64) * float("nan")
+            weights = torch.stack(oracles.solved(opt))
             s[:, : weights.shape[1]] = weights
             solved.append(s if share == "position" else weights.mean(1, keepdim=True))
         everywhere = [None] * ranks
         dist.all_gather_object(everywhere, solved)
         opt.start_epoch()
         expected = torch.stack([s for one in everywhere for s in one]).nanmean(0).float()
-        torch.testing.assert_close(opt._sharing.table.values, expected)
-        assert_same_on_all_ranks(opt._sharing.table.values)
+        torch.testing.assert_close(opt._schedule.table.values, expected)
+        assert_same_on_all_ranks(opt._schedule.table.values)
         assert not opt.solving
-        before = opt._sharing.table.values.clone()
+        before = opt._schedule.table.values.clone()
         opt.merge_coefficients()
-        torch.testing.assert_close(opt._sharing.table.values, before)
+        torch.testing.assert_close(opt._schedule.table.values, before)
 
 
 def check_groups(rank, ranks, folder):
@@ -235,7 +235,7 @@ def check_groups(rank, ranks, folder):
     F.cross_entropy(model(data[[rank]][0]), data[[rank]][1]).backward()
     opt.start_epoch()
     assert opt.stats()["seen_samples"] == 1
-    assert opt._sharing.table.knows(torch.tensor([rank]))
+    assert opt._schedule.table.knows(torch.tensor([rank]))
 
 
 def sharded_by_layer(model):
@@ -435,7 +435,7 @@ def check_writing(rank, ranks, folder):
     whole = {name: p.full_tensor() for name, p in model.named_parameters()}
     moments = {name: opt.state[p]["exp_avg"].full_tensor() for name, p in model.named_parameters()}
     if rank == 0:
-        torch.save([whole, moments, opt._sharing.table.values], folder / "truth.pt")
+        torch.save([whole, moments, opt._schedule.table.values], folder / "truth.pt")
 
 
 def check_reading(rank, ranks, folder):
@@ -452,17 +452,17 @@ def check_reading(rank, ranks, folder):
     for name, p in model.named_parameters():
         assert torch.equal(p.full_tensor(), whole[name])
         assert torch.equal(opt.state[p]["exp_avg"].full_tensor(), moments[name])
-    assert torch.equal(opt._sharing.table.values, values)
+    assert torch.equal(opt._schedule.table.values, values)
     assert opt.param_groups[0].keys() == fngd.FNGD(nn.Linear(1, 1), base="adamw").param_groups[0].keys()
     seen = opt.stats()["seen_samples"]
     assert seen == wrote * N  # one batch of each rank that wrote
-    known = opt._sharing.table.seen.nonzero().flatten()[:N]
+    known = opt._schedule.table.seen.nonzero().flatten()[:N]
     opt.set_samples(known)
     assert not opt.solving
     train(model, opt, batches, [1])
     opt.start_epoch()
     assert opt.stats()["seen_samples"] == SAMPLES
-    assert_same_on_all_ranks(opt._sharing.table.values)
+    assert_same_on_all_ranks(opt._schedule.table.values)
 
 
 def test_two_ranks_then_four_then_two(tmp_path):

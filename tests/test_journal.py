@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import fngd
-import fngd.engine
-from fngd.journal import Journal
-from fngd.solver import OUT_OF_MEMORY, OUTCOMES
+import fngd.preconditioner
+from fngd.coefficients import OUT_OF_MEMORY
+from fngd.coefficients.report import OUTCOMES
+from fngd.event_log import EventLog
 from fngd_kernels.workspace import default_workspace
 from networks import make
 
@@ -36,7 +37,7 @@ def assert_plain(model, twin, x, y):
 
 
 def test_a_line_is_written_at_powers_of_ten(lines):
-    journal = Journal("layer fc")
+    journal = EventLog("layer fc")
     for _ in range(120):
         journal.count("plain gradient, no luck")
     journal.count("plain gradient, no luck", 1000)
@@ -54,7 +55,7 @@ def test_a_matrix_that_cannot_be_factored(monkeypatch, lines):
     opt = fngd.FNGD(model, share="none")
     identity = torch.eye(N, dtype=torch.float64)
     identity[3, 1] = float("inf")
-    monkeypatch.setattr(fngd.engine, "tied_gram", lambda parts: identity)
+    monkeypatch.setattr(fngd.preconditioner, "block_gram", lambda parts: identity)
     F.cross_entropy(model(x), y).backward()
     stats = opt.stats()
     assert (stats["failed_solves"], stats["zero_grams"], stats["raised_dampings"]) == (2, 0, 0)
@@ -126,7 +127,7 @@ def test_when_memory_runs_out_the_workspace_is_halved_until_it_suffices(monkeypa
         for p in model.parameters():
             p.register_hook(lambda g: g)
     F.cross_entropy(calm(x), y).backward()
-    tried, real = [], fngd.engine.tied_gram
+    tried, real = [], fngd.preconditioner.block_gram
 
     def scarce(parts):
         tried.append((parts[0].module is model[0], default_workspace() >> 20))
@@ -134,7 +135,7 @@ def test_when_memory_runs_out_the_workspace_is_halved_until_it_suffices(monkeypa
             raise error
         return real(parts)
 
-    monkeypatch.setattr(fngd.engine, "tied_gram", scarce)
+    monkeypatch.setattr(fngd.preconditioner, "block_gram", scarce)
     F.cross_entropy(model(x), y).backward()
     assert [size for first, size in tried if first] == [64, 32, 16, 8]
     assert [size for first, size in tried if not first] == [64, 32, 16, 8, 4, 2, 1]
@@ -152,7 +153,7 @@ def test_other_errors_in_a_kernel_reach_the_user(monkeypatch):
     def broken(parts):
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(fngd.engine, "tied_gram", broken)
+    monkeypatch.setattr(fngd.preconditioner, "block_gram", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         F.cross_entropy(model(x), y).backward()
     assert opt.stats()["fallbacks"] == {}

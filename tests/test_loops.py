@@ -345,7 +345,7 @@ def test_relative_damping_gives_coefficients_free_of_the_loss_scale(network, dam
         opt.set_samples(range(SAMPLES))
         (scale * F.cross_entropy(model(x), y)).backward()
         assert opt.stats()["seen_samples"] == SAMPLES
-        found.append([opt._sharing.table.values, *(p.grad / scale for p in model.parameters())])
+        found.append([opt._schedule.table.values, *(p.grad / scale for p in model.parameters())])
     for unscaled, *scaled in zip(*found, strict=True):
         for other in scaled:
             assert torch.equal(unscaled, other)  # powers of two
@@ -382,7 +382,7 @@ def test_a_step_that_the_scaler_skips_changes_nothing(fused):
     with torch.autocast("cpu", torch.float16):
         loss = F.cross_entropy(unscaled(x), y)
     loss.backward()
-    torch.testing.assert_close(opt._sharing.table.values, again._sharing.table.values, rtol=2e-2, atol=0)
+    torch.testing.assert_close(opt._schedule.table.values, again._schedule.table.values, rtol=2e-2, atol=0)
 
 
 @pytest.mark.parametrize("share", ["sample", "position", "mean"])

@@ -54,7 +54,7 @@ def test_a_solving_step_holds_neither_inputs_nor_gradients(monkeypatch, network)
     model, x, y = make(network, N)
     opt = fngd.FNGD(model, share="none", norms="weighted")
     held, alive_at_combine = {}, {}
-    for member in opt._engine.members:
+    for member in opt._preconditioner.modules:
         rule = member.rule
 
         def watch(module, uses, s, rule=rule, combine=rule.combine):
@@ -66,7 +66,7 @@ def test_a_solving_step_holds_neither_inputs_nor_gradients(monkeypatch, network)
             watch.watching = True
             monkeypatch.setattr(rule, "combine", watch)
     F.cross_entropy(model(x), y).backward()
-    assert len(held) == len(opt._engine.members)
+    assert len(held) == len(opt._preconditioner.modules)
     assert all(ref.expired() for ref in held.values())
     assert not any(alive_at_combine.values())  # the layer before was let go
     assert opt.stats()["captured_bytes"] > 0
@@ -75,19 +75,19 @@ def test_a_solving_step_holds_neither_inputs_nor_gradients(monkeypatch, network)
 def test_gram_matrices_are_formed_inside_backward(monkeypatch):
     model, x, y = make("mlp", N)
     opt = fngd.FNGD(model, share="none")
-    first, last = opt._engine.layers
+    first, last = opt._preconditioner.blocks
     order = []
-    rule = first.members[0].rule
+    rule = first.modules[0].rule
 
     def gram(module, uses, gram=rule.gram):
-        order.append("gram of the first" if module is first.members[0].module else "gram of the last")
+        order.append("gram of the first" if module is first.modules[0].module else "gram of the last")
         return gram(module, uses)
 
     monkeypatch.setattr(rule, "gram", gram)
     model[1].register_full_backward_hook(lambda *_: order.append("backward between them"))
     F.cross_entropy(model(x), y).backward()
     assert order == ["gram of the last", "backward between them", "gram of the first"]
-    assert last.solves == 1
+    assert opt._report.solves[last.index] == 1
 
 
 @pytest.mark.gpu

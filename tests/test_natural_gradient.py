@@ -119,8 +119,8 @@ def test_single_precision_grams_and_gradients(network, memory_format):
 
     opt = fngd.FNGD(model, share="none", norms="weighted")
     F.cross_entropy(model(x), y).backward()
-    for layer in opt._engine.layers:
-        expected = layer.weights.double() @ truth[layer.name] / N
+    for layer in opt._preconditioner.blocks:
+        expected = opt._report.last_coefficients[layer].double() @ truth[layer.name] / N
         gradient = gradients(model)[layer.name][0]
         assert (gradient - expected).norm() <= 1e-5 * expected.norm(), layer.name
 
@@ -185,8 +185,8 @@ def test_shared_coefficients_weigh_contributions_and_leave_input_gradients(seed)
     assert opt.stats()["solved_batches"] == 1
     opt.detach()
     truth = blocks(model, sample_gradients(model, x, y))
-    for layer in opt._engine.layers:
-        s = layer.weights.float().double()  # the table keeps single precision
+    for layer in opt._preconditioner.blocks:
+        s = opt._report.last_coefficients[layer].float().double()  # the table keeps single precision
         torch.testing.assert_close(
             gradients(model)[layer.name][0], s @ truth[layer.name] / N, rtol=1e-9, atol=1e-12
         )

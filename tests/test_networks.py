@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fngd
-from fngd.rules import opaque
+import oracles
+from fngd.rules.generic import module as generic_module
 from fngd.rules.tied import gram_embedding_linear
 from fngd_kernels import native
 from networks import Recurrent, blocks, make, sample_gradients
@@ -55,8 +56,8 @@ def test_shared_coefficients_weigh_contributions_and_leave_input_gradients(netwo
     opt.detach()
     x = x.detach()
     truth = blocks(model, sample_gradients(model, x, y))
-    for layer in opt._engine.layers:
-        s = layer.weights.float().double()  # the table keeps single precision
+    for layer in opt._preconditioner.blocks:
+        s = opt._report.last_coefficients[layer].float().double()  # the table keeps single precision
         torch.testing.assert_close(
             gradients(model)[layer.name][0], s @ truth[layer.name] / N, rtol=1e-9, atol=1e-12
         )
@@ -114,7 +115,7 @@ def test_a_shared_weight_has_one_name_one_row_and_one_rule():
     model, x, y = make("language-model", N)
     opt = fngd.FNGD(model, share="none")
     F.cross_entropy(model(x), y).backward()
-    assert [layer.name for layer in opt._engine.layers] == ["embedding+head", "mix"]
+    assert [layer.name for layer in opt._preconditioner.blocks] == ["embedding+head", "mix"]
     assert opt.coverage()["head.weight"] == opt.coverage()["embedding.weight"] == "embedding+linear"
 
 
@@ -165,7 +166,7 @@ def test_hooked_gradients_of_several_forwards_and_backwards_before_a_step():
             F.cross_entropy(net(x[N:]), y[N:]).backward()
         assert opt.stats()["seen_samples"] == 2 * N
         opt.step()
-        assert not opt._engine._passages
+        assert not opt._preconditioner._shields
     for p, q in zip(plain.parameters(), hooked.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-10, atol=1e-13)
 
@@ -252,7 +253,8 @@ def test_a_module_that_cannot_be_vectorized_is_run_sample_by_sample():
     rows = sample_gradients(model, x, y)["module.scale"] / N
     opt = fngd.FNGD(model, share="none")
     F.cross_entropy(model(x), y).backward()
-    s = next(layer.weights for layer in opt._engine.layers if layer.name == "module")
+    names = [block.name for block in opt._preconditioner.blocks]
+    s = oracles.solved(opt)[names.index("module")]
     torch.testing.assert_close(model.module.scale.grad, s @ rows)
     assert opt.coverage()["module.scale"] == "generic"
 
@@ -286,7 +288,8 @@ def test_per_sample_gradients_in_chunks_give_the_same(network, monkeypatch):
     expected = fngd.layer_grams(model, lambda: F.cross_entropy(model(x), y))
     model = copy.deepcopy(model)
     size = {"lstm": 304, "gru-time-first": 216, "own": 10}[network]
-    monkeypatch.setattr(opaque, "ROWS", 2 * 2 * 8 * size)  # two samples of one module at a time
+    two_samples = 2 * 2 * 8 * size  # of one module at a time
+    monkeypatch.setattr(generic_module, "PER_SAMPLE_GRAD_BYTES", two_samples)
     found = fngd.layer_grams(model, lambda: F.cross_entropy(model(x), y))
     for name, k in expected.items():
         torch.testing.assert_close(found[name], k, rtol=1e-10, atol=1e-14)
@@ -412,7 +415,7 @@ def test_checkpointing_changes_no_gradient(network, reentrant):
             assert "checkpointing" in optimizers[1].coverage()[f"model.{name}"]
         else:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-11)
-    assert not any(layer.open_uses for opt in optimizers for layer in opt._engine.layers)
+    assert not any(calls for opt in optimizers for calls in opt._preconditioner._open.values())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -444,7 +447,7 @@ def test_checkpointing_some_uses_of_a_weight_changes_no_gradient(network, checkp
         for p, q in zip(model.parameters(), theirs.model.parameters(), strict=True):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-11)
     assert opt.stats()["solved_batches"] == 1
-    assert not opt._engine._pending
+    assert not opt._preconditioner._backwards
 
 
 @pytest.mark.parametrize("checkpointed", ["first", "second"])

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fngd
-from fngd.table import Table
+import oracles
+from fngd.coefficients.table import Table
 from networks import blocks, make, sample_gradients
 
 N = 8
@@ -91,10 +92,10 @@ def test_known_samples_keep_their_weights_beside_a_new_one(hooked):
     opt = fngd.FNGD(model, lr=0.1)
     for _ in range(2):  # solved for, then known
         train(model, opt, x[:4], y[:4], 1, torch.arange(4))
-    before = opt._sharing.table.values.clone()
+    before = opt._schedule.table.values.clone()
     train(model, opt, x[2:6], y[2:6], 1, torch.arange(2, 6))
-    solved = torch.stack([layer.weights for layer in opt._engine.layers]).float()
-    after = opt._sharing.table.values
+    solved = torch.stack(oracles.solved(opt)).float()
+    after = opt._schedule.table.values
     assert torch.equal(after[:, :4], before[:, :4])
     assert torch.equal(after[:, 4:6], solved[:, 2:])
     assert not torch.equal(solved[:, :2], before[:, 2:4])
@@ -121,15 +122,15 @@ def test_means_are_collected_in_the_first_epoch_and_then_shared(share, width):
     for _ in range(3):
         x = torch.randn_like(x)
         train(model, opt, x, y, 1)
-        seen.append(torch.stack([layer.weights for layer in opt._engine.layers]))
+        seen.append(torch.stack(oracles.solved(opt)))
     expected = torch.stack(seen).mean(0).float()
     expected = expected if share == "position" else expected.mean(1, keepdim=True)
-    torch.testing.assert_close(opt._sharing.table.values, expected)
+    torch.testing.assert_close(opt._schedule.table.values, expected)
 
     opt.start_epoch()
     train(model, opt, x, y, 1)
     assert opt.stats()["solved_batches"] == 3
-    assert opt._sharing.table.values.shape[1] == width
+    assert opt._schedule.table.values.shape[1] == width
     weights = expected.expand(-1, N).double()
     opt.detach()
     shared = [p.grad.clone() for p in model.parameters()]
@@ -152,14 +153,14 @@ def test_a_longer_batch_than_any_that_was_solved_for_shares_the_mean_weight(shar
     opt = fngd.FNGD(model, lr=0.0, share=share, normalize=normalize)
     opt.start_epoch()
     train(model, opt, x[:3], y[:3], 1)
-    weights = [layer.weights for layer in opt._engine.layers]
+    weights = oracles.solved(opt)
     train(model, opt, x * float("nan"), y, 1)  # not learned from
     opt.start_epoch()
     assert not opt.solving
     train(model, opt, x, y, 1)
     assert opt.stats()["solved_batches"] == 2
     truth = blocks(copy.deepcopy(model), sample_gradients(copy.deepcopy(model), x, y))
-    for layer, s in zip(opt._engine.layers, weights, strict=True):
+    for layer, s in zip(opt._preconditioner.blocks, weights, strict=True):
         mean = s.mean().expand(N)
         s = torch.cat([s, mean[3:]]) if share == "position" else mean
         actual = torch.cat([p.grad.flatten() for p in layer.parameters])
@@ -271,14 +272,14 @@ def test_a_failed_backward_does_not_disturb_the_next():
     hidden = Failing.apply(model[1](model[0](x)))
     with pytest.raises(ArithmeticError):
         F.cross_entropy(model[2](hidden), y).backward()
-    assert opt._engine._pending
+    assert opt._preconditioner._backwards
     opt.zero_grad()
-    assert not opt._engine._pending
+    assert not opt._preconditioner._backwards
     F.cross_entropy(model(x), y).backward()
     actual = [p.grad.clone() for p in model.parameters()]
     opt.zero_grad()
     opt.step()
-    assert not opt._engine._pending
+    assert not opt._preconditioner._backwards
     F.cross_entropy(model(x), y).backward()
     for gradient, p in zip(actual, model.parameters(), strict=True):
         assert torch.equal(gradient, p.grad)
@@ -406,11 +407,11 @@ def test_means_take_in_no_batch_that_is_not_finite(share):
     model, x, y = make("mlp", N, torch.float32)
     opt = fngd.FNGD(model, lr=0.0, share=share)
     train(model, opt, x, y, 1)
-    expected = opt._sharing.table.values.clone()
+    expected = opt._schedule.table.values.clone()
     train(model, opt, x * float("inf"), y, 1)
-    assert torch.equal(opt._sharing.table.values, expected)
+    assert torch.equal(opt._schedule.table.values, expected)
     train(model, opt, x, y, 1)
-    torch.testing.assert_close(opt._sharing.table.values, expected)
+    torch.testing.assert_close(opt._schedule.table.values, expected)
 
 
 def test_only_samples_of_finite_batches_are_known():
@@ -419,10 +420,10 @@ def test_only_samples_of_finite_batches_are_known():
     opt.start_epoch(2 * N)
     train(model, opt, x, y, 1, torch.arange(N))
     train(model, opt, x * float("nan"), y, 1, torch.arange(N, 2 * N))
-    assert len(opt._sharing.table._pending) == 2
+    assert len(opt._schedule.table._pending) == 2
     opt.set_samples(range(N))
     assert not opt.solving
-    assert not opt._sharing.table._pending
+    assert not opt._schedule.table._pending
     opt.set_samples(range(N, 2 * N))
     assert opt.solving
     train(model, opt, x, y, 1, torch.arange(N, 2 * N))
@@ -437,7 +438,7 @@ def test_hooked_layers_of_a_batch_are_known_together():
         p.register_post_accumulate_grad_hook(lambda p: None)
     opt = fngd.FNGD(model, lr=0.0)
     train(model, opt, x, y, 1, torch.arange(N))
-    assert len(opt._sharing.table._pending) == 1
+    assert len(opt._schedule.table._pending) == 1
     assert opt.stats()["seen_samples"] == N
 
 
@@ -448,7 +449,7 @@ def test_pending_samples_are_settled_before_they_become_many(monkeypatch):
     pending = []
     for first in range(0, 5 * N, N):
         train(model, opt, x, y, 1, range(first, first + N))
-        pending.append(len(opt._sharing.table._pending))
+        pending.append(len(opt._schedule.table._pending))
     assert pending == [1, 2, 0, 1, 2]
 
 
@@ -522,7 +523,7 @@ def test_parameters_outside_the_groups_are_left_alone():
     opt = fngd.FNGD(model, params=model[0].parameters(), share="none")
     F.cross_entropy(model(x), y).backward()
     assert set(opt.coverage()) == {"0.weight", "0.bias"}
-    assert [layer.name for layer in opt._engine.layers] == ["0"]
+    assert [layer.name for layer in opt._preconditioner.blocks] == ["0"]
 
 
 def test_added_group_is_optimized():
@@ -630,7 +631,7 @@ def test_eval_and_no_grad_forwards_leave_nothing_behind():
     model(x).sum().backward()
     model.train()
     assert opt.stats()["solved_batches"] == 0
-    assert all(not layer.open_uses for layer in opt._engine.layers)
+    assert not any(opt._preconditioner._open.values())
 
 
 def test_detach_gives_the_model_back_and_attach_takes_it_again():
@@ -648,7 +649,7 @@ def test_detach_gives_the_model_back_and_attach_takes_it_again():
 def test_the_model_outlives_its_optimizer():
     model, x, y = make("mlp", N)
     opt = fngd.FNGD(model)
-    engine = weakref.ref(opt._engine)
+    engine = weakref.ref(opt._preconditioner)
     del opt
     assert engine() is None
     F.cross_entropy(model(x), y).backward()  # without ids: nobody asks for them any more

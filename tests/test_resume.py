@@ -66,7 +66,7 @@ def killed(file, last_step):
 def assert_same_run(one, other):
     for p, q in zip(one.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(p, q)
-    assert torch.equal(one.opt._sharing.table.values, other.opt._sharing.table.values)
+    assert torch.equal(one.opt._schedule.table.values, other.opt._schedule.table.values)
     first, second = one.opt.stats(), other.opt.stats()
     for counter in ("epoch", "solved_batches", "seen_samples", "failed_solves", "skipped_steps"):
         assert first[counter] == second[counter]
@@ -101,7 +101,7 @@ def test_a_state_in_use_does_not_change_with_the_run(tmp_path):
     other.load_state_dict(state)
     other.train(range(3, STEPS))
     assert torch.equal(state["opt"]["fngd"]["values"], kept)
-    assert other.opt._sharing.table.values.shape == kept.shape
+    assert other.opt._schedule.table.values.shape == kept.shape
 
 
 def test_foreign_states_are_refused_and_change_nothing():

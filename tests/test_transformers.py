@@ -92,7 +92,7 @@ def test_every_layer_has_the_natural_gradient_or_is_named(name):
     model(**batch).loss.backward()
     coverage = opt.coverage()
     assert MODELS[name][1].items() <= coverage.items()
-    served = {layer.name for layer in opt._engine.layers if layer.solves}
+    served = {layer.name for layer in opt._preconditioner.blocks if opt._report.solves[layer.index]}
     found = blocks(model, {key: p.grad[None] for key, p in model.named_parameters()})
     for layer, g in blocks(model, truth).items():
         expected = g.mean(0)

@@ -21,7 +21,7 @@ from . import nodes_python
 from .library import LIBRARY
 
 Gradients = tuple[Tensor | None, Tensor | None]
-Sink = Callable[[Any, Tensor, bool, bool], Sequence[Tensor | None] | None]
+UseHandler = Callable[[Any, Tensor, bool, bool], Sequence[Tensor | None] | None]
 
 LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? scale) -> Tensor")
 LIBRARY.define(
@@ -33,7 +33,7 @@ LIBRARY.define("rows(Tensor parameter, int samples, Tensor? scale) -> Tensor")
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None, sink: Sink | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None, sink: UseHandler | None = None
 ) -> Tensor:
     """Return x W^T + b.
 
@@ -52,7 +52,7 @@ def conv(
     weight: Tensor,
     bias: Tensor | None,
     scale: Tensor | None = None,
-    sink: Sink | None = None,
+    sink: UseHandler | None = None,
     *,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -80,7 +80,7 @@ def embedding(
     ids: Tensor,
     weight: Tensor,
     scale: Tensor | None = None,
-    sink: Sink | None = None,
+    sink: UseHandler | None = None,
     *,
     padding_idx: int = -1,
 ) -> Tensor:
@@ -93,7 +93,7 @@ def embedding(
     return torch.ops.fngd.embedding(ids, weight, scale, padding_idx)
 
 
-def rows(parameter: Tensor, samples: int, scale: Tensor | None = None, sink: Sink | None = None) -> Tensor:
+def rows(parameter: Tensor, samples: int, scale: Tensor | None = None, sink: UseHandler | None = None) -> Tensor:
     """Return (samples, *parameter.shape), a copy for every sample; a sink receives (None, e)."""
     _check_scale(scale, (samples,))
     if not native.AVAILABLE:

@@ -1,10 +1,9 @@
 """FNGD: natural-gradient training at first-order cost, as a drop-in PyTorch optimizer."""
 
-from .gauss_newton import GaussNewton
-from .grams import layer_grams
+from .capture import layer_grams
+from .gauss_newton import GaussNewton, PerSample
 from .graphs import GraphedStep
 from .optimizer import FNGD
-from .residuals import PerSample
 from .samples import track
 
 __all__ = ["FNGD", "GaussNewton", "GraphedStep", "PerSample", "layer_grams", "track"]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .coefficients import Batch
 from .optimizer import FNGD
-from .sharing import Batch
 
 WARM_UP = 3
 """Steps in a row on inputs of the same shapes before they are captured."""
@@ -22,15 +22,19 @@ class GraphedStep:
     they and the coefficients of their samples are copied to where the graph reads them, and it is replayed.
     Inputs of other shapes, such as a short last batch, run as they are.
 
-    optimizer: the FNGD that step uses. Its learning rates are tensors on the model's device, because a graph
-        keeps a number for ever; schedulers fill them in place. On CUDA its base optimizer is a fused one.
-    step: (*inputs) -> the loss, or None; runs forward, backward, optimizer.step() and optimizer.zero_grad().
-        It does not wait for the device (no .item()), and what changes from step to step is in inputs
-
     Calling it with inputs, tensors on the model's device or in pinned memory, returns the detached loss.
 
-    Raises: TypeError for another optimizer, inputs that are no tensors, or a step that returns something
-        else; ValueError for learning rates that are numbers, and on CUDA for a base that is not fused.
+    Args:
+        optimizer: the FNGD that step uses. Its learning rates are tensors on the model's device, because a
+            graph keeps a number for ever; schedulers fill them in place. On CUDA its base optimizer is a
+            fused one.
+        step: (*inputs) -> the loss, or None; runs forward, backward, optimizer.step() and
+            optimizer.zero_grad(). It does not wait for the device (no .item()), and what changes from step to
+            step is in inputs.
+
+    Raises:
+        TypeError: another optimizer, inputs that are no tensors, or a step that returns something else.
+        ValueError: learning rates that are numbers, and on CUDA a base that is not fused.
 
     Example:
         import torch, fngd
@@ -62,7 +66,7 @@ class GraphedStep:
         if not isinstance(optimizer, FNGD):
             raise TypeError(f"optimizer: expected an fngd.FNGD, got {type(optimizer).__name__}")
         self.optimizer, self.step = optimizer, step
-        self._device = optimizer._sharing.table.values.device
+        self._device = optimizer._schedule.table.values.device
         self._stream: torch.cuda.Stream | None = None
         self._graph: _Graph | None = None
         self._last_key: object = None
@@ -83,10 +87,10 @@ class GraphedStep:
             self._graph = None  # first, so that its memory serves the next
             self._graph = _Graph(key, self.optimizer, self.step, inputs)
             return self._graph.run(inputs)
-        solver = self.optimizer._solver
-        solved_before = solver.solved_batches
+        report = self.optimizer._report
+        solved_before = report.solved_batches
         output = self._on_side_stream(inputs) if self._repeats else self.step(*inputs)
-        steady = solver.solved_batches == solved_before or self.optimizer.share == "none"
+        steady = report.solved_batches == solved_before or self.optimizer.share == "none"
         self._repeats = self._repeats + 1 if steady else 0
         return _detached(output)
 
@@ -95,8 +99,10 @@ class GraphedStep:
         for n, x in enumerate(inputs):
             if not isinstance(x, Tensor):
                 raise TypeError(f"inputs: expected tensors, got {type(x).__name__} at position {n}")
-        batch = self.optimizer._sharing.batch
-        samples = None if batch is None else (batch.size, batch.weights is None or batch.weights.shape)
+        batch = self.optimizer._schedule.batch
+        samples = (
+            None if batch is None else (batch.size, batch.coefficients is None or batch.coefficients.shape)
+        )
         shapes = tuple((x.shape, x.dtype) for x in inputs)
         return shapes, samples, tuple(id(group["lr"]) for group in self.optimizer.param_groups)
 
@@ -127,43 +133,43 @@ class GraphedStep:
 
 
 class _Graph:
-    """A captured step, and the tensors that it reads: the inputs and the weights of their samples."""
+    """A captured step, and the tensors that it reads: the inputs and the coefficients of their samples."""
 
     def __init__(
         self, key: object, optimizer: FNGD, step: Callable[..., Tensor | None], inputs: Sequence[Tensor]
     ) -> None:
         self.key = key
-        self.sharing, self.solver = optimizer._sharing, optimizer._solver
-        batch, device = self.sharing.batch, self.sharing.table.values.device
-        weights = None if batch is None or batch.weights is None else batch.weights.clone()
-        static_batch = Batch(None if batch is None else batch.size, weights=weights)
+        self.schedule, self.report = optimizer._schedule, optimizer._report
+        batch, device = self.schedule.batch, self.schedule.table.values.device
+        coefficients = None if batch is None or batch.coefficients is None else batch.coefficients.clone()
+        static_batch = Batch(None if batch is None else batch.size, coefficients=coefficients)
         static_inputs = [x.to(device, copy=True) for x in inputs]
-        self.inputs, self.weights = static_inputs, weights
+        self.inputs, self.coefficients = static_inputs, coefficients
         self.lr = [group["lr"] for group in optimizer.param_groups]  # kept alive: the key holds their ids
 
         def static_step() -> Tensor | None:
-            named, self.sharing.batch = self.sharing.batch, static_batch
+            named, self.schedule.batch = self.schedule.batch, static_batch
             try:
                 return step(*static_inputs)
             finally:
-                self.sharing.batch = named
+                self.schedule.batch = named
 
-        solved_before = self.solver.solved_batches
+        solved_before = self.report.solved_batches
         with _capturable(optimizer.param_groups):
             self.replay = _capture(static_step, device)
         # A capture solves for nothing, its replays do.
-        self.solves = self.solver.solved_batches - solved_before
-        self.solver.solved_batches = solved_before
+        self.solves = self.report.solved_batches - solved_before
+        self.report.solved_batches = solved_before
 
     def run(self, inputs: Sequence[Tensor]) -> Tensor | None:
-        """Replay the step on the inputs and on the weights of the batch that was named."""
+        """Replay the step on the inputs and on the coefficients of the batch that was named."""
         for static, x in zip(self.inputs, inputs, strict=True):
             static.copy_(x, non_blocking=True)
-        batch = self.sharing.batch
-        if self.weights is not None and batch is not None and batch.weights is not None:
-            self.weights.copy_(batch.weights)
+        batch = self.schedule.batch
+        if self.coefficients is not None and batch is not None and batch.coefficients is not None:
+            self.coefficients.copy_(batch.coefficients)
         output = self.replay()
-        self.solver.solved_batches += self.solves
+        self.report.solved_batches += self.solves
         return None if output is None else output.clone()  # the next replay writes over it
 
 

@@ -11,19 +11,17 @@ from torch.optim import Optimizer
 
 from fngd_kernels.ops.coefficients import DAMPING_MODES, NORMALIZATIONS
 
-from .capture import release, route
-from .discovery import WISHES, find_layers
-from .engine import Engine
+from .capture import USER_REASONS, find_blocks, release, route
+from .coefficients import SHARES, Report, Schedule, Solver
+from .preconditioner import Preconditioner
 from .samples import checked_ids
-from .sharing import SHARES, Sharing
-from .solver import Solver
 from .state import check_groups, check_like
 from .update import Update, base_class, fuses_on_cuda
 
-ADDED = "its parameter group was added later"
+ADDED_LATER = "its parameter group was added later"
 """Reason for the plain gradient of a module that was not optimized when the layers were looked for."""
 
-REPLACED = "not optimized: it is not the parameter that the optimizer was made with"
+NOT_OPTIMIZED = "not optimized: it is not the parameter that the optimizer was made with"
 """What is said of a parameter that joined the model later, or took the place of another."""
 
 
@@ -34,40 +32,56 @@ class FNGD(Optimizer):
     gradient. In the first epoch s solves (lam I + N K) s = 1 with K_ij = <C_i, C_j>, which is the natural
     gradient under the empirical Fisher; later epochs reuse each sample's s at the ordinary gradient's cost.
 
-    model: the network; its modules are routed through FNGD's layer rules until `detach()`
-    lr, **options: the base optimizer's own (momentum, weight_decay, betas, ...), with its defaults. Only on
-        CUDA, with SGD, Adam and AdamW, `fused` is True unless it, foreach, capturable or differentiable is
-        named: a fused update leaves out a step on the device, without the host waiting for the gradients
-    params: what to optimize, as for any torch optimizer: an iterable of parameters or of groups, by default
-        all of the model's; a layer whose weight is not among them is left alone
-    base: "sgd", "adamw" or a torch.optim class: the update rule
-    damping: lam in the unit of damping_mode
-    damping_mode: "trace" tr(K') / N, "mean_eig" tr(K') / N^2, or "absolute" 1, with K' the Gram matrix of the
-        per-sample gradients N C_n
-    normalize: "mean" s / mean(s), so that learning rates carry over; "lambda" lam s; "raw" s; "graft" keeps
-        the length of the plain gradient in each layer
-    share: what later epochs reuse: "sample" each sample's own s (needs `fngd.track` or `set_samples`),
-        "position" the mean s of a batch position, "mean" of the layer, "none" nothing: solve at every step
-    refresh_every: epochs between new solves; None solves in the first epoch only
-    norms: scale and shift of normalisation layers take the "plain" or the "weighted" gradient
-    skip: fnmatch patterns of the names of modules that keep the plain gradient
-    strict: raise for a module with trainable parameters that no rule serves
-    process_group: the data-parallel ranks that share coefficients where torch.distributed is in use, by
-        default all; `start_epoch`, and with it a tracked loader, is then called by all of them
+    Example:
+        model = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
+        optimizer = fngd.FNGD(model, lr=0.1, momentum=0.9)
+        loader = fngd.track(DataLoader(data, batch_size=128, shuffle=True), optimizer)
+        for epoch in range(10):
+            for x, y in loader:
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
 
-    Raises: ValueError for an argument out of range, a model without supported layers, and with strict for an
-        unsupported module; TypeError for a wrong type or an option that the base optimizer does not know.
+    Args:
+        model: the network; its modules are routed through FNGD's layer rules until `detach()`.
+        lr: the base optimizer's learning rate.
+        params: what to optimize, as for any torch optimizer: an iterable of parameters or of groups, by
+            default all of the model's; a layer whose weight is not among them is left alone.
+        base: "sgd", "adamw" or a torch.optim class: the update rule.
+        damping: lam in the unit of damping_mode.
+        damping_mode: "trace" tr(K') / N, "mean_eig" tr(K') / N^2, or "absolute" 1, with K' the Gram matrix of
+            the per-sample gradients N C_n.
+        normalize: "mean" s / mean(s), so that learning rates carry over; "lambda" lam s; "raw" s; "graft"
+            keeps the length of the plain gradient in each layer.
+        share: what later epochs reuse: "sample" each sample's own s (needs `fngd.track` or `set_samples`),
+            "position" the mean s of a batch position, "mean" of the layer, "none" nothing: solve at every
+            step.
+        refresh_every: epochs between new solves; None solves in the first epoch only.
+        norms: scale and shift of normalisation layers take the "plain" or the "weighted" gradient.
+        skip: fnmatch patterns of the names of modules that keep the plain gradient.
+        strict: raise for a module with trainable parameters that no rule serves.
+        process_group: the data-parallel ranks that share coefficients where torch.distributed is in use, by
+            default all; `start_epoch`, and with it a tracked loader, is then called by all of them.
+        **options: the base optimizer's own (momentum, weight_decay, betas, ...), with its defaults. One
+            differs: on CUDA, with SGD, Adam and AdamW, `fused` is True unless it, foreach, capturable or
+            differentiable is named. A fused update leaves out a step on the device, without the host waiting
+            for the gradients.
+
+    Raises:
+        ValueError: an argument out of range, a model without supported layers, and with strict an unsupported
+            module.
+        TypeError: a wrong type, or an option that the base optimizer does not know.
+
     Source: Ou, Zhu, Huang, Liu 2024, arXiv 2403.03473.
     """
 
     _update: Update
-    _engine: Engine
-    _solver: Solver
-    _sharing: Sharing
+    _preconditioner: Preconditioner
+    _schedule: Schedule
+    _report: Report
     _model: nn.Module
     _plain: dict[str, str]
     _left_out: set[str]
-    share: str
 
     def __init__(
         self,
@@ -115,33 +129,36 @@ class FNGD(Optimizer):
         self.state.update(updating.state)  # Adagrad's begins in its constructor
 
         optimized = [p for group in self.param_groups for p in group["params"]]
-        layers, self._plain = find_layers(model, optimized, affine=norms == "weighted", skip=skip)
-        if not layers:
+        blocks, self._plain = find_blocks(model, optimized, affine=norms == "weighted", skip=skip)
+        if not blocks:
             kinds = sorted({type(m).__name__ for m in model.modules() if m._parameters})
             raise ValueError(f"model: no supported layer among its modules ({', '.join(kinds)})")
-        unsupported = {name: reason for name, reason in self._plain.items() if reason not in WISHES}
+        unsupported = {name: reason for name, reason in self._plain.items() if reason not in USER_REASONS}
         if strict and unsupported:
             listed = "; ".join(f"{name or 'the model itself'}: {why}" for name, why in unsupported.items())
             raise ValueError(f"strict: modules without a rule ({listed})")
-        self.share = share
         self._model = model
         wanted = {id(p) for p in optimized}
         self._left_out = {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in wanted}
-        device = layers[0].parameters[0].device
+        device = blocks[0].parameters[0].device
         self._update = Update(updating, self, device)
-        self._sharing = Sharing(share, refresh_every, len(layers), device, process_group)
-        self._solver = Solver(layers, self._sharing, float(damping), damping_mode, normalize)
-        self._engine = Engine(layers, self._sharing, self._solver)
+        self._schedule = Schedule(share, refresh_every, len(blocks), device, process_group)
+        self._report = Report(blocks, device)
+        solver = Solver(float(damping), damping_mode, normalize)
+        self._preconditioner = Preconditioner(blocks, self._schedule, solver, self._report)
         self._restore: Callable[[], None] | None = None
         release(model, optimized)
         self.attach()
 
-    # ---- routing ----
+    @property
+    def share(self) -> str:
+        """What later epochs reuse of the coefficients."""
+        return self._schedule.share
 
     def attach(self) -> None:
         """Route the model's layers again after `detach`."""
         if self._restore is None:
-            self._restore = route(self._engine.members, self._engine)
+            self._restore = route(self._preconditioner.modules, self._preconditioner)
 
     def detach(self) -> None:
         """Give the model its own forwards back; gradients are plain from here on."""
@@ -149,36 +166,37 @@ class FNGD(Optimizer):
             self._restore()
             self._restore = None
 
-    # ---- samples ----
-
     def set_samples(self, ids: Sequence[int] | Tensor) -> None:
         """Name the samples of the next forward, for loops without a loader to track.
 
-        ids: (N,) integers >= 0, the sample of each row of the batch; the table grows with them, or ends at
-            the dataset's length when a loader is tracked
+        Args:
+            ids: (N,) integers >= 0, the sample of each row of the batch; the table grows with them, or ends
+                at the dataset's length when a loader is tracked.
 
-        Raises: TypeError for ids that are no integers of shape (N,), ValueError for ids out of range.
+        Raises:
+            TypeError: ids that are no integers of shape (N,).
+            ValueError: ids out of range.
         """
-        named, highest = checked_ids(ids, self._sharing.dataset_size)
-        self._sharing.set_samples(named, highest)
+        named, highest = checked_ids(ids, self._schedule.dataset_size)
+        self._schedule.set_samples(named, highest)
 
     def start_epoch(self, dataset_size: int | None = None) -> None:
         """Begin an epoch; a tracked loader says so itself, other loops do where epochs count in sharing.
 
         In data-parallel runs all ranks call it, and merge what the epoch that ends has solved for.
         """
-        self._sharing.start_epoch(dataset_size)
+        self._schedule.start_epoch(dataset_size)
 
     def merge_coefficients(self) -> None:
         """Take in what the other ranks of a data-parallel run have solved for; all ranks call it.
 
         `start_epoch` does so. Call it too before a checkpoint that one rank writes in the middle of an epoch.
         """
-        self._sharing.merge()
+        self._schedule.merge()
 
     @property
     def solving(self) -> bool:
-        """Whether the next forward is solved for: it runs eagerly, where torch.compile is used.
+        """True if the next forward belongs to a batch that is solved for, which must run uncompiled.
 
             compiled = torch.compile(model, fullgraph=True)
             for x, y in loader:
@@ -188,13 +206,11 @@ class FNGD(Optimizer):
         after which a forward that loops over its layers stays uncompiled (fullgraph=False). With sample ids
         every batch size is compiled once.
         """
-        return self._sharing.solving
-
-    # ---- optimizer ----
+        return self._schedule.solving
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients as any torch optimizer does, and let go of what a failed backward captured."""
-        self._engine.drop_failed()
+        self._preconditioner.drop_failed()
         super().zero_grad(set_to_none)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -203,13 +219,14 @@ class FNGD(Optimizer):
         With fused=True nothing waits for the device, and a GradScaler leaves unscaling to the update, so that
         `.grad` keeps its scale.
 
-        closure: re-evaluates the model and returns the loss; called once.
+        Args:
+            closure: re-evaluates the model and returns the loss; called once.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._engine.finish_step()
+        self._preconditioner.reset()
         # A GradScaler sets both, and then leaves unscaling and skipping to this step; without gradients its
         # found_inf is the number 0.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
@@ -234,15 +251,17 @@ class FNGD(Optimizer):
     def _own_state(self) -> dict[str, Any]:
         shapes = [list(p.shape) for group in self.param_groups for p in group["params"]]
         counted = {"skipped_steps": self._update.skipped_steps}
-        return self._solver.state_dict() | counted | {"shapes": shapes}
+        return self._schedule.state_dict() | self._report.state_dict() | counted | {"shapes": shapes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what state_dict returned; the continued run is the same bit for bit.
 
         Without "fngd", as torch.distributed.checkpoint.state_dict returns it, coefficients stay as they are.
 
-        Raises: TypeError for what is no dictionary, ValueError for a state of another optimizer, model or way
-            of sharing, or one that is not whole; nothing is changed then.
+        Raises:
+            TypeError: what is no dictionary.
+            ValueError: a state of another optimizer, model or way of sharing, or one that is not whole;
+                nothing is changed then.
         """
         check_groups(state_dict, self)
         own = state_dict.get("fngd")
@@ -254,13 +273,15 @@ class FNGD(Optimizer):
         super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
         self._update.link(self)
         if own is not None:
-            self._solver.load_state_dict(own)
+            self._schedule.load_state_dict(own)
+            self._report.load_state_dict(own)
             self._update.skipped_steps = own["skipped_steps"]
 
     def _check_own_state(self, state: dict[str, Any]) -> None:
         mine = self._own_state()
         check_like(state, mine, "fngd")
-        self._solver.check_state(state)
+        self._report.check_state(state)
+        self._schedule.check_state(state)
         if len(state["shapes"]) != len(mine["shapes"]):
             count = f"{len(mine['shapes'])} parameters, got {len(state['shapes'])}"
             raise ValueError(f"state_dict: expected the shapes of {count}")
@@ -268,35 +289,34 @@ class FNGD(Optimizer):
             if shape != stored:
                 raise ValueError(f"state_dict: expected shape {shape} of parameter {number}, got {stored}")
 
-    # ---- reports ----
-
     def coverage(self) -> dict[str, str]:
         """Return for every optimized parameter the rule that weights it, or "plain: " and the reason.
 
         A parameter of the model that was put there since, and which no group holds, is "not optimized: ".
         """
         optimized = {id(p) for group in self.param_groups for p in group["params"]}
-        served = {id(p): layer for layer in self._engine.layers for p in layer.parameters}
+        served = {id(p): block for block in self._preconditioner.blocks for p in block.parameters}
         report = {}
         for module_name, module in self._model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
                 path = f"{module_name}.{name}" if module_name else name
                 if id(parameter) not in optimized:
                     if path not in self._left_out:
-                        report[path] = REPLACED
+                        report[path] = NOT_OPTIMIZED
                     continue
-                layer = served.get(id(parameter))
-                if layer is None:
-                    report[path] = f"plain: {self._plain.get(module_name, ADDED)}"
+                block = served.get(id(parameter))
+                if block is None:
+                    report[path] = f"plain: {self._plain.get(module_name, ADDED_LATER)}"
                 else:
-                    report[path] = self._solver.describe(layer, parameter)
+                    report[path] = self._report.describe(block, parameter)
         return report
 
     def stats(self) -> dict[str, Any]:
         """Return counters of batches, solves and steps, the coefficients' spread, seconds in batched solves,
         and bytes; waits for the device.
         """
-        return self._solver.stats() | {"skipped_steps": self._update.skipped_steps}
+        counted = {"skipped_steps": self._update.skipped_steps}
+        return self._schedule.stats() | self._report.stats() | counted
 
 
 def _one_of(name: str, value: object, choices: Sequence[str]) -> None:

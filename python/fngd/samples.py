@@ -9,13 +9,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
-from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from .torch_private import batches_received, is_torchs_iterator
 
 Drawn = deque[tuple[int, Sequence[int]]]
 """Number and indices of the batches that were drawn in a pass, from the last one that was yielded on."""
 
 MOST_SAMPLES = 2**31
-"""Ids end there, so that those which number no dataset are found out: a table of that length fits nowhere."""
+"""Bound of ids: rejects hashes and timestamps passed by mistake before a table is allocated for them."""
 
 
 class TakesSamples(Protocol):
@@ -31,7 +32,9 @@ class TakesSamples(Protocol):
 def checked_ids(ids: Sequence[int] | Tensor, dataset_size: int | None) -> tuple[Tensor, int]:
     """Return ids as (N,) int64 on the CPU, and the highest, -1 for none.
 
-    Raises: TypeError for ids that are no integers of shape (N,), ValueError for ids out of range.
+    Raises:
+        TypeError: ids that are no integers of shape (N,).
+        ValueError: ids out of range.
     """
     if isinstance(ids, Tensor) and (ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim != 1):
         raise TypeError(f"ids: expected integers of shape (N,), got {ids.dtype}, {tuple(ids.shape)}")
@@ -61,7 +64,10 @@ def track(loader: DataLoader, optimizer: TakesSamples, *others: TakesSamples) ->
     collate_fn, number of workers, shuffling, drop_last or a short last batch. Only share = "sample" needs
     ids; for the other modes any loader will do, an IterableDataset included.
 
-    others: more optimizers that are to hear the same, where a loop trains several models
+    Args:
+        loader: the loader.
+        optimizer: the FNGD that is told.
+        others: more optimizers that are to hear the same, where a loop trains several models.
 
     Raises:
         TypeError: loader is not a DataLoader, or optimizer does not take sample ids.
@@ -136,7 +142,7 @@ class _NamedBatches:
     def __next__(self) -> Any:
         if not self.begun:  # only when a batch is asked for: frameworks make iterators that they never use
             self.batches, self.drawn = self.begin()
-            self.is_torchs = isinstance(self.batches, _BaseDataLoaderIter)
+            self.is_torchs = is_torchs_iterator(self.batches)
             self.begun = True
         try:
             batch = next(self.batches)
@@ -146,8 +152,9 @@ class _NamedBatches:
             raise
         number = self.yielded
         if self.is_torchs:
-            # Torch counts what workers delivered, errors included; without workers nothing is drawn ahead.
-            number = getattr(self.batches, "_rcvd_idx", self.drawn[-1][0] + 1) - 1
+            received = batches_received(self.batches)
+            # Without workers nothing is drawn ahead.
+            number = self.drawn[-1][0] if received is None else received - 1
         while self.drawn and self.drawn[0][0] < number:
             self.drawn.popleft()
         if not self.drawn:

@@ -8,8 +8,8 @@ from torch.optim import Optimizer
 
 from fngd_kernels.ops.finite import found_non_finite
 
-from .distributed import local_shards, on_any_rank
-from .journal import DeviceCounts, Journal
+from .distributed import all_reduce_max_, local_shards
+from .event_log import DeviceCounts, EventLog
 
 _BASES: dict[str, type[Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 LEFT_OUT = "left out, its gradient is not finite"
@@ -23,7 +23,7 @@ class Update:
         self.base = base
         # Counted on the device: a fused update is left out without the host knowing.
         self._skipped = DeviceCounts((), device)
-        self._journal = Journal("step")
+        self._log = EventLog("step")
         self.link(owner)
 
     def link(self, owner: Optimizer) -> None:
@@ -50,11 +50,11 @@ class Update:
             found_inf = found_inf.view(())
             self._skipped.values += found_inf
             self._skipped.send()
-            self._write_journal()
+            self._log_skipped()
             self._begin_momentum()
         elif found_inf:
             self._skipped.values += 1
-            self._write_journal()
+            self._log_skipped()
             return
         else:
             found_inf = None
@@ -69,13 +69,13 @@ class Update:
     @skipped_steps.setter
     def skipped_steps(self, steps: int) -> None:
         self._skipped.load(steps)
-        self._journal.counts[LEFT_OUT] = steps
+        self._log.counts[LEFT_OUT] = steps
 
-    def _write_journal(self) -> None:
+    def _log_skipped(self) -> None:
         """Log the steps that were left out, as far as the host knows of them."""
-        new = int(self._skipped.arrived) - self._journal.counts[LEFT_OUT]
+        new = int(self._skipped.take_new())
         if new:
-            self._journal.count(LEFT_OUT, new)
+            self._log.count(LEFT_OUT, new)
 
     def _begin_momentum(self) -> None:
         """Write the momentum 0 that torch's fused SGD leaves undefined when its first step is left out."""
@@ -91,7 +91,7 @@ class Update:
         local, groups = local_shards([p.grad for p in parameters if p.grad is not None])
         dense = [g.coalesce().values() if g.is_sparse else g for g in local]
         found = found_non_finite(dense) if dense else torch.zeros(1, device=self._skipped.values.device)
-        return on_any_rank(found, groups)
+        return all_reduce_max_(found, groups)
 
 
 def base_class(base: str | type[Optimizer]) -> type[Optimizer]:

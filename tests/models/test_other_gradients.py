@@ -179,7 +179,7 @@ def test_a_penalty_on_the_weights_adds_its_own_gradient():
         (model(x).square().mean() + penalty * sum(p.square().sum() for p in model.parameters())).backward()
         gradients.append([p.grad for p in model.parameters()])
         opt.step()
-        assert not opt._engine._watches
+        assert not opt._preconditioner._watches
         opt.detach()
     assert all("outside of its calls" in how for how in opt.coverage().values())
     for p, alone, both in zip(model.parameters(), *gradients, strict=True):

@@ -201,7 +201,7 @@ def test_a_call_of_another_kind_is_tried_again():
         ({"table": torch.randn(3, 4).double().requires_grad_()}, "Switched depends on tensors"),
     ):
         model.part.w.grad = None
-        next(layer for layer in opt._engine.layers if layer.name == "part").note = ""
+        next(layer for layer in opt._preconditioner.blocks if layer.name == "part").why_plain = ""
         x = torch.randn(N, 4, dtype=torch.float64)
         model(x, **options).square().sum().backward()
         found, opt_grad = model.part.w.grad.clone(), opt.coverage()["part.w"]

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import fngd
 import fngd_kernels as fk
-from fngd.table import Table
+from fngd.coefficients.table import Table
 
 SAMPLES, BATCH, EPOCHS = 40, 20, 3
 SHARES, BASES = ("sample", "position", "mean", "none"), ("sgd", "adamw")

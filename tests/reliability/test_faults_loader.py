@@ -60,7 +60,7 @@ class Loop:
         self.losses: list[float] = []
 
     def step(self, x, y, ids):
-        assert self.opt._sharing.batch.ids.tolist() == ids.tolist()
+        assert self.opt._schedule.batch.ids.tolist() == ids.tolist()
         self.begun |= set(ids.tolist())
         self.opt.zero_grad()
         loss = F.cross_entropy(self.model(x), y)
@@ -78,7 +78,7 @@ class Loop:
     def assert_known(self):
         """The table knows the samples that were trained on; torch raises a worker's death in any line."""
         self.opt.stats()  # settles what is pending
-        seen = self.opt._sharing.table.seen
+        seen = self.opt._schedule.table.seen
         assert self.trained <= set(seen.nonzero().flatten().tolist()) <= self.begun
 
 

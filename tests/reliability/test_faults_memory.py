@@ -8,8 +8,8 @@ import torch
 from faulty_run import Run
 from torch.nn import functional as F
 
-import fngd.engine
-from fngd.engine import OUT_OF_MEMORY
+import fngd.preconditioner
+from fngd.coefficients import OUT_OF_MEMORY
 from fngd.memory import HALVINGS
 from fngd_kernels.workspace import default_workspace
 
@@ -23,7 +23,7 @@ ERRORS = [
 
 def fail_at_first(monkeypatch, times, error):
     """Let every Gram matrix fail so many times; return the scratch memory of each attempt."""
-    gram, attempts = fngd.engine.tied_gram, []
+    gram, attempts = fngd.preconditioner.block_gram, []
 
     def failing(parts):
         attempts.append(default_workspace())
@@ -31,7 +31,7 @@ def fail_at_first(monkeypatch, times, error):
             raise error
         return gram(parts)
 
-    monkeypatch.setattr(fngd.engine, "tied_gram", failing)
+    monkeypatch.setattr(fngd.preconditioner, "block_gram", failing)
     return attempts
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fngd
-from fngd.optimizer import REPLACED
+from fngd.optimizer import NOT_OPTIMIZED
 
 AREA = "Bad input"
 N = 6
@@ -78,8 +78,8 @@ def test_parameters_that_the_optimizer_does_not_have_are_named(change, tally):
     opt.step()
     report, optimized = opt.coverage(), {id(p) for group in opt.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
-        assert (report[name] == REPLACED) == (id(p) not in optimized)
-    assert report["0.weight"] == REPLACED
+        assert (report[name] == NOT_OPTIMIZED) == (id(p) not in optimized)
+    assert report["0.weight"] == NOT_OPTIMIZED
     tally(AREA, "module or parameter replaced after the optimizer was made", "named in coverage()")
 
 
@@ -89,7 +89,7 @@ def test_a_module_that_is_removed_or_added(tally):
     model.append(nn.Linear(3, 3).double())
     x, y = data()
     F.cross_entropy(model(x), y).backward()
-    assert opt.coverage()["3.weight"] == REPLACED
+    assert opt.coverage()["3.weight"] == NOT_OPTIMIZED
     del model[3]
     assert_natural(model)
     assert "3.weight" not in opt.coverage()
@@ -206,11 +206,11 @@ def test_ids_that_are_none(ids, error, tally):
     opt = fngd.FNGD(model)
     opt.start_epoch(20)
     opt.set_samples(range(N))
-    before = opt._sharing.batch
+    before = opt._schedule.batch
     with pytest.raises(error, match="ids: expected"):
         opt.set_samples(ids)
-    assert opt._sharing.batch is before
-    assert len(opt._sharing.table) == 20
+    assert opt._schedule.batch is before
+    assert len(opt._schedule.table) == 20
     tally(AREA, "ids out of range or of another type", error.__name__)
 
 

@@ -116,8 +116,8 @@ def test_an_exception_that_the_loop_catches(where, share, base, at, tally):
     gc.collect()
     assert all(each() is None for each in left)
     if share != "GaussNewton":
-        assert not run.opt._engine._pending
-        assert all(not layer.open_uses for layer in run.opt._engine.layers)
+        assert not run.opt._preconditioner._backwards
+        assert not any(run.opt._preconditioner._open.values())
     tally(
         AREA,
         f"exception in the {where}, caught by the loop",

@@ -9,22 +9,23 @@ from .base import Rule, Use, added
 from .batch_norm import BatchNormRule
 from .conv import ConvRule, ConvTransposeRule
 from .embedding import EmbeddingRule, ScaledEmbeddingRule
-from .generic import GenericRule
-from .linear import LinearRule, TransposedLinearRule
-from .opaque import Opaque
-from .tied import Part, tied_gram
+from .generic import GenericModule, GenericRule, reason_against_call
+from .linear import LinearRule, TransposedLinearRule, is_linear_map
+from .tied import block_gram
 
 __all__ = [
+    "GenericModule",
+    "GenericRule",
     "InputProjection",
-    "Opaque",
-    "Part",
     "Rule",
     "Use",
     "added",
     "attention",
+    "block_gram",
+    "is_linear_map",
+    "reason_against_call",
     "register",
     "rule_for",
-    "tied_gram",
 ]
 
 _RULES: dict[type[nn.Module], Rule] = {
@@ -57,11 +58,13 @@ def register(module_type: type[nn.Module], rule: Rule) -> None:
 
     Subclasses that have the type's own `forward` take the rule too, unless a nearer type has one.
 
-    module_type: a subclass of torch.nn.Module; one that has a rule gets this one in its place
-    rule: an object with the attributes of `fngd.rules.Rule`
+    Args:
+        module_type: a subclass of torch.nn.Module; one that has a rule gets this one in its place.
+        rule: a `fngd.rules.Rule`, or an object with its attributes.
 
-    Raises: TypeError for what is no type of modules, or a rule without a name or one of the methods;
-        ValueError for the name of the generic rule.
+    Raises:
+        TypeError: no type of modules, or a rule without a name or one of the methods.
+        ValueError: the name of the generic rule.
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
         raise TypeError(f"module_type: expected a subclass of torch.nn.Module, got {module_type!r}")

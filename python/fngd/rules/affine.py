@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 import fngd_kernels as fk
 from fngd_kernels.ops import nodes
-from fngd_kernels.ops.nodes import Gradients, Sink
+from fngd_kernels.ops.nodes import Gradients, UseHandler
 
-from .base import Use, trainable_bias
+from .base import Rule, Use, trainable_bias
 
 
-class AffineRule:
+class AffineRule(Rule):
     """Layer, RMS and group normalisation; x_hat is the module's output without its scale and shift."""
 
     name = "affine"
@@ -25,9 +25,11 @@ class AffineRule:
     def batched(self, module: Any, x: Tensor) -> bool:
         return x.ndim > (1 if isinstance(module, nn.GroupNorm) else len(module.normalized_shape))
 
-    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
+    def forward(
+        self, module: Any, x: Tensor, coefficients: Tensor | None, on_use: UseHandler | None
+    ) -> Tensor:
         x_hat, shape = _normalised(module, x)
-        weight, bias = sample_parameters(module, x.shape[0], scale, sink)
+        weight, bias = sample_parameters(module, x.shape[0], coefficients, on_use)
         y = x_hat * weight.view(-1, *shape)
         return (y if bias is None else y + bias.view(-1, *shape)).to(x_hat.dtype)
 
@@ -44,22 +46,24 @@ class AffineRule:
 
 
 def sample_parameters(
-    module: Any, samples: int, scale: Tensor | None, sink: Sink | None
+    module: Any, samples: int, coefficients: Tensor | None, on_use: UseHandler | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return (weight, bias) with a copy per sample each, (samples, *shape); one copy of a frozen bias."""
     if not trainable_bias(module):
         bias = getattr(module, "bias", None)
-        return nodes.rows(module.weight, samples, scale, sink), None if bias is None else bias.unsqueeze(0)
+        return nodes.rows(
+            module.weight, samples, coefficients, on_use
+        ), None if bias is None else bias.unsqueeze(0)
     parameters = torch.stack([module.weight, module.bias])
-    weight, bias = nodes.rows(parameters, samples, scale, sink and _stacked(sink)).unbind(1)
+    weight, bias = nodes.rows(parameters, samples, coefficients, on_use and _stacked(on_use)).unbind(1)
     return weight, bias
 
 
-def _stacked(sink: Sink) -> Sink:
-    """Return a sink for the stacked parameters (2, *shape) from one that answers with two gradients."""
+def _stacked(on_use: UseHandler) -> UseHandler:
+    """Return a handler for the stacked parameters (2, *shape) from one that returns two gradients."""
 
-    def stacked(a: Tensor, e: Tensor, biased: bool, selective: bool) -> Gradients | None:
-        gradients = sink(a, e, biased, selective)
+    def stacked(a: Tensor, e: Tensor, biased: bool, must_return: bool) -> Gradients | None:
+        gradients = on_use(a, e, biased, must_return)
         return None if gradients is None else (torch.stack(gradients), None)  # type: ignore[arg-type]
 
     return stacked

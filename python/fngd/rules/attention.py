@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fngd_kernels.ops import nodes
-from fngd_kernels.ops.nodes import Gradients, Sink
+from fngd_kernels.ops.nodes import Gradients, UseHandler
 
+from ..torch_private import parameters_of
 from .linear import LinearRule
 
 ALL = slice(None)
@@ -26,24 +27,22 @@ class InputProjection:
         self.attention = attention
 
     @property
-    def _parameters(self) -> dict[str, Any]:
-        own = self.attention._parameters
-        return {"weight": own.get("in_proj_weight"), "bias": own.get("in_proj_bias")}
-
-    @property
     def weight(self) -> nn.Parameter:
         """in_proj_weight (3 D, D)."""
-        return self._parameters["weight"]
+        return parameters_of(self.attention)["in_proj_weight"]
 
     @property
     def bias(self) -> nn.Parameter | None:
         """in_proj_bias (3 D,), or None."""
-        return self._parameters["bias"]
+        return parameters_of(self.attention).get("in_proj_bias")
 
-    @property
-    def training(self) -> bool:
-        """Whether the attention is in training mode."""
-        return self.attention.training
+    def standing(self) -> tuple[Tensor | None, ...]:
+        """Return what stands in the places of its parameters now."""
+        return self.weight, self.bias
+
+    def trains(self) -> bool:
+        """Return whether the weight asks for a gradient."""
+        return self.weight.requires_grad
 
     def forward(self, x: Tensor, rows: slice) -> Tensor:
         """Return x W[rows]^T + b[rows]."""
@@ -66,26 +65,31 @@ class ProjectionRule(LinearRule):
         return x.ndim == 3
 
     def forward(
-        self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None, rows: slice = ALL
+        self,
+        module: Any,
+        x: Tensor,
+        coefficients: Tensor | None,
+        on_use: UseHandler | None,
+        rows: slice = ALL,
     ) -> Tensor:
         bias = None if module.bias is None else module.bias[rows]
-        rows_sink = sink and _padded(sink, rows, len(module.weight))
-        return nodes.linear(x, module.weight[rows], bias, scale, rows_sink)
+        rows_handler = on_use and _padded(on_use, rows, len(module.weight))
+        return nodes.linear(x, module.weight[rows], bias, coefficients, rows_handler)
 
 
-def _padded(sink: Sink, rows: slice, outputs: int) -> Sink:
-    """Return a sink for some rows of the weight from one for all of them."""
+def _padded(on_use: UseHandler, rows: slice, outputs: int) -> UseHandler:
+    """Return a handler for some rows of the weight from one for all of them."""
 
-    def padded(a: Tensor, e: Tensor, biased: bool, selective: bool) -> Gradients | None:
+    def padded(a: Tensor, e: Tensor, biased: bool, must_return: bool) -> Gradients | None:
         full = e.new_zeros(*e.shape[:-1], outputs)
         full[..., rows] = e
-        gradients = sink(a, full, biased, selective)
+        gradients = on_use(a, full, biased, must_return)
         if gradients is None:
             return None
         weight, bias = gradients
         return None if weight is None else weight[rows], None if bias is None else bias[rows]
 
-    return sink if rows == ALL else padded
+    return on_use if rows == ALL else padded
 
 
 def attention(

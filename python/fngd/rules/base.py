@@ -1,53 +1,85 @@
-"""What a layer rule is: how one type of module computes, and how its contributions C_n are contracted."""
+"""What a layer rule is: how one type of module computes, and how its per-sample gradients are contracted."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import fngd_kernels as fk
-from fngd_kernels.ops.nodes import Gradients, Sink
+from fngd_kernels.ops.nodes import Gradients, UseHandler
 
 
 class Use(NamedTuple):
-    """One use of a module's parameters in a forward, or in a derivative of it."""
+    """One use of a module's parameters: in its forward, or in a derivative of it."""
 
     a: Any
-    """Sample-first input; None where e holds the contributions themselves."""
+    """Input, samples in dimension 0; None where `e` holds the per-sample gradients themselves."""
     e: Tensor
-    """Sample-first gradient at the output."""
+    """grad_output, samples in dimension 0."""
     biased: bool
-    """Whether the module's bias takes part; in a derivative it does not."""
+    """Whether the bias takes part; in a derivative of a forward it does not."""
 
 
-class Rule(Protocol):
-    """How one type of module computes and how the contributions of its samples are contracted.
+class Rule:
+    """How one type of module computes, and how the per-sample gradients of its parameters are contracted.
 
-    A rule has no state: one instance serves every module of its type. Only rules know a layer's shapes.
+    A rule needs `forward` and `contributions`; the other methods have defaults, to be overridden where the
+    gradients need not be formed. It has no state: one instance serves every module of its type. Only rules
+    know a layer's shapes.
+
+    C_n is what sample n contributes to the gradient of the loss: the per-sample gradient times 1/N where the
+    loss is a mean.
     """
 
     name: str
+    """What `coverage()` calls it; by default the name of the class."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if not hasattr(cls, "name"):
+            cls.name = cls.__name__
 
     def reason_against(self, module: Any) -> str | None:
-        """Return why this module must keep the plain gradient, or None when the rule serves it."""
+        """Return why this module must keep the plain gradient, None where the rule serves it."""
+        return None
 
     def batched(self, module: Any, x: Tensor) -> bool:
         """Return whether dimension 0 of the input counts samples."""
+        return x.ndim >= 2
 
     def forward(
-        self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None, *arguments: Any
-    ) -> Tensor:
-        """Return the module's training-mode output, its parameter gradients weighted or given to sink."""
+        self,
+        module: Any,
+        x: Tensor,
+        coefficients: Tensor | None,
+        on_use: UseHandler | None,
+        *arguments: Any,
+    ) -> Any:
+        """Return the module's output in training mode, through a node of `fngd_kernels.ops.nodes`.
 
-    def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
-        """Return K (N, N), K_ij = <C_i, C_j>, with C_n summed over the uses."""
+        Args:
+            module: the module.
+            x: its input.
+            coefficients: (N,) s_n: backward gives sum_n s_n C_n; None where the uses are collected.
+            on_use: receives each use in backward; None where coefficients are given.
+            arguments: what else the module was called with.
+        """
+        raise NotImplementedError
 
     def contributions(self, module: Any, uses: Sequence[Use]) -> Sequence[Tensor | None]:
-        """Return the C_n (N, *shape) to each parameter, weight and bias; None for one that takes no part."""
+        """Return C_n (N, *shape) of weight and bias, summed over the uses; None for one without a part."""
+        raise NotImplementedError
+
+    def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
+        """Return K (N, N), K_ij = <C_i, C_j>."""
+        shares = [fk.gram_rows(c) for c in self.contributions(module, uses) if c is not None]
+        return shares[0] if len(shares) == 1 else torch.stack(shares).sum(0)
 
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Sequence[Tensor | None]:
-        """Return sum_n s_n C_n, the gradient of each parameter, None for one without."""
+        """Return sum_n s_n C_n for weight and bias, None for one that takes no part."""
+        contributions = self.contributions(module, uses)
+        return [None if c is None else fk.combine_rows(c, s) for c in contributions]
 
 
 def added(parts: Sequence[Sequence[Tensor | None]]) -> tuple[Tensor | None, ...]:
@@ -66,24 +98,27 @@ def biased(module: Any, uses: Sequence[Use]) -> list[Use]:
     return [use for use in uses if use.biased] if trainable_bias(module) else []
 
 
-def bias_rows(module: Any, uses: Sequence[Use], channel: int) -> Tensor | None:
-    """Return the contributions (N, O) to a trainable bias, None where it takes no part.
+def bias_contributions(module: Any, uses: Sequence[Use], channel: int) -> Tensor | None:
+    """Return C_n (N, O) of a trainable bias, None where it takes no part.
 
-    channel: the dimension of e that counts the outputs
+    Args:
+        module: the module.
+        uses: its uses.
+        channel: the dimension of grad_output that counts the outputs.
     """
-    rows = [use.e.movedim(channel, -1) for use in biased(module, uses)]
-    summed = [e.reshape(e.shape[0], -1, e.shape[-1]).sum(1) for e in rows]
+    moved = [use.e.movedim(channel, -1) for use in biased(module, uses)]
+    summed = [e.reshape(e.shape[0], -1, e.shape[-1]).sum(1) for e in moved]
     return torch.stack(summed).sum(0) if summed else None
 
 
-def with_bias(k: Tensor, rows: Tensor | None) -> Tensor:
-    """Return the Gram matrix of weight and bias from the weight's own and the contributions to the bias."""
-    return k if rows is None else k + fk.gram_rows(rows)
+def with_bias(k: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the Gram matrix of weight and bias from the weight's own and the bias' contributions (N, O)."""
+    return k if bias is None else k + fk.gram_rows(bias)
 
 
-def combined_bias(rows: Tensor | None, s: Tensor) -> Tensor | None:
-    """Return the gradient of the bias from the contributions to it."""
-    return None if rows is None else fk.combine_rows(rows, s)
+def combined_bias(bias: Tensor | None, s: Tensor) -> Tensor | None:
+    """Return the gradient of the bias from its contributions (N, O)."""
+    return None if bias is None else fk.combine_rows(bias, s)
 
 
 def trainable_bias(module: Any) -> bool:

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 import fngd_kernels as fk
 from fngd_kernels.library.conv_contributions import conv_contributions
 from fngd_kernels.ops import nodes
-from fngd_kernels.ops.nodes import Gradients, Sink
+from fngd_kernels.ops.nodes import Gradients, UseHandler
 
-from .base import Use, added, bias_rows, biased, combined_bias, pair, with_bias
+from .base import Rule, Use, added, bias_contributions, biased, combined_bias, pair, with_bias
 
 _CONV_FORWARDS = {kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
 
-class ConvRule:
+class ConvRule(Rule):
     """Convolutions with any stride, dilation, groups and padding mode; output pixels are positions."""
 
     name = "conv"
@@ -30,11 +30,13 @@ class ConvRule:
     def batched(self, module: Any, x: Tensor) -> bool:
         return x.ndim == len(module.kernel_size) + 2
 
-    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
+    def forward(
+        self, module: Any, x: Tensor, coefficients: Tensor | None, on_use: UseHandler | None
+    ) -> Tensor:
         before, _ = split_padding(module)
         if before is not None:
             x = F.pad(x, before, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
-        return nodes.conv(x, module.weight, module.bias, scale, sink, **geometry(module))
+        return nodes.conv(x, module.weight, module.bias, coefficients, on_use, **geometry(module))
 
     def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
         if len(uses) == 1:
@@ -61,7 +63,7 @@ class ConvRule:
             )
             for use in uses
         ]
-        return torch.stack(weight).sum(0).view(-1, *module.weight.shape), bias_rows(module, uses, 1)
+        return torch.stack(weight).sum(0).view(-1, *module.weight.shape), bias_contributions(module, uses, 1)
 
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
         shape, options = module.weight.shape, geometry(module)
@@ -87,8 +89,8 @@ class ConvTransposeRule(ConvRule):
         self,
         module: Any,
         x: Tensor,
-        scale: Tensor | None,
-        sink: Sink | None,
+        coefficients: Tensor | None,
+        on_use: UseHandler | None,
         output_size: list[int] | None = None,
     ) -> Tensor:
         sizes = (module.stride, module.padding, module.kernel_size, len(module.kernel_size), module.dilation)
@@ -97,23 +99,23 @@ class ConvTransposeRule(ConvRule):
             x,
             module.weight,
             module.bias,
-            scale,
-            sink,
+            coefficients,
+            on_use,
             **geometry(module),
             transposed=True,
             output_padding=output_padding,
         )
 
     def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
-        return with_bias(super().gram(module, _exchanged(uses)), bias_rows(module, uses, 1))
+        return with_bias(super().gram(module, _exchanged(uses)), bias_contributions(module, uses, 1))
 
     def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
         weight, _ = super().contributions(module, _exchanged(uses))
-        return weight, bias_rows(module, uses, 1)
+        return weight, bias_contributions(module, uses, 1)
 
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
         weight, _ = super().combine(module, _exchanged(uses), s)
-        return weight, combined_bias(bias_rows(module, uses, 1), s)
+        return weight, combined_bias(bias_contributions(module, uses, 1), s)
 
 
 def _exchanged(uses: Sequence[Use]) -> list[Use]:

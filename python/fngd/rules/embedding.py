@@ -8,12 +8,12 @@ from torch import Tensor
 
 import fngd_kernels as fk
 from fngd_kernels.ops import nodes
-from fngd_kernels.ops.nodes import Gradients, Sink
+from fngd_kernels.ops.nodes import Gradients, UseHandler
 
-from .base import Use
+from .base import Rule, Use
 
 
-class EmbeddingRule:
+class EmbeddingRule(Rule):
     """Embeddings of ids (N,) or (N, ...)."""
 
     name = "embedding"
@@ -30,9 +30,11 @@ class EmbeddingRule:
     def batched(self, module: Any, x: Tensor) -> bool:
         return x.ndim >= 1
 
-    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
+    def forward(
+        self, module: Any, x: Tensor, coefficients: Tensor | None, on_use: UseHandler | None
+    ) -> Tensor:
         padding_idx = -1 if module.padding_idx is None else module.padding_idx
-        return nodes.embedding(x, module.weight, scale, sink, padding_idx=padding_idx)
+        return nodes.embedding(x, module.weight, coefficients, on_use, padding_idx=padding_idx)
 
     def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
         return fk.gram_embedding(*_positions(uses), padding_idx=module.padding_idx)
@@ -58,9 +60,11 @@ class ScaledEmbeddingRule(EmbeddingRule):
 
     name = "scaled embedding"
 
-    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
+    def forward(
+        self, module: Any, x: Tensor, coefficients: Tensor | None, on_use: UseHandler | None
+    ) -> Tensor:
         factor = module.embed_scale
-        y = super().forward(module, x, scale, sink)
+        y = super().forward(module, x, coefficients, on_use)
         return y * (factor.to(module.weight.dtype) if isinstance(factor, Tensor) else factor)
 
 

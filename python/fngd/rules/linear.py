@@ -8,41 +8,37 @@ from torch import Tensor
 
 import fngd_kernels as fk
 from fngd_kernels.ops import nodes
-from fngd_kernels.ops.nodes import Gradients, Sink
+from fngd_kernels.ops.nodes import Gradients, UseHandler
 
-from .base import Use, bias_rows, biased, combined_bias, pair, with_bias
+from .base import Rule, Use, bias_contributions, biased, combined_bias, pair, with_bias
 
 
-class LinearRule:
+class LinearRule(Rule):
     """Linear layers on (N, I) or (N, ..., I); the dimensions between are positions."""
 
     name = "linear"
 
-    def reason_against(self, module: Any) -> str | None:
-        return None
-
-    def batched(self, module: Any, x: Tensor) -> bool:
-        return x.ndim >= 2
-
-    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
-        return nodes.linear(x, module.weight, module.bias, scale, sink)
+    def forward(
+        self, module: Any, x: Tensor, coefficients: Tensor | None, on_use: UseHandler | None
+    ) -> Tensor:
+        return nodes.linear(x, module.weight, module.bias, coefficients, on_use)
 
     def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
         biases = len(biased(module, uses))
         if biases in (0, len(uses)):
             return fk.gram(*positions(uses), bias=biases > 0)
-        return with_bias(fk.gram(*positions(uses)), bias_rows(module, uses, -1))
+        return with_bias(fk.gram(*positions(uses)), bias_contributions(module, uses, -1))
 
     def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
         a, e = positions(uses)
-        return e.mT @ a, bias_rows(module, uses, -1)
+        return e.mT @ a, bias_contributions(module, uses, -1)
 
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
         biases = len(biased(module, uses))
         if biases in (0, len(uses)):
             return pair(fk.combine(*positions(uses), s, bias=biases > 0))
         weight, _ = pair(fk.combine(*positions(uses), s))
-        return weight, combined_bias(bias_rows(module, uses, -1), s)
+        return weight, combined_bias(bias_contributions(module, uses, -1), s)
 
 
 class TransposedLinearRule(LinearRule):
@@ -50,8 +46,10 @@ class TransposedLinearRule(LinearRule):
 
     name = "transposed linear"
 
-    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
-        return nodes.linear(x, module.weight.T, module.bias, scale, sink)
+    def forward(
+        self, module: Any, x: Tensor, coefficients: Tensor | None, on_use: UseHandler | None
+    ) -> Tensor:
+        return nodes.linear(x, module.weight.T, module.bias, coefficients, on_use)
 
     def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
         weight, bias = super().contributions(module, uses)
@@ -62,6 +60,14 @@ class TransposedLinearRule(LinearRule):
         weight, bias = super().combine(module, uses, s)
         assert weight is not None
         return weight.T, bias
+
+
+def is_linear_map(rule: Rule) -> bool:
+    """Return whether C_n of a rule's weight is E_n^T A_n (O, I), with A and E as `positions` gives them.
+
+    Rules that inherit from LinearRule and say something else of C_n override `contributions`.
+    """
+    return getattr(type(rule), "contributions", None) is LinearRule.contributions
 
 
 def positions(uses: Sequence[Use]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""Several modules with one weight: their contributions are summed before the Gram, cross terms included."""
+"""The Gram matrix of a block: several modules with one weight are summed before it, cross terms included."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,33 +11,38 @@ import fngd_kernels as fk
 from fngd_kernels.workspace import default_workspace
 
 from . import embedding, linear
-from .base import Rule, Use, bias_rows
+from .base import Rule, Use, bias_contributions
 
 
-class Part(NamedTuple):
-    """The uses of one of the modules in a batch."""
+class Ruled(Protocol):
+    """A module and its rule."""
 
     rule: Rule
     module: Any
-    uses: Sequence[Use]
 
 
-def tied_gram(parts: Sequence[Part]) -> Tensor:
-    """Return K (N, N), K_ij = <C_i, C_j>, with C_n summed over the uses of all modules."""
-    if len(parts) == 1:
-        return parts[0].rule.gram(parts[0].module, parts[0].uses)
-    linears = [part for part in parts if isinstance(part.rule, linear.LinearRule)]
-    linears = [part for part in linears if not isinstance(part.rule, linear.TransposedLinearRule)]
-    embeddings = [part for part in parts if isinstance(part.rule, embedding.EmbeddingRule)]
-    if len(linears) + len(embeddings) < len(parts):
-        return _gram_of_formed(parts)
-    shares = _grams_of_biases(linears)
+def block_gram(uses: Mapping[Any, Sequence[Use]]) -> Tensor:
+    """Return K (N, N), K_ij = <C_i, C_j>, with C_n summed over the uses of all modules of a block.
+
+    Args:
+        uses: by module (`Ruled`); every use has the same N samples.
+    """
+    if len(uses) == 1:
+        ((routed, found),) = uses.items()
+        return routed.rule.gram(routed.module, found)
+    linears = {routed: found for routed, found in uses.items() if linear.is_linear_map(routed.rule)}
+    embeddings = {
+        routed: found for routed, found in uses.items() if isinstance(routed.rule, embedding.EmbeddingRule)
+    }
+    if len(linears) + len(embeddings) < len(uses):
+        return _gram_of_formed(uses)
+    shares = _bias_grams(linears)
     if linears:
-        a, e = linear.positions([use for part in linears for use in part.uses])
+        a, e = linear.positions([use for found in linears.values() for use in found])
         shares.append(fk.gram(a, e))
     if embeddings:
-        rows = [embedding.masked_positions(part.module, part.uses) for part in embeddings]
-        ids, g = (torch.cat(column, 1) for column in zip(*rows, strict=True))
+        pairs = [embedding.masked_positions(routed.module, found) for routed, found in embeddings.items()]
+        ids, g = (torch.cat(column, 1) for column in zip(*pairs, strict=True))
         shares.append(fk.gram_embedding(ids, g))
     if linears and embeddings:
         cross = gram_embedding_linear(ids, g, a, e)
@@ -74,24 +79,34 @@ def gram_embedding_linear(
     return x
 
 
-def _grams_of_biases(parts: Sequence[Part]) -> list[Tensor]:
-    """Return the share of each bias in K; a bias of several modules is summed over them first."""
-    rows: dict[Parameter, Tensor] = {}
-    for part in parts:
-        found = bias_rows(part.module, part.uses, -1)
-        if found is not None:
-            bias = part.module.bias
-            rows[bias] = rows[bias] + found if bias in rows else found
-    return [fk.gram_rows(r) for r in rows.values()]
+def _bias_grams(uses: Mapping[Any, Sequence[Use]]) -> list[Tensor]:
+    """Return the share of each bias in K."""
+    found = (
+        (routed.module.bias, c)
+        for routed, own in uses.items()
+        if (c := bias_contributions(routed.module, own, -1)) is not None
+    )
+    return [fk.gram_rows(c) for c in _summed(found)]
 
 
-def _gram_of_formed(parts: Sequence[Part]) -> Tensor:
+def _gram_of_formed(uses: Mapping[Any, Sequence[Use]]) -> Tensor:
     """Return K of contributions that are formed, for modules without a way to avoid it."""
-    rows: dict[Parameter, Tensor] = {}
-    for part in parts:
-        parameters = part.module.weight, getattr(part.module, "bias", None)
-        contributions = part.rule.contributions(part.module, part.uses)
-        for parameter, found in zip(parameters, contributions, strict=True):
-            if parameter is not None and found is not None:
-                rows[parameter] = rows[parameter] + found if parameter in rows else found
-    return torch.stack([fk.gram_rows(r) for r in rows.values()]).sum(0)
+    found = (
+        (parameter, c)
+        for routed, own in uses.items()
+        for parameter, c in zip(
+            (routed.module.weight, getattr(routed.module, "bias", None)),
+            routed.rule.contributions(routed.module, own),
+            strict=True,
+        )
+        if parameter is not None and c is not None
+    )
+    return torch.stack([fk.gram_rows(c) for c in _summed(found)]).sum(0)
+
+
+def _summed(contributions: Iterable[tuple[Parameter, Tensor]]) -> Iterable[Tensor]:
+    """Return the contributions to each parameter, summed over the modules that it belongs to."""
+    sums: dict[Parameter, Tensor] = {}
+    for parameter, c in contributions:
+        sums[parameter] = sums[parameter] + c if parameter in sums else c
+    return sums.values()

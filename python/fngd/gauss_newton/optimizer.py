@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from fngd_kernels import solve
 from fngd_kernels.ops.finite import found_non_finite
 
+from ..event_log import EventLog
+from ..state import check_groups, check_like
 from .jacobian import Jacobian
-from .journal import Journal
 from .linearize import Linearizer
-from .state import check_groups, check_like
 
 LM = "lm"
 DECREASE, INCREASE = 3.0, 4.0
@@ -36,19 +36,23 @@ class GaussNewton(Optimizer):
     which for mu = 0 is (J^T J + lam I)^-1 J^T rho. phi is the previous d (SPRING). J J^T comes from the
     kernels of `fngd_kernels`, J is not formed for linear layers, and the solve runs in float64.
 
-    model: the network; its forwards are routed during `step` only
-    lr: factor of d; 1 for full batches, about 0.3 for minibatches with momentum
-    damping: "lm", adapted so that every step lowers the loss, or lam in units of the mean diagonal of J J^T
-        (about 0.001 to 0.01 in minibatches)
-    initial_damping: where "lm" starts, in the same unit
-    momentum: mu >= 0 and < 1; 0.9 suits minibatches
-    line_search: halve each step until it lowers the loss; for a fixed damping
-    params: what to optimize, as for any torch optimizer, for example an unknown coefficient of an equation
-        besides the model's parameters; by default the model's
-
     A step costs about M^2 P multiply-adds for J J^T and M^3 / 3 for the solve; J J^T takes 8 M^2 bytes.
 
-    Raises: ValueError for an argument out of range, TypeError for a wrong type.
+    Args:
+        model: the network; its forwards are routed during `step` only.
+        lr: factor of d; 1 for full batches, about 0.3 for minibatches with momentum.
+        damping: "lm", adapted so that every step lowers the loss, or lam in units of the mean diagonal of J
+            J^T (about 0.001 to 0.01 in minibatches).
+        initial_damping: where "lm" starts, in the same unit.
+        momentum: mu >= 0 and < 1; 0.9 suits minibatches.
+        line_search: halve each step until it lowers the loss; for a fixed damping.
+        params: what to optimize, as for any torch optimizer, for example an unknown coefficient of an
+            equation besides the model's parameters; by default the model's.
+
+    Raises:
+        ValueError: an argument out of range.
+        TypeError: a wrong type.
+
     Source: arXiv 2505.12149 (Gauss-Newton for physics-informed networks in Woodbury form); arXiv 2401.10190
         (SPRING); damping after Levenberg and Marquardt.
     """
@@ -59,7 +63,7 @@ class GaussNewton(Optimizer):
     line_search: bool
     _linearize: Linearizer
     _counts: dict[str, int]
-    _journal: Journal
+    _log: EventLog
 
     def __init__(
         self,
@@ -93,7 +97,7 @@ class GaussNewton(Optimizer):
         self._linearize = Linearizer(model, self._parameters())
         counters = ("steps", "undone_trials", "given_up_steps", "skipped_steps")
         self._counts = dict.fromkeys(counters, 0)
-        self._journal = Journal("step")
+        self._log = EventLog("step")
 
     def _parameters(self) -> list[Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -107,15 +111,19 @@ class GaussNewton(Optimizer):
     def step(self, residuals: Callable[[], Any]) -> Tensor:  # type: ignore[override]
         """Make one step on the residuals and return the loss before it.
 
-        residuals: () -> (N,) or (N, C), row n of which depends on row n of the model's inputs alone; or a
-            dict {name: block} of several such blocks, of different N; a block may be a pair (residuals,
-            weight) and may be `fngd.PerSample`. The loss is sum_b weight_b mean(r_b^2). Residuals may contain
-            derivatives of the model with respect to its inputs, by autograd.grad(..., create_graph=True).
-            With damping="lm" or a line search it is called again for each trial step and must give the
-            residuals of the same points.
+        Args:
+            residuals: () -> (N,) or (N, C), row n of which depends on row n of the model's inputs alone; or a
+                dict {name: block} of several such blocks, of different N; a block may be a pair (residuals,
+                weight) and may be `fngd.PerSample`. The loss is sum_b weight_b mean(r_b^2). Residuals may
+                contain derivatives of the model with respect to its inputs, by autograd.grad(...,
+                create_graph=True). With damping="lm" or a line search it is called again for each trial step
+                and must give the residuals of the same points.
 
-        Returns: () loss, detached. A step whose loss or Jacobian is not finite is left out.
-        Raises: TypeError, ValueError for residuals that are of another form or not per sample.
+        Returns:
+            () loss, detached. A step whose loss or Jacobian is not finite is left out.
+
+        Raises:
+            TypeError, ValueError: residuals that are of another form or not per sample.
         """
         loss, jacobian = self._linearize(residuals)
         with torch.profiler.record_function("GaussNewton.gram"), torch.no_grad():
@@ -134,9 +142,7 @@ class GaussNewton(Optimizer):
 
     def _leave_out(self, counter: str, reason: str) -> None:
         self._counts[counter] += 1
-        self._journal.count(reason)
-
-    # ---- the direction ----
+        self._log.count(reason)
 
     @torch.no_grad()
     def _direction(self, jacobian: Jacobian, k: Tensor, damping: float) -> Direction | None:
@@ -225,8 +231,6 @@ class GaussNewton(Optimizer):
             for p, d in direction.items():
                 self.state[p]["momentum_buffer"] = d
 
-    # ---- state and reports ----
-
     def state_dict(self) -> dict[str, Any]:
         """Return momentum, groups and, under "gauss_newton", damping and counters."""
         return {**super().state_dict(), "gauss_newton": {"damping": self.damping, **self._counts}}
@@ -234,8 +238,10 @@ class GaussNewton(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what state_dict returned.
 
-        Raises: TypeError for what is no dictionary, ValueError for the state of another optimizer or model,
-            or one that is not whole; nothing is changed then.
+        Raises:
+            TypeError: what is no dictionary.
+            ValueError: the state of another optimizer or model, or one that is not whole; nothing is changed
+                then.
         """
         check_groups(state_dict, self)
         if "gauss_newton" not in state_dict:

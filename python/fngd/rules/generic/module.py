@@ -1,4 +1,4 @@
-"""Modules of any kind, seen from outside: whether a call can be weighted, and per-sample gradients."""
+"""Modules of any kind, seen from outside: their parameters and per-sample gradients."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,37 +11,32 @@ from torch.func import grad, vmap
 from torch.utils._pytree import tree_flatten
 
 from .call import Call, gradients_by, sample_dim
-from .trial import reason_against
 
-ROWS = 2**29
+PER_SAMPLE_GRAD_BYTES = 2**29
 """Bytes of per-sample gradients held at a time; what does not fit is computed anew for pairs of chunks."""
 
 
-class Opaque:
-    """A module of any kind with all its parameters, and what trials of its calls showed."""
+class GenericModule:
+    """A module of any kind with all its parameters, and what trials of its calls have shown."""
 
     def __init__(self, owner: nn.Module) -> None:
         self.owner = owner
         self.vectorized = True
-        self._verdicts: list[tuple[Any, str]] = []  # on every kind of call that was tried
+        # Kinds of calls that were tried, each with why it must keep the plain gradient, "" if it need not.
+        self.tried: list[tuple[Any, str]] = []
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The module's parameters, those of its parametrizations included."""
         return list(self.owner.parameters())
 
-    @property
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        """Return what stands for all when it is asked whether the module trains, by parameters of its own."""
-        parameters = self.parameters
-        foreign = (p for p in parameters if not isinstance(p, nn.Parameter))
-        trained = (p for p in parameters if p.requires_grad)
-        return {"weight": next((p for found in (foreign, trained) for p in found), parameters[0])}
+    def standing(self) -> list[Tensor]:
+        """Return what stands in the places of its parameters now."""
+        return list(self.owner.parameters())
 
-    @property
-    def training(self) -> bool:
-        """Whether the module is in training mode."""
-        return self.owner.training
+    def trains(self) -> bool:
+        """Return whether any of its parameters asks for a gradient."""
+        return any(p.requires_grad for p in self.owner.parameters())
 
     def forward(self, x: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the module computes by itself."""
@@ -55,33 +50,17 @@ class Opaque:
         dim = sample_dim(self.owner, 0)
         return tensors[0].transpose(0, dim) if tensors[0].ndim > dim else None
 
-    def reason_against_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """Return why a call must keep the plain gradient, "" for a call that need not."""
-        call = Call(self.owner, args, kwargs)
-        for kind, reason in self._verdicts:
-            if kind == call.kind:
-                return reason
-        if call.samples == 1:
-            return "a batch of one sample does not show whether its rows mix"
-        try:
-            with torch.autograd.graph.disable_saved_tensors_hooks("saved"):
-                reason = reason_against(self, call)
-        except RuntimeError:
-            return "called where saved tensors are hooked, as in checkpointing"
-        self._verdicts.append((call.kind, reason))
-        return reason
-
     def refuse(self, call: Call, reason: str) -> None:
         """Keep the plain gradient for calls of this kind from now on."""
-        self._verdicts.insert(0, (call.kind, reason))
+        self.tried.insert(0, (call.kind, reason))
 
     def chunks(self, samples: int) -> list[slice]:
-        """Return the samples in chunks, two of whose gradients take no more than ROWS bytes."""
+        """Return the samples in chunks, two of whose gradients take no more than PER_SAMPLE_GRAD_BYTES."""
         row = sum(p.nbytes for p in self.parameters if p.requires_grad)
-        step = max(1, ROWS // (2 * row))
+        step = max(1, PER_SAMPLE_GRAD_BYTES // (2 * row))
         return [slice(begin, min(begin + step, samples)) for begin in range(0, samples, step)]
 
-    def rows(self, call: Call, e: Tensor, begin: int = 0) -> tuple[Tensor, Tensor]:
+    def per_sample_gradients(self, call: Call, e: Tensor, begin: int = 0) -> tuple[Tensor, Tensor]:
         """Return the gradients (M, P) of M samples for e (M, D) at the outputs, and the outputs (M, D).
 
         begin: the first of these samples

@@ -1,49 +1,67 @@
 """From a residual closure to its Jacobian: what rules serve is captured, the rest is differentiated."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from .capture import Member, route
-from .discovery import find_layers
-from .generic import differentiated_rows, per_sample_rows
+from ..capture import (
+    Collected,
+    Gradients,
+    ParameterBlock,
+    RoutedModule,
+    UseCollector,
+    Uses,
+    combined,
+    find_blocks,
+    route,
+)
+from ..rules import Use, is_linear_map
+from ..torch_private import BATCH_NORMS, inside_function_transform
+from .autograd_rows import differentiated_rows, per_sample_rows
 from .jacobian import Factor, Jacobian, RowsFactor, linear_factor
 from .residuals import Block, evaluate, loss
-from .rules import Use
 
 
-class Recorder:
-    """Router of the layers whose uses are captured while the residuals are differentiated.
+class UseRecorder(UseCollector):
+    """Collects the uses of each differentiation of the residuals, of which there may be many.
 
     Every use of a weight counts, in the forward and in derivatives that the closure takes of it.
     """
 
     def __init__(self) -> None:
-        self.uses: dict[Member, list[Use]] | None = None
-        self.answers = False  # whether uses are answered with the ordinary gradient
+        super().__init__()
+        self.returns_gradients = (
+            False  # or every use is answered with the ordinary gradient, and not collected
+        )
+        self.uses: Uses = {}  # in the last differentiation
 
-    def forward(self, layer: Member, x: Tensor, *arguments: Any) -> Tensor:
-        """Return the layer's output, from a node that captures; plain inside torch.func and forward mode."""
-        transformed = torch._C._functorch.maybe_current_level() is not None
-        dual = torch.autograd.forward_ad._current_level >= 0
-        if transformed or dual or not torch.is_grad_enabled() or not layer.rule.batched(layer.module, x):
-            return layer.plain(x, *arguments)
-        return layer.rule.forward(layer.module, x, None, partial(self._received, layer), *arguments)
+    def forward(self, module: RoutedModule, x: Tensor, *arguments: Any) -> Tensor:
+        """Return the module's output, from a node that collects; plain where autograd does not see it."""
+        if (
+            inside_function_transform()
+            or not torch.is_grad_enabled()
+            or not module.rule.batched(module.module, x)
+        ):
+            return module.plain(x, *arguments)
+        return self.collect(module, None, x, *arguments)
 
-    @torch.no_grad()
-    def _received(
-        self, layer: Member, a: Tensor, e: Tensor, biased: bool, selective: bool
-    ) -> Sequence[Tensor | None] | None:
-        use = Use(a, e, biased)
-        if self.uses is not None:
-            self.uses[layer].append(use)
-        return layer.rule.combine(layer.module, [use], e.new_ones(e.shape[0])) if self.answers else None
+    def complete(self, block: ParameterBlock, uses: Uses) -> None:
+        """Do nothing before the end: the graph serves several differentiations."""
+
+    def deliver(
+        self, batch: None, collected: dict[ParameterBlock, Collected], *, early: bool
+    ) -> Iterator[tuple[RoutedModule, Gradients]]:
+        """Keep the uses; no gradient is made of them."""
+        self.uses = {module: uses for each in collected.values() for module, uses in each.uses.items()}
+        return iter(())
+
+    def answer(self, module: RoutedModule, batch: None, use: Use, *, is_only_use: bool) -> Gradients:
+        """Return the ordinary gradient."""
+        return combined(module, [use], None)
 
 
 @dataclass
@@ -52,7 +70,7 @@ class Group:
 
     residuals: Tensor  # (N,)
     scale: float
-    uses: dict[Member, list[Use]]
+    uses: Uses
     rows: dict[Parameter, Tensor]  # (N, *shape), what was differentiated already
 
 
@@ -66,17 +84,19 @@ class Linearizer:
     def __init__(self, model: nn.Module, parameters: Iterable[Tensor]) -> None:
         self.model = model
         self.parameters = [p for p in parameters if isinstance(p, Parameter)]
-        layers, self.reasons = find_layers(model, self.parameters, affine=True, composite=False)
+        blocks, self.reasons = find_blocks(model, self.parameters, affine=True, composite=False)
         wanted = {id(p) for p in self.parameters}
-        self.layers: list[Member] = []
-        for layer in (found.members[0] for found in layers):
-            if isinstance(layer.module, nn.modules.batchnorm._BatchNorm):
-                self.reasons[layer.name] = "batch normalisation"
-            elif any(id(p) not in wanted for p in _trainable(layer)):
-                self.reasons[layer.name] = "some of its parameters are not optimized here"
+        self.modules: list[RoutedModule] = []
+        for module in (
+            block.modules[0] for block in blocks
+        ):  # without composite ones, each has a single module
+            if isinstance(module.owner, BATCH_NORMS):
+                self.reasons[module.name] = "batch normalisation"
+            elif any(id(p) not in wanted for p in _trainable(module)):
+                self.reasons[module.name] = "some of its parameters are not optimized here"
             else:
-                self.layers.append(layer)
-        self.recorder = Recorder()
+                self.modules.append(module)
+        self.recorder = UseRecorder()
         self._checked: list[tuple[str, int]] = []
 
     def __call__(self, residuals: Callable[[], Any]) -> tuple[Tensor, Jacobian]:
@@ -85,7 +105,7 @@ class Linearizer:
         Raises: TypeError, ValueError for residuals of a wrong form or that are not per sample.
         """
         for name, module in self.model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            if isinstance(module, BATCH_NORMS) and module.training:
                 raise ValueError(
                     f"model: {name or type(module).__name__} couples the samples of a batch in "
                     "training mode, so that no residual belongs to one sample; call .eval() on it, or "
@@ -102,7 +122,7 @@ class Linearizer:
 
     def coverage(self) -> dict[str, str]:
         """Return how the Jacobian of every parameter is found: a rule, or "generic: " and why."""
-        captured = {id(p): layer.rule.name for layer in self._active() for p in _trainable(layer)}
+        captured = {id(p): module.rule.name for module in self._active() for p in _trainable(module)}
         report = {}
         for name, parameter in self._named_parameters().items():
             reason = self.reasons.get(name.rpartition(".")[0], "its layer's weight is frozen")
@@ -111,8 +131,8 @@ class Linearizer:
             )
         return report
 
-    def _active(self) -> list[Member]:
-        return [layer for layer in self.layers if layer.module.weight.requires_grad]
+    def _active(self) -> list[RoutedModule]:
+        return [module for module in self.modules if module.module.weight.requires_grad]
 
     def _named_parameters(self) -> dict[str, Parameter]:
         wanted = {id(p) for p in self.parameters}
@@ -135,6 +155,7 @@ class Linearizer:
             return loss(blocks), jacobian
         finally:
             restore()
+            self.recorder.reset()
 
     def _per_sample(self, block: Block) -> list[Group]:
         """Return the groups of a block that is a function of one sample."""
@@ -152,29 +173,27 @@ class Linearizer:
 
     def _captured(self, block: Block) -> list[Group] | None:
         """Return the groups of a block, or None when layers had to be given up."""
-        owners = {p: layer for layer in self._active() for p in _trainable(layer)}
+        owners = {p: module for module in self._active() for p in _trainable(module)}
         others = [p for p in self.parameters if p.requires_grad and p not in owners]
         groups = []
         for component in block.values.unbind(1):
-            uses: dict[Member, list[Use]] = defaultdict(list)
+            uses: Uses = {}
             if owners:
-                self.recorder.uses = uses
-                try:
-                    seed = torch.full_like(component, block.scale)
-                    arrived = torch.autograd.grad(
-                        component, list(owners), seed, retain_graph=True, allow_unused=True
-                    )
-                finally:
-                    self.recorder.uses = None
-                # Captured uses return nothing: a gradient that arrives came another way.
+                self.recorder.uses = {}
+                seed = torch.full_like(component, block.scale)
+                arrived = torch.autograd.grad(
+                    component, list(owners), seed, retain_graph=True, allow_unused=True
+                )
+                uses = self.recorder.uses
+                # Collected uses return nothing: a gradient that arrives came another way.
                 escaped = {owners[p] for p, g in zip(owners, arrived, strict=True) if g is not None}
                 if escaped:
-                    self.layers = [layer for layer in self.layers if layer not in escaped]
-                    for layer in escaped:
-                        self.reasons[layer.name] = "its parameters are used outside its own training forward"
+                    self.modules = [module for module in self.modules if module not in escaped]
+                    for module in escaped:
+                        self.reasons[module.name] = "its parameters are used outside its own training forward"
                     return None
-            for layer, captured in uses.items():
-                _check_rows(block, layer, captured)
+            for module, captured in uses.items():
+                _check_rows(block, module, captured)
             rows = differentiated_rows(component, others, block.scale)
             groups.append(Group(component, block.scale, uses, rows))
         return groups
@@ -184,17 +203,18 @@ class Linearizer:
         """Return the factors of all parameters; linear layers stay unformed unless a group has their rows."""
         sizes = [len(group.residuals) for group in groups]
         factors: list[Factor] = []
-        for layer in self._active():
-            parameters = _trainable(layer)
-            uses = [group.uses.get(layer, []) for group in groups]
-            if layer.rule.name == "linear" and any(uses) and all(parameters[0] not in g.rows for g in groups):
+        for module in self._active():
+            parameters = _trainable(module)
+            uses = [group.uses.get(module, []) for group in groups]
+            formed = any(parameters[0] in group.rows for group in groups)
+            if is_linear_map(module.rule) and any(uses) and not formed:
                 factors.append(linear_factor(parameters, uses, sizes))
                 continue
             for group, captured in zip(groups, uses, strict=True):
                 if captured:
-                    contributions = layer.rule.contributions(layer.module, captured)
-                    pairs = zip(layer.parameters, contributions, strict=True)
-                    group.rows |= {p: rows for p, rows in pairs if p is not None and rows is not None}
+                    contributions = module.rule.contributions(module.module, captured)
+                    pairs = zip(module.parameters, contributions, strict=True)
+                    group.rows |= {p: c for p, c in pairs if p is not None and c is not None}
         for parameter in dict.fromkeys(p for group in groups for p in group.rows):
             zeros = (parameter.new_zeros((size, *parameter.shape)) for size in sizes)
             rows = [g.rows.get(parameter, zero) for g, zero in zip(groups, zeros, strict=True)]
@@ -212,14 +232,14 @@ class Linearizer:
         generator = torch.Generator().manual_seed(0)
         seeds = [torch.randn(b.values.shape, generator=generator).to(b.values) for b in blocks]
         trained = [p for p in self.parameters if p.requires_grad]
-        self.recorder.answers = True
+        self.recorder.returns_gradients = True
         try:
             scaled = [block.scale * seed for block, seed in zip(blocks, seeds, strict=True)]
             expected = torch.autograd.grad(
                 [block.values for block in blocks], trained, scaled, retain_graph=True, allow_unused=True
             )
         finally:
-            self.recorder.answers = False
+            self.recorder.returns_gradients = False
         found = jacobian.transposed_times(torch.cat([seed.T.flatten() for seed in seeds]))
         size = torch.cat([g.flatten() for g in expected if g is not None]).norm()
         names = {p: name for name, p in self.model.named_parameters()}
@@ -235,16 +255,16 @@ class Linearizer:
         self._checked = described
 
 
-def _check_rows(block: Block, layer: Member, uses: Sequence[Use]) -> None:
+def _check_rows(block: Block, module: RoutedModule, uses: Sequence[Use]) -> None:
     samples = len(block.values)
     sizes = {use.e.shape[0] for use in uses} - {samples}
     if sizes:
         raise ValueError(
-            f"residuals: block {block.name!r} has {samples} rows, but layer {layer.name!r} was called on "
+            f"residuals: block {block.name!r} has {samples} rows, but layer {module.name!r} was called on "
             f"{', '.join(map(str, sorted(sizes)))} rows for it; call the model on one row for each "
             "residual, and on points of different kinds separately"
         )
 
 
-def _trainable(layer: Member) -> list[Parameter]:
-    return [p for p in layer.parameters if p is not None and p.requires_grad]
+def _trainable(module: RoutedModule) -> list[Parameter]:
+    return [p for p in module.parameters if p is not None and p.requires_grad]

@@ -1,4 +1,4 @@
-"""Modules of any kind whose rows do not mix: C_n by torch.func, weights through in- and output gradients."""
+"""Modules of any kind whose samples do not mix: C_n by torch.func, later a scaling of grad_output."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,23 +7,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import fngd_kernels as fk
 from fngd_kernels.ops import nodes
-from fngd_kernels.ops.nodes import Sink
+from fngd_kernels.ops.nodes import UseHandler
 
-from .base import Use
+from ...torch_private import DROPOUTS, current_graph_task, version
+from ..base import Rule, Use
 from .call import Call, gradients_by
-from .opaque import Opaque
+from .module import GenericModule
 
 LEAST = 1e-3
 """Least |s| in units of the largest: by 1 / s gradients are scaled back at the module's input."""
 
 
-class GenericRule:
+class GenericRule(Rule):
     """A module whose parameters are all its own, and whose output rows depend on the same input rows alone.
 
     Solving forms the per-sample gradients (N, P) of one module at a time, in chunks under a bound. With
@@ -47,57 +47,57 @@ class GenericRule:
         if is_parametrized(module) and any(True for _ in module.parametrizations.buffers()):  # type: ignore[union-attr]
             return f"{kind} with a parametrization that has a state"
         if (isinstance(module, nn.RNNBase) and module.dropout > 0) or any(
-            isinstance(child, _DropoutNd) and child.p > 0 for child in module.modules()
+            isinstance(child, DROPOUTS) and child.p > 0 for child in module.modules()
         ):
             return f"{kind} with dropout inside"
         return None
 
-    def batched(self, module: Opaque, x: Tensor) -> bool:
+    def batched(self, module: GenericModule, x: Tensor) -> bool:
         return x.ndim >= 1
 
     def forward(
         self,
-        module: Opaque,
+        module: GenericModule,
         x: Tensor,
-        scale: Tensor | None,
-        sink: Sink | None,
+        coefficients: Tensor | None,
+        on_use: UseHandler | None,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         call = Call(module.owner, args, kwargs or {})
         # Views, so that a hook on them is on nothing else.
         tensors = [t.view_as(t) for t in call.tensors]
-        if sink is not None:
-            return _captured(module, call, tensors, sink)
-        assert scale is not None
-        s = _away_from_zero(scale)
+        if on_use is not None:
+            return _captured(module, call, tensors, on_use)
+        assert coefficients is not None
+        s = _away_from_zero(coefficients)
         for t, dim in zip(tensors, call.dims, strict=True):
             _hook(t, partial(_divided, _along(s, t, dim)))
         args, kwargs = call.arguments(tensors)
-        result = _apart(call, module.forward(x, args, kwargs), tensors)
+        result = _unaliased(call, module.forward(x, args, kwargs), tensors)
         for t, dim in call.outputs(result):
             _hook(t, partial(_scaled, _along(s, t, dim)))
         return result
 
-    def gram(self, module: Opaque, uses: Sequence[Use]) -> Tensor:
+    def gram(self, module: GenericModule, uses: Sequence[Use]) -> Tensor:
         samples = len(uses[0].e)
         chunks = module.chunks(samples)
         if len(chunks) == 1:
-            return fk.gram_rows(_rows(module, uses, chunks[0]))
+            return fk.gram_rows(_contributions(module, uses, chunks[0]))
         dtype = torch.promote_types(module.parameters[0].dtype, torch.float32)
         k = uses[0].e.new_empty((samples, samples), dtype=dtype)
         for i, some in enumerate(chunks):
-            rows = _rows(module, uses, some)
+            rows = _contributions(module, uses, some)
             k[some, some] = fk.gram_rows(rows)
             for others in chunks[i + 1 :]:
-                k[some, others] = rows.to(dtype) @ _rows(module, uses, others).to(dtype).T
+                k[some, others] = rows.to(dtype) @ _contributions(module, uses, others).to(dtype).T
                 k[others, some] = k[some, others].T
         return k
 
-    def contributions(self, module: Opaque, uses: Sequence[Use]) -> tuple[Tensor | None, ...]:
-        return _split(module, _rows(module, uses, slice(0, len(uses[0].e))))
+    def contributions(self, module: GenericModule, uses: Sequence[Use]) -> tuple[Tensor | None, ...]:
+        return _split(module, _contributions(module, uses, slice(0, len(uses[0].e))))
 
-    def combine(self, module: Opaque, uses: Sequence[Use], s: Tensor) -> tuple[Tensor | None, ...]:
+    def combine(self, module: GenericModule, uses: Sequence[Use], s: Tensor) -> tuple[Tensor | None, ...]:
         total: list[Tensor] = []
         for use in uses:
             with torch.enable_grad():
@@ -108,13 +108,13 @@ class GenericRule:
         return _split(module, torch.stack(total).sum(0))
 
 
-def _rows(module: Opaque, uses: Sequence[Use], samples: slice) -> Tensor:
+def _contributions(module: GenericModule, uses: Sequence[Use], samples: slice) -> Tensor:
     """Return the contributions (M, P) of some samples, summed over the uses."""
-    rows = [module.rows(use.a, use.e[samples], samples.start)[0] for use in uses]
+    rows = [module.per_sample_gradients(use.a, use.e[samples], samples.start)[0] for use in uses]
     return rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
 
 
-def _split(module: Opaque, flat: Tensor) -> tuple[Tensor | None, ...]:
+def _split(module: GenericModule, flat: Tensor) -> tuple[Tensor | None, ...]:
     """Return flat (..., P) as one (..., *shape) for each parameter, None for a frozen one."""
     trained = [p for p in module.parameters if p.requires_grad]
     parts = iter(flat.split([p.numel() for p in trained], -1))
@@ -142,10 +142,10 @@ def _divided(s: Tensor, gradient: Tensor) -> Tensor:
     return (gradient / s).to(gradient.dtype)
 
 
-def _apart(call: Call, result: Any, tensors: Sequence[Tensor]) -> Any:
-    """Return a result whose tensors nothing inside the module uses, as an input or for another output.
+def _unaliased(call: Call, result: Any, tensors: Sequence[Tensor]) -> Any:
+    """Clone outputs that may alias an input or another output.
 
-    A hook on one of them then sees only what arrives from outside. A copy, because a view may be written to.
+    Hooks on them then see only the gradients from outside the module. Not views, which may be written to.
     """
     outputs = [t for t, _ in call.outputs(result)]
     if len(outputs) == 1 and all(outputs[0] is not t for t in tensors):
@@ -159,7 +159,7 @@ def _hook(t: Tensor, hook: Callable[[Tensor], Tensor | None]) -> None:
         t.register_hook(hook)
 
 
-class _Cotangents:
+class _GradOutputs:
     """The gradients that arrive at a module's outputs in one backward."""
 
     def __init__(self) -> None:
@@ -169,41 +169,41 @@ class _Cotangents:
 
     def note(self, index: int, gradient: Tensor) -> None:
         self.differentiable |= torch.is_grad_enabled()
-        task = torch._C._current_graph_task_id()
+        task = current_graph_task()
         if task != self.task:
             self.task, self.arrived = task, {}
         self.arrived[index] = gradient.detach()
 
 
-def _captured(module: Opaque, call: Call, tensors: Sequence[Tensor], sink: Sink) -> Any:
-    """Return the module's output; its parameters' ordinary gradient is taken, and sink answers instead.
+def _captured(module: GenericModule, call: Call, tensors: Sequence[Tensor], on_use: UseHandler) -> Any:
+    """Return the module's output; the handler's gradients take the place of its parameters' ordinary ones.
 
     The parameters enter as one vector through a node, which hears when all of it has arrived.
     """
     trained = {name: p for name, p in module.owner.named_parameters() if p.requires_grad}
-    cotangents = _Cotangents()
-    versions = [t._version for t in call.tensors]
+    grad_outputs = _GradOutputs()
+    versions = [version(t) for t in call.tensors]
     sizes: list[tuple[torch.Size, int, torch.dtype]] = []
 
-    def answer(_: Any, ordinary: Tensor, __: bool, selective: bool) -> Any:
-        if cotangents.differentiable:
+    def answer(_: Any, ordinary: Tensor, __: bool, must_return: bool) -> Any:
+        if grad_outputs.differentiable:
             module.refuse(call, "its gradient is differentiated again")
             return ordinary[0], None
-        if [t._version for t in call.tensors] != versions:
+        if [version(t) for t in call.tensors] != versions:
             module.refuse(call, "its input is written to after the call")
             return ordinary[0], None
         samples, dtype = call.samples, ordinary.dtype
         e = torch.cat(
             [
-                cotangents.arrived[i].transpose(0, dim).reshape(samples, -1)
-                if i in cotangents.arrived
+                grad_outputs.arrived[i].transpose(0, dim).reshape(samples, -1)
+                if i in grad_outputs.arrived
                 else ordinary.new_zeros(samples, math.prod(shape) // samples, dtype=dtype)
                 for i, (shape, dim, dtype) in enumerate(sizes)
             ],
             1,
         )
-        cotangents.arrived = {}
-        gradients = sink(call, e, True, selective)
+        grad_outputs.arrived = {}
+        gradients = on_use(call, e, True, must_return)
         if gradients is None:
             return None
         return torch.cat([g.flatten() for g in gradients if g is not None]).to(dtype), None
@@ -211,8 +211,8 @@ def _captured(module: Opaque, call: Call, tensors: Sequence[Tensor], sink: Sink)
     vector = torch.cat([p.flatten() for p in trained.values()])
     gated = nodes.rows(vector, 1, None, answer)[0].split([p.numel() for p in trained.values()])
     parameters = {name: g.view_as(p) for (name, p), g in zip(trained.items(), gated, strict=True)}
-    result = _apart(call, call.run(parameters, tensors), tensors)
+    result = _unaliased(call, call.run(parameters, tensors), tensors)
     for index, (t, dim) in enumerate(call.outputs(result)):
         sizes.append((t.shape, dim, t.dtype))
-        _hook(t, partial(cotangents.note, index))
+        _hook(t, partial(grad_outputs.note, index))
     return result

@@ -1,4 +1,4 @@
-"""Finds the modules of a model that rules serve; those that share a weight are one layer."""
+"""Finds the modules of a model that rules serve; those that share a weight are one block of parameters."""
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,33 +7,37 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .capture import Layer, Member, is_replaced
-from .rules import rule_for
+from ..rules import GenericRule, rule_for
+from ..torch_private import NORMALISATIONS, parameters_of
+from .block import ParameterBlock, RoutedModule
+from .routing import is_replaced
 
 SKIPPED = "skipped"
 NORMALISATION = 'normalisation (norms="plain")'
-WISHES = (SKIPPED, NORMALISATION)
+USER_REASONS = (SKIPPED, NORMALISATION)
 """Reasons for the plain gradient that the user gave."""
 
 
-def find_layers(
+def find_blocks(
     model: nn.Module,
     parameters: Iterable[Tensor],
     *,
     affine: bool,
     skip: Sequence[str] = (),
     composite: bool = True,
-) -> tuple[list[Layer], dict[str, str]]:
-    """Return the layers that rules serve and, for every other module with parameters, the reason against it.
+) -> tuple[list[ParameterBlock], dict[str, str]]:
+    """Return the blocks that rules serve and, for every other module with parameters, the reason against it.
 
-    parameters: those to be optimized; a module whose weight is not among them is left alone.
-    affine: whether normalisation layers are served.
-    skip: fnmatch patterns of module names to leave plain.
-    composite: whether to serve modules that share a weight, and any module by the generic rule.
+    Args:
+        model: the network.
+        parameters: those to be optimized; a module whose weight is not among them is left alone.
+        affine: whether normalisation layers are served.
+        skip: fnmatch patterns of module names to leave plain.
+        composite: whether to serve modules that share a weight, and any module by the generic rule.
     """
     wanted = {id(p) for p in parameters}
     modules = dict(model.named_modules())
-    served: dict[str, Member] = {}
+    served: dict[str, RoutedModule] = {}
     reasons: dict[str, str] = {}
     unserved_attention: list[str] = []
     for name, module in modules.items():
@@ -52,49 +56,47 @@ def find_layers(
             rule, reason = None, "MultiheadAttention reads its weight without calling it"
         elif rule is not None and _is_normalisation(module) and not affine:
             rule, reason = None, NORMALISATION
-        elif rule is not None and rule.name == "generic" and not composite:
+        elif isinstance(rule, GenericRule) and not composite:
             rule, reason = None, f"no rule for {type(module).__name__}"
-        elif rule is not None and rule.name != "generic" and _weight(module) is None:
-            rule, reason = None, "its weight is computed before every forward"
-        elif rule is not None and rule.name != "generic" and id(_weight(module)) not in wanted:
-            rule, reason = None, "its weight is not optimized here"
+        elif rule is not None and not isinstance(rule, GenericRule):
+            if _weight(module) is None:
+                rule, reason = None, "its weight is computed before every forward"
+            elif id(_weight(module)) not in wanted:
+                rule, reason = None, "its weight is not optimized here"
         if rule is None:
             reasons[name] = reason
             if isinstance(module, nn.MultiheadAttention):
                 unserved_attention.append(name)
         else:
-            served[name] = Member(name, module, rule)
+            served[name] = RoutedModule(name, module, rule)
 
-    groups = _sharing(modules)
-    layers: list[Layer] = []
+    groups = _modules_with_common_parameters(modules)
+    blocks: list[ParameterBlock] = []
     for name in list(served):
         group = groups.get(name, [name])
         if len(group) > 1 and not (composite and _share_a_weight([served.get(other) for other in group])):
             others = ", ".join(other or "the model itself" for other in group if other != name)
             reasons[name] = f"shares a parameter with {others}"
         elif name == group[0]:
-            layers.append(Layer([served[other] for other in group], len(layers)))
+            blocks.append(ParameterBlock([served[other] for other in group], len(blocks)))
     time_first = _time_first(model)
-    for member in served.values():
-        member.time_first = member.owner in time_first
-    return layers, reasons
+    for routed in served.values():
+        routed.time_first = routed.owner in time_first
+    return blocks, reasons
 
 
 def _weight(module: nn.Module) -> nn.Parameter | None:
     name = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
-    return module._parameters.get(name)
-
-
-_NORMALISATIONS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+    return parameters_of(module).get(name)
 
 
 def _is_normalisation(module: nn.Module) -> bool:
     """Return whether the module normalises: torch's own, or one with vectors that says so in its name."""
     vectors = all(p.numel() == max(p.shape, default=1) for p in module.parameters())
-    return isinstance(module, _NORMALISATIONS) or ("Norm" in type(module).__name__ and vectors)
+    return isinstance(module, NORMALISATIONS) or ("Norm" in type(module).__name__ and vectors)
 
 
-def _sharing(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+def _modules_with_common_parameters(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
     """Return for every module that shares parameters all modules that it shares with, itself included."""
     owners: dict[nn.Parameter, list[str]] = {}
     for name, module in modules.items():
@@ -109,10 +111,10 @@ def _sharing(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
     return groups
 
 
-def _share_a_weight(members: Sequence[Member | None]) -> bool:
-    """Return whether the members, None for a module that is not served, are one layer with one weight."""
-    served = [member for member in members if member is not None and member.rule.name != "generic"]
-    return len(served) == len(members) and len({id(_weight(member.owner)) for member in served}) == 1
+def _share_a_weight(group: Sequence[RoutedModule | None]) -> bool:
+    """Return whether the modules of a group, None for one that is not served, have one weight."""
+    served = [m for m in group if m is not None and not isinstance(m.rule, GenericRule)]
+    return len(served) == len(group) and len({id(_weight(m.owner)) for m in served}) == 1
 
 
 def _time_first(model: nn.Module) -> set[nn.Module]:

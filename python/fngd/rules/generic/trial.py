@@ -1,26 +1,42 @@
-"""Tries a call of a module of any kind on copies: whether it is a function of its rows, each by itself."""
+"""Tries a call of a module of any kind on copies: whether output rows depend on their input rows alone."""
 
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...torch_private import version
 from .call import Call, gradients_by
-
-if TYPE_CHECKING:
-    from .opaque import Opaque
+from .module import GenericModule
 
 TF32_EPS = 2.0**-10
 
 
-def reason_against(module: "Opaque", call: Call) -> str:
+def reason_against_call(module: GenericModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Return why a call must keep the plain gradient, "" if it need not; each kind is tried once."""
+    call = Call(module.owner, args, kwargs)
+    for kind, reason in module.tried:
+        if kind == call.kind:
+            return reason
+    if call.samples == 1:
+        return "a batch of one sample does not show whether its rows mix"
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("saved"):
+            reason = _try(module, call)
+    except RuntimeError:
+        return "called where saved tensors are hooked, as in checkpointing"
+    module.tried.append((call.kind, reason))
+    return reason
+
+
+def _try(module: GenericModule, call: Call) -> str:
     """Return why a call must keep the plain gradient, "" for none; all that it changes is put back.
 
-    The batch as a whole and its samples one by one must have the same outputs, and the same gradient of a
-    random weighing of the samples: what weights do to it in a step.
+    The batch as a whole and its samples one by one must have the same outputs, and the same gradient for
+    random coefficients of the samples: what happens to it in a step.
     """
     name = type(module.owner).__name__
     devices = [t.device for t in call.tensors if t.is_cuda]
@@ -34,7 +50,7 @@ def reason_against(module: "Opaque", call: Call) -> str:
             y = call.flat_output(parameters, inputs)
             if not all(map(torch.equal, before, _random_states(devices))) or random.getstate() != drawn:
                 return f"{name} draws random numbers"
-            if any(t._version for t in inputs):
+            if any(version(t) for t in inputs):
                 return f"{name} modifies its input"
             if any(_changed(*each) for each in held):
                 return f"{name} keeps a state from call to call"
@@ -56,15 +72,15 @@ def reason_against(module: "Opaque", call: Call) -> str:
     return ""
 
 
-def _by_sample(module: "Opaque", call: Call, e: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _by_sample(module: GenericModule, call: Call, e: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the norm of the per-sample gradients (N, P), their sum weighted by s, the outputs (N, D)."""
     try:
-        module.rows(call, e[:1])
+        module.per_sample_gradients(call, e[:1])
     except Exception:  # an operator that torch.func has no rule for
         module.vectorized = False
     norms, sums, outputs = [], [], []
     for samples in module.chunks(call.samples):
-        rows, y = module.rows(call, e[samples], samples.start)
+        rows, y = module.per_sample_gradients(call, e[samples], samples.start)
         norms.append(rows.norm())
         sums.append(s[samples].to(rows.dtype) @ rows)
         outputs.append(y)
@@ -97,7 +113,7 @@ def _put_back(owner: nn.Module) -> Iterator[list[Held]]:
 def _changed(held: dict[str, Any], before: dict[str, Any]) -> bool:
     """Return whether something was replaced, added or removed, or a copied tensor was written to."""
     return held.keys() != before.keys() or any(
-        held[key] is not value or (isinstance(value, Tensor) and value._version > 0)
+        held[key] is not value or (isinstance(value, Tensor) and version(value) > 0)
         for key, value in before.items()
     )
 

@@ -1,4 +1,4 @@
-"""Rows of a Jacobian for parameters that no rule captures, by torch's own differentiation."""
+"""Rows of a Jacobian for parameters that no rule serves, by torch's own differentiation."""
 
 from collections.abc import Mapping, Sequence
 

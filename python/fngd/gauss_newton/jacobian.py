@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 import fngd_kernels as fk
 
-from .rules import Use
+from ..rules import Use
 
 
 class Factor(Protocol):

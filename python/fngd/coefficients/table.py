@@ -1,4 +1,4 @@
-"""The table that keeps the weight of every sample, and which samples it knows."""
+"""The table that keeps the coefficients of every sample, and which samples it knows."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,22 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .distributed import largest, ranks, weighted_mean
+from ..distributed import all_reduce_max, all_reduce_mean, world_size
 
 
 class _Solved(NamedTuple):
-    """A batch that was solved for: ids (N,), which of them had no weight before (N,), and () whether learned.
+    """A batch that was solved for."""
 
-    Only the last one lies on the device.
-    """
-
-    ids: Tensor
-    new: Tensor
-    learned: Tensor
+    ids: Tensor  # (N,) on the CPU
+    new: Tensor  # (N,) on the CPU, which of them had no coefficients before
+    learned: Tensor  # () on the device, whether its Gram matrices were finite
 
 
 class Table:
-    """The weight that each sample keeps in each layer from its first solve: (layers, size) fp32, 1 before.
+    """The coefficient of each sample in each block, kept from its first solve: (blocks, size) fp32, 1 before.
 
     For share = "position" the columns are batch positions and for "mean" there is one; these hold means over
     the solving batches. `seen` lies on the CPU, so that choosing the phase of a batch need not wait for the
@@ -33,9 +30,9 @@ class Table:
     UNSEEN, PENDING, FRESH, SEEN = 0, 1, 2, 3
     MOST_PENDING = 1024
 
-    def __init__(self, layers: int, device: torch.device) -> None:
-        self.values = torch.ones(layers, 0, device=device)
-        self.averaged = torch.zeros(layers, 0, device=device)  # how many batches each mean holds
+    def __init__(self, blocks: int, device: torch.device) -> None:
+        self.values = torch.ones(blocks, 0, device=device)
+        self.averaged = torch.zeros(blocks, 0, device=device)  # how many batches each mean holds
         self.seen = torch.zeros(0, dtype=torch.uint8)
         self.complete = False  # whether every column was seen: spares the look-up in the steady state
         self._pending: list[_Solved] = []
@@ -53,7 +50,7 @@ class Table:
             self.complete = False
 
     def forget(self) -> None:
-        """Mark every column unseen; its weights stay until the next solve replaces them."""
+        """Mark every column unseen; its coefficients stay until the next solve replaces them."""
         self._pending.clear()
         self.seen.zero_()
         self.complete = False
@@ -98,22 +95,23 @@ class Table:
         return ids.pin_memory().to(self.values.device, non_blocking=True)
 
     def gather(self, columns: Tensor) -> Tensor:
-        """Return the weights (layers, N) of the samples."""
+        """Return the coefficients (blocks, N) of the samples."""
         return self.values.index_select(1, columns)
 
-    def record(self, ids: Tensor, columns: Tensor, layers: Sequence[int], s: Tensor, learned: Tensor) -> None:
-        """Keep s (len(layers), N) as the weights of those samples ids (N,) that have none yet, if learned."""
+    def record(self, ids: Tensor, columns: Tensor, blocks: Sequence[int], s: Tensor, learned: Tensor) -> None:
+        """Keep s (len(blocks), N) for those samples ids (N,) that have no coefficients yet, if learned."""
         s = s.to(self.values)
         drawn = ids.tolist()
         last = dict(zip(drawn, range(len(drawn)), strict=True))
         if len(last) < len(drawn):
-            # Both places of a sample drawn twice get one weight: which write comes last is left to chance.
+            # Both places of a sample drawn twice get one coefficient: which write comes last is left to
+            # chance.
             s = s[:, self.columns(torch.tensor([last[sample] for sample in drawn]))]
         new, all_learned = self.seen[ids] == self.UNSEEN, learned
-        if self._pending and self._pending[-1].ids is ids:  # the same batch, solved for layer by layer
+        if self._pending and self._pending[-1].ids is ids:  # the same batch, solved for block by block
             _, new, before = self._pending.pop()
             all_learned = before & learned
-        rows = self.index(layers)[:, None]
+        rows = self.index(blocks)[:, None]
         kept = self.values[rows, columns]
         replaced = learned if bool(new.all()) else learned & self.columns(new)
         self.values[rows, columns] = torch.where(replaced, s, kept)
@@ -122,19 +120,19 @@ class Table:
         if len(self._pending) == self.MOST_PENDING:
             self.settle()
 
-    def average(self, layers: Sequence[int], s: Tensor, learned: Tensor) -> None:
-        """Take s (len(layers), N) into the means of columns 0 to N - 1 in these layers, if learned."""
+    def average(self, blocks: Sequence[int], s: Tensor, learned: Tensor) -> None:
+        """Take s (len(blocks), N) into the means of columns 0 to N - 1 in these blocks, if learned."""
         size = s.shape[1]
         self.grow(size)
         self.averaged = F.pad(self.averaged, (0, len(self) - self.averaged.shape[1]))
-        rows = self.index(layers)
+        rows = self.index(blocks)
         averaged = self.averaged[rows, :size] + learned
         means = self.values[rows, :size]
         self.averaged[rows, :size] = averaged
         self.values[rows, :size] = means + learned * (s.to(means) - means) / averaged.clamp(min=1)
 
     def means(self) -> Tensor:
-        """Return the means (layers, size); columns without a batch take the mean of the others, or 1."""
+        """Return the means (blocks, size); columns without a batch take the mean of the others, or 1."""
         known = self.averaged > 0
         count = known.sum(1, keepdim=True)
         rest = torch.where(known, self.values, 0).sum(1, keepdim=True) / count.clamp(min=1)
@@ -143,33 +141,33 @@ class Table:
     def merge_samples(self, group: "torch.distributed.ProcessGroup | None") -> None:
         """Take in the samples that the ranks of a group know since they merged last; all of them call it.
 
-        A sample that several ranks have solved for keeps the mean of its weights.
+        A sample that several ranks have solved for keeps the mean of its coefficients.
         """
         self.settle()
         fresh, device = self.seen == self.FRESH, self.values.device
-        size, any_fresh = largest((len(self), int(fresh.any())), group, device)
+        size, any_fresh = all_reduce_max((len(self), int(fresh.any())), group, device)
         self.grow(size)
         if not any_fresh:
             return
         solved = F.pad(fresh, (0, size - len(fresh))).to(self.values)
         for row in self.values:  # one at a time: without a second table
-            mean, times = weighted_mean(row, solved, group)
+            mean, times = all_reduce_mean(row, solved, group)
             row.copy_(mean)
         self.seen[(times > 0).cpu()] = self.SEEN
         self.complete = bool((self.seen >= self.FRESH).all())
 
     def merge_means(self, group: "torch.distributed.ProcessGroup | None") -> None:
         """Make the means those over all ranks of a group; all of them call it."""
-        size, _ = largest((len(self), 0), group, self.values.device)
+        size, _ = all_reduce_max((len(self), 0), group, self.values.device)
         self.grow(size)
         averaged = F.pad(self.averaged, (0, size - self.averaged.shape[1]))
-        self.values, batches = weighted_mean(self.values, averaged, group)
+        self.values, batches = all_reduce_mean(self.values, averaged, group)
         # Each rank keeps its part of the count, so that merging again changes nothing.
-        self.averaged = batches / ranks(group)
+        self.averaged = batches / world_size(group)
 
-    def index(self, layers: Sequence[int]) -> Tensor:
-        """Return the layers as an index on the device; made once, because the host waits for its copy."""
-        key = tuple(layers)
+    def index(self, blocks: Sequence[int]) -> Tensor:
+        """Return the blocks as an index on the device; made once, because the host waits for its copy."""
+        key = tuple(blocks)
         if key not in self._rows:
             self._rows[key] = torch.tensor(key, device=self.values.device)
         return self._rows[key]

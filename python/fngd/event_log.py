@@ -10,15 +10,21 @@ log = logging.getLogger("fngd")
 """Warnings about batches whose gradient is plain, and about steps that are left out."""
 
 
-class Journal:
-    """Counts by reason what happened to a layer; logs the 1st, 10th, 100th, ... of each."""
+class EventLog:
+    """Counts by reason what happened to a subject; logs the 1st, 10th, 100th, ... of each."""
 
     def __init__(self, subject: str) -> None:
         self.subject = subject
         self.counts: Counter[str] = Counter()
 
     def count(self, reason: str, times: int = 1, detail: str = "") -> None:
-        """Count what happened; detail: what a line says instead of the reason."""
+        """Count an event.
+
+        Args:
+            reason: what it is counted under.
+            times: how often it happened.
+            detail: what the log line says instead of the reason.
+        """
         before = self.counts[reason]
         self.counts[reason] = after = before + times
         if len(str(after)) > len(str(before)) or not before:
@@ -27,20 +33,27 @@ class Journal:
 
 
 class DeviceCounts:
-    """Counters on a device, of which the host reads what has arrived, without waiting."""
+    """Counters on a device; the host reads those that have arrived, without waiting."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         # Numbers that floating-point flags can be added to; exact to 2^53.
         self.values = torch.zeros(shape, dtype=torch.float64, device=device)
         cuda = device.type == "cuda"
-        self.arrived = torch.zeros(shape, dtype=torch.float64, pin_memory=cuda) if cuda else self.values
+        self._arrived = torch.zeros(shape, dtype=torch.float64, pin_memory=cuda) if cuda else self.values
+        self._taken = torch.zeros(shape, dtype=torch.float64)
 
     def send(self, *, wait: bool = False) -> None:
-        """Let the counts go to the host; wait: until they are there."""
-        if self.arrived is not self.values:
-            self.arrived.copy_(self.values, non_blocking=not wait)
+        """Copy the counts to the host; with `wait`, until they are there."""
+        if self._arrived is not self.values:
+            self._arrived.copy_(self.values, non_blocking=not wait)
+
+    def take_new(self) -> Tensor:
+        """Return by how much the counts that have arrived grew since the last call."""
+        arrived = self._arrived.clone()
+        new, self._taken = arrived - self._taken, arrived
+        return new
 
     def load(self, values: Tensor | float) -> None:
-        """Go on from earlier counts."""
-        for counts in (self.values, self.arrived):
+        """Go on from earlier counts, none of which is new."""
+        for counts in (self.values, self._arrived, self._taken):
             counts.copy_(torch.as_tensor(values))

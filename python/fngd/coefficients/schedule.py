@@ -1,4 +1,4 @@
-"""Which samples a batch holds, and whether they are solved for or weighted by what earlier batches left."""
+"""Which samples a batch holds, and whether it is solved for or takes what earlier batches left."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import ranks
+from ..distributed import world_size
+from .solver import Solved
 from .table import Table
 
 SHARES = ("sample", "position", "mean", "none")
@@ -15,11 +16,12 @@ SHARES = ("sample", "position", "mean", "none")
 class Batch:
     """The samples of one forward.
 
-    size: their number N, None where each layer takes the rows of its own input as samples
-    ids: (N,) int64 on the CPU, their columns in the table, None where samples have no ids
-    columns: ids on the table's device
-    weights: (layers, N) their weights, None when they are to be solved for
-    scales: the rows of weights, one per layer
+    Attributes:
+        size: their number N, None where each layer takes the rows of its own input as samples.
+        ids: (N,) int64 on the CPU, their columns in the table, None where samples have no ids.
+        columns: ids on the table's device.
+        coefficients: (blocks, N), None where they are to be solved for.
+        rows: the rows of coefficients, one per block.
     """
 
     def __init__(
@@ -27,25 +29,25 @@ class Batch:
         size: int | None,
         ids: Tensor | None = None,
         columns: Tensor | None = None,
-        weights: Tensor | None = None,
+        coefficients: Tensor | None = None,
     ) -> None:
-        self.size, self.ids, self.columns, self.weights = size, ids, columns, weights
-        self.scales = None if weights is None else weights.unbind(0)
+        self.size, self.ids, self.columns, self.coefficients = size, ids, columns, coefficients
+        self.rows = None if coefficients is None else coefficients.unbind(0)  # once, not in every layer
 
 
-class Sharing:
-    """Decides the phase of every batch: solved for, or weighted by what earlier batches left in the table."""
+class Schedule:
+    """Decides the phase of every batch: solved for, or served from the table that earlier batches filled."""
 
     def __init__(
         self,
         share: str,
         refresh_every: int | None,
-        layers: int,
+        blocks: int,
         device: torch.device,
         process_group: "torch.distributed.ProcessGroup | None" = None,
     ) -> None:
         self.share, self.refresh_every, self.process_group = share, refresh_every, process_group
-        self.table = Table(layers, device)
+        self.table = Table(blocks, device)
         self.dataset_size: int | None = None  # known when a loader is tracked
         self.epoch = 0
         self.batch: Batch | None = None if share == "sample" else Batch(None)
@@ -66,7 +68,7 @@ class Sharing:
 
     def merge(self) -> None:
         """Take in what the other ranks have solved for; all of them call it."""
-        if ranks(self.process_group) == 1:
+        if world_size(self.process_group) == 1:
             return
         if self.share == "sample":
             self.table.merge_samples(self.process_group)
@@ -85,48 +87,44 @@ class Sharing:
         elif highest >= len(self.table):
             self.table.grow(max(highest + 1, 2 * len(self.table)))  # doubled: ids may arrive in order
         columns = self.table.columns(ids)
-        weights = self.table.gather(columns) if self.table.knows(ids) else None
-        self.batch = Batch(ids.numel(), ids, columns, weights)
+        coefficients = self.table.gather(columns) if self.table.knows(ids) else None
+        self.batch = Batch(ids.numel(), ids, columns, coefficients)
 
     @property
     def solving(self) -> bool:
         """Whether the next forward is solved for."""
-        return self.batch is None or self.batch.weights is None
+        return self.batch is None or self.batch.coefficients is None
 
-    def weights(self, batch: Batch, layer: int, samples: int) -> Tensor | None:
-        """Return a layer's weights (samples,) in this batch, or None when they are to be solved for."""
-        if batch.scales is None:
+    def coefficients(self, batch: Batch, block: int, samples: int) -> Tensor | None:
+        """Return a block's coefficients (samples,) in this batch, None where they are to be solved for."""
+        if batch.rows is None:
             return None
-        scale = batch.scales[layer]
+        s = batch.rows[block]
         if self.share == "mean":
-            return scale.expand(samples)
+            return s.expand(samples)
         if self.share == "position":
-            if samples <= scale.shape[0]:
-                return scale[:samples]
+            if samples <= s.shape[0]:
+                return s[:samples]
             # No batch was that long: the other positions take the mean of those that are known.
-            return torch.cat([scale, scale.mean().expand(samples - scale.shape[0])])
-        return scale
+            return torch.cat([s, s.mean().expand(samples - s.shape[0])])
+        return s
 
-    def keep(self, batch: Batch, solved: Sequence[tuple[Sequence[int], Tensor, Tensor]]) -> None:
-        """Keep what was solved for, unless a Gram matrix was not finite: then nothing was learned.
-
-        solved: (layers, k (len(layers), N, N), s (len(layers), N)), their weights s
-        """
+    def keep(self, batch: Batch, solved: Sequence[Solved]) -> None:
+        """Keep what was solved for, unless a Gram matrix was not finite: then nothing was learned."""
         if self.share == "none" or not solved:
             return
         device = self.table.values.device
         # The diagonal bounds the other elements of a positive semidefinite matrix.
-        finite = [k.diagonal(dim1=-2, dim2=-1).sum().isfinite().to(device) for _, k, _ in solved]
+        finite = [group.k.diagonal(dim1=-2, dim2=-1).sum().isfinite().to(device) for group in solved]
         learned = finite[0] if len(finite) == 1 else torch.stack(finite).all()
-        for layers, _, s in solved:
+        for group in solved:
             if self.share == "sample":
                 assert batch.ids is not None
                 assert batch.columns is not None
-                self.table.record(batch.ids, batch.columns, layers, s, learned)
+                self.table.record(batch.ids, batch.columns, group.rows, group.s, learned)
             else:
-                self.table.average(
-                    layers, s if self.share == "position" else s.mean(1, keepdim=True), learned
-                )
+                s = group.s if self.share == "position" else group.s.mean(1, keepdim=True)
+                self.table.average(group.rows, s, learned)
 
     def _refreshes(self) -> bool:
         """Return whether coefficients are solved for in this epoch, whatever was seen before."""
@@ -138,7 +136,15 @@ class Sharing:
         """Share by position or mean in the epochs that do not collect, once something was collected."""
         if self.share in ("position", "mean"):
             collects = self._refreshes() or not self.table.averaged.any()
-            self.batch = Batch(None, weights=None if collects else self.table.means())
+            self.batch = Batch(None, coefficients=None if collects else self.table.means())
+
+    def stats(self) -> dict[str, Any]:
+        """Return the epoch, and how much the table holds; waits for the device."""
+        return {
+            "epoch": self.epoch,
+            "seen_samples": self.table.count_seen(),
+            "table_bytes": self.table.values.nbytes,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the table and the epoch, as tensors, strings and numbers."""
@@ -153,9 +159,11 @@ class Sharing:
             "epoch": self.epoch,
         }
 
-    def check_state(self, state: dict[str, Any], layers: int) -> None:
-        """Raise ValueError when the table in the state is not one of so many layers, or not finite."""
-        values, averaged = state["values"], state["averaged"]
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError for another way of sharing, or a table of other blocks or that is not finite."""
+        if state["share"] != self.share:
+            raise ValueError(f"state_dict: expected share={self.share!r}, got {state['share']!r}")
+        layers, values, averaged = len(self.table.values), state["values"], state["averaged"]
         columns = {"seen": len(state["seen"]), "fresh": len(state["fresh"]), "values": values.shape[-1]}
         if len(values) != layers or len(averaged) != layers or averaged.shape[1] > values.shape[1]:
             shapes = f"{tuple(values.shape)} and {tuple(averaged.shape)}"

@@ -1,0 +1,152 @@
+"""What FNGD does with the calls of a model's blocks: plain, weighted, or collected and solved for."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .capture import Collected, Gradients, ParameterBlock, RoutedModule, UseCollector, Uses, combined
+from .coefficients import OUT_OF_MEMORY, Batch, Report, Schedule, Solver
+from .memory import within_memory
+from .rules import Use, block_gram
+from .torch_private import at_end_of_backward, current_graph_task
+
+
+class Preconditioner(UseCollector):
+    """Gives sum_n s_n C_n for the gradient; s is solved for in some batches, looked up in the others.
+
+    A block whose input does not have one row per sample of the batch keeps the plain gradient. Without sample
+    ids every block takes the rows of its own input as samples.
+    """
+
+    def __init__(
+        self, blocks: Sequence[ParameterBlock], schedule: Schedule, solver: Solver, report: Report
+    ) -> None:
+        super().__init__()
+        self.blocks = list(blocks)
+        self._schedule, self._solver, self._report = schedule, solver, report
+        self._watches: list[Any] = []  # handles of hooks that note gradients from elsewhere
+
+    @property
+    def modules(self) -> list[RoutedModule]:
+        """The modules of all blocks."""
+        return [module for block in self.blocks for module in block.modules]
+
+    def reset(self) -> None:
+        """Forget what was collected, and the hooks that were set, since the last step."""
+        super().reset()
+        while self._watches:
+            self._watches.pop().remove()
+
+    # Forward
+
+    def forward(self, module: RoutedModule, x: Tensor, *arguments: Any) -> Any:
+        """Return the module's output; its node weights the parameters' gradient, or has its use collected."""
+        if not module.takes(x):
+            return module.plain(x, *arguments)
+        block, batch, samples = module.block, self._schedule.batch, x.shape[0]
+        if batch is None:
+            raise RuntimeError(
+                "share='sample' needs to know which samples a batch holds: iterate "
+                "`fngd.track(loader, optimizer)`, or call optimizer.set_samples(ids) before the forward, "
+                "or choose share='none', 'position' or 'mean'"
+            )
+        # Spelled out: torch.compile is wrong about `in` where a size is symbolic.
+        if batch.size is not None and batch.size != samples:
+            block.keep_plain(
+                "its input has other rows than the batch's samples",
+                f"its input has {samples} rows, the batch has {batch.size} samples",
+            )
+            return module.plain(x, *arguments)
+        reason = module.reason_against_parameters()
+        if reason:
+            block.keep_plain(reason)
+            return module.plain(x, *arguments)
+        s = self._schedule.coefficients(batch, block.index, samples)
+        if s is None:
+            return self._collect(module, batch, x, *arguments)
+        return module.rule.forward(module.module, x, s, None, *arguments)
+
+    @torch.compiler.disable(reason="a batch that is solved for runs eagerly; see fngd.FNGD.solving")
+    def _collect(self, module: RoutedModule, batch: Batch, x: Tensor, *arguments: Any) -> Any:
+        y = self.collect(module, batch, x, *arguments)
+        if not self._report.solves[module.block.index] and not self.is_awaited(module.block):
+            self._watch(module)
+        return y
+
+    def _watch(self, module: RoutedModule) -> None:
+        """Note gradients that reach a module's parameters past its calls, which is a matter of the model."""
+
+        def note(gradients: Sequence[Tensor | None]) -> None:
+            if gradients[0] is not None and not module.block.why_plain:
+                module.block.keep_plain("a parameter of it is also used outside of its calls")
+
+        for p in module.parameters:
+            if p is not None and p.requires_grad:
+                self._watches.append(torch.autograd.graph.get_gradient_edge(p).node.register_prehook(note))
+
+    # Backward
+
+    def complete(self, block: ParameterBlock, uses: Uses) -> Tensor | None:
+        """Return the block's Gram matrix, None where its uses are of several sizes or memory runs out."""
+        sizes = {use.e.shape[0] for found in uses.values() for use in found}
+        if len(sizes) > 1:
+            reason = "used on batches of several sizes"
+            block.keep_plain(reason, f"{reason} ({sorted(sizes)}) in one backward")
+            return None
+        k = within_memory(partial(block_gram, uses))
+        if k is None:
+            block.keep_plain(OUT_OF_MEMORY)
+        return k
+
+    def deliver(
+        self, batch: Batch, collected: dict[ParameterBlock, Collected], *, early: bool
+    ) -> Iterator[tuple[RoutedModule, Gradients]]:
+        """Solve for all blocks at once; each block's tensors are let go as soon as they were combined."""
+        found = {block: self.finish(block, each) for block, each in collected.items()}
+        grams = {block: k for block, k in found.items() if k is not None}
+        del found
+        uses = (use for each in collected.values() for own in each.uses.values() for use in own)
+        self._report.note_captured(uses, grams.values())
+        coefficients = self._solve(batch, grams, early=early)
+        del grams
+        while collected:
+            block, each = collected.popitem()
+            each.result = None
+            while each.uses:
+                module, own = each.uses.popitem()
+                gradients = combined(module, own, coefficients.get(block))
+                del own
+                yield module, gradients
+
+    def answer(self, module: RoutedModule, batch: Batch, use: Use, *, is_only_use: bool) -> Gradients:
+        """Solve for the block at once where this is its only use; else the use keeps the plain gradient."""
+        coefficients: Mapping[ParameterBlock, Tensor] = {}
+        block, uses = module.block, {module: [use]}
+        if not is_only_use:
+            block.keep_plain(
+                "used several times, and its gradient must be returned before the last use is known"
+            )
+        elif (k := self.complete(block, uses)) is not None:
+            self._report.note_captured([use], [k])
+            coefficients = self._solve(batch, {block: k}, early=True)
+        return combined(module, [use], coefficients.get(block))
+
+    def _solve(
+        self, batch: Batch, grams: Mapping[ParameterBlock, Tensor], *, early: bool
+    ) -> dict[ParameterBlock, Tensor]:
+        """Return the coefficients (N,) of every block with a Gram matrix, and keep them for later batches."""
+        with self._report.timing():
+            solved = self._solver.solve(grams)
+            keep = partial(self._schedule.keep, batch, solved)
+            if early:  # the backward may still fail: samples are known only when it did not
+                at_end_of_backward(keep)
+            else:
+                keep()
+        rows = [self._schedule.table.index(group.rows) for group in solved]
+        self._report.count(batch, current_graph_task(), solved, rows)
+        return {
+            block: s for group in solved for block, s in zip(group.blocks, group.s.unbind(0), strict=True)
+        }

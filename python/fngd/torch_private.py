@@ -1,0 +1,87 @@
+"""Every private name of torch that this package depends on, why, and what would replace it."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+BATCH_NORMS: type[nn.Module] = nn.modules.batchnorm._BatchNorm
+"""Common parent of BatchNorm1d-3d, SyncBatchNorm and what users derive from it."""
+
+NORMALISATIONS: tuple[type[nn.Module], ...] = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._NormBase,
+)
+"""As BATCH_NORMS, with instance normalisation: `_NormBase` is the parent of both."""
+
+TRANSPOSED_CONVOLUTIONS: type[nn.Module] = nn.modules.conv._ConvTransposeNd
+"""Common parent of ConvTranspose1d-3d; the three public classes would do."""
+
+DROPOUTS: Any = nn.modules.dropout._DropoutNd
+"""Common parent of all dropout modules; a tuple of the public classes would do."""
+
+
+def current_graph_task() -> int:
+    """Return the number of the backward that this thread runs, -1 outside of any.
+
+    Several backwards may be under way at once (reentrant checkpoints, threads). Public torch has no name for
+    one.
+    """
+    return torch._C._current_graph_task_id()
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """Have the backward that runs now call `callback` when all its nodes are done, if none of them failed.
+
+    DistributedDataParallel and FSDP end their backward the same way; public torch has hooks on tensors alone.
+    """
+    Variable._execution_engine.queue_callback(callback)
+
+
+def has_gradient_hooks(parameter: nn.Parameter) -> bool:
+    """Return whether hooks were put on a parameter by register_hook or register_post_accumulate_grad_hook.
+
+    Public torch adds hooks and does not list them.
+    """
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)  # type: ignore[attr-defined]
+
+
+def inside_function_transform() -> bool:
+    """Return whether a torch.func transform (vmap, grad, jvp, ...) or forward-mode differentiation is active.
+
+    Nodes of the autograd engine do not see what those compute. `torch.func` offers no public test.
+    """
+    transformed = torch._C._functorch.maybe_current_level() is not None
+    return transformed or torch.autograd.forward_ad._current_level >= 0
+
+
+def version(t: Tensor) -> int:
+    """Return how often a tensor was written to in place; autograd's own check uses the same counter."""
+    return t._version
+
+
+def parameters_of(module: nn.Module) -> dict[str, Any]:
+    """Return the dictionary that a module keeps its parameters in.
+
+    It is the only way to read what stands in a parameter's place without nn.Module's slower look-up, and to
+    put another tensor there for one forward. torch.func.functional_call, public, copies every parameter.
+    """
+    return module._parameters
+
+
+def is_torchs_iterator(batches: Iterator[Any]) -> bool:
+    """Return whether DataLoader itself made an iterator over its batches; subclasses may return their own."""
+    return isinstance(batches, _BaseDataLoaderIter)
+
+
+def batches_received(batches: Iterator[Any]) -> int | None:
+    """Return how many batches a DataLoader's iterator has taken from its workers, None without workers.
+
+    Batches that a worker failed on are counted. Public torch does not number what it yields.
+    """
+    return getattr(batches, "_rcvd_idx", None)
