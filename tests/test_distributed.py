@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fngd
+import oracles
 from networks import make
 from ranks import run, torchrun
 from trajectory import Definition
