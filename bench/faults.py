@@ -111,10 +111,11 @@ def backward(loop: Loop, ids: Tensor) -> None:
 def memory(loop: Loop, ids: Tensor) -> None:
     """Memory that runs out in every Gram matrix, whatever the workspace."""
 
-    def fail(parts: object) -> Tensor:
+    def fail(uses: object) -> Tensor:
         raise torch.OutOfMemoryError
 
-    gram, fngd.preconditioner.block_gram = fngd.preconditioner.block_gram, fail
+    gram = fngd.preconditioner.block_gram
+    fngd.preconditioner.block_gram = fail  # type: ignore[assignment]
     try:
         loop.step(ids)
     finally:

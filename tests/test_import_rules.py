@@ -45,6 +45,65 @@ def test_the_optimizer_imports_no_benchmarks_and_no_tests(path):
     assert not offending(path, "bench", "tests")
 
 
+def resolved(path, source):
+    """Return the files of a package that a file imports by relative names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            module = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            for alias in node.names:
+                submodule = module / alias.name
+                files = {submodule.with_suffix(".py"), submodule / "__init__.py"} & source
+                found |= files or {module.with_suffix(".py"), module / "__init__.py"} & source
+    return found - {path}
+
+
+@pytest.mark.parametrize("files", [KERNELS, OPTIMIZER], ids=["kernels", "optimizer"])
+def test_no_import_cycles(files):
+    source = set(files)
+    ahead = {path: resolved(path, source) for path in files}
+    done = set()
+    while ahead:
+        ready = [path for path, needed in ahead.items() if needed <= done]
+        assert ready, f"a cycle among {sorted(str(path.relative_to(ROOT)) for path in ahead)}"
+        for path in ready:
+            done.add(path)
+            del ahead[path]
+
+
+LAYERS = (
+    ("torch_private", "event_log", "distributed", "memory", "state"),
+    ("samples", "update", "rules"),
+    ("capture",),
+    ("coefficients", "gauss_newton"),
+    ("preconditioner",),
+    ("optimizer",),
+    ("graphs",),
+    ("__init__",),
+)
+"""The optimizer's files and folders in the order of the data; each imports from those before it."""
+
+
+def test_the_optimizer_is_built_in_layers():
+    package = ROOT / "python" / "fngd"
+    level = {name: number for number, names in enumerate(LAYERS) for name in names}
+    for path in OPTIMIZER:
+        name = path.relative_to(package).parts[0].removesuffix(".py")
+        for imported in resolved(path, set(OPTIMIZER)):
+            other = imported.relative_to(package).parts[0].removesuffix(".py")
+            allowed = other == name or level[other] < level[name]
+            assert allowed, f"{path.relative_to(package)} imports {imported.relative_to(package)}"
+
+
+PRIVATE = re.compile(r"\b(?:torch|nn|module|t|p|parameter|owner|kind)(?:\.\w+)*\._(?!_)\w+")
+"""A name that begins with an underscore, of torch or of a tensor or module of it."""
+
+
+@pytest.mark.parametrize("path", OPTIMIZER, ids=lambda p: str(p.relative_to(ROOT)))
+def test_private_names_of_torch_have_one_home(path):
+    assert path.name == "torch_private.py" or not PRIVATE.search(path.read_text())
+
+
 def test_the_cost_model_is_pure_python():
     for file in ("arguments.py", "cost_model.py", "geometry.py", "fused/__init__.py", "fused/tiles.py"):
         imported = imports(ROOT / "fngd_kernels" / file)

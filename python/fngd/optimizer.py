@@ -16,6 +16,7 @@ from .coefficients import SHARES, Report, Schedule, Solver
 from .preconditioner import Preconditioner
 from .samples import checked_ids
 from .state import check_groups, check_like
+from .torch_private import parameters_of
 from .update import Update, base_class, fuses_on_cuda
 
 ADDED_LATER = "its parameter group was added later"
@@ -131,7 +132,7 @@ class FNGD(Optimizer):
         optimized = [p for group in self.param_groups for p in group["params"]]
         blocks, self._plain = find_blocks(model, optimized, affine=norms == "weighted", skip=skip)
         if not blocks:
-            kinds = sorted({type(m).__name__ for m in model.modules() if m._parameters})
+            kinds = sorted({type(m).__name__ for m in model.modules() if parameters_of(m)})
             raise ValueError(f"model: no supported layer among its modules ({', '.join(kinds)})")
         unsupported = {name: reason for name, reason in self._plain.items() if reason not in USER_REASONS}
         if strict and unsupported:

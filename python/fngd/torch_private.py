@@ -6,7 +6,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+__all__ = [
+    "BATCH_NORMS",
+    "DROPOUTS",
+    "NORMALISATIONS",
+    "TRANSPOSED_CONVOLUTIONS",
+    "at_end_of_backward",
+    "batches_received",
+    "buffers_of",
+    "computes_own_convolution",
+    "current_graph_task",
+    "has_gradient_hooks",
+    "inside_function_transform",
+    "is_torchs_iterator",
+    "output_padding",
+    "padding_around",
+    "parameters_of",
+    "tree_flatten",
+    "tree_unflatten",
+    "version",
+]
+# tree_flatten, tree_unflatten: how torch.func itself takes nested arguments apart; the package optree would do.
 
 BATCH_NORMS: type[nn.Module] = nn.modules.batchnorm._BatchNorm
 """Common parent of BatchNorm1d-3d, SyncBatchNorm and what users derive from it."""
@@ -21,6 +44,8 @@ NORMALISATIONS: tuple[type[nn.Module], ...] = (
 
 TRANSPOSED_CONVOLUTIONS: type[nn.Module] = nn.modules.conv._ConvTransposeNd
 """Common parent of ConvTranspose1d-3d; the three public classes would do."""
+
+_CONV_FORWARDS = {kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
 DROPOUTS: Any = nn.modules.dropout._DropoutNd
 """Common parent of all dropout modules; a tuple of the public classes would do."""
@@ -72,6 +97,39 @@ def parameters_of(module: nn.Module) -> dict[str, Any]:
     put another tensor there for one forward. torch.func.functional_call, public, copies every parameter.
     """
     return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Any]:
+    """Return the dictionary that a module keeps its buffers in, to put others there for a trial.
+
+    The public torch.func.functional_call does not restore what a call replaces.
+    """
+    return module._buffers
+
+
+def computes_own_convolution(module: nn.Module) -> bool:
+    """Return whether a subclass of Conv1d-3d replaced the method that computes the convolution itself.
+
+    Conv1d-3d call it from their public forward, so that a subclass may keep that and still differ.
+    """
+    return getattr(type(module), "_conv_forward", None) not in _CONV_FORWARDS
+
+
+def padding_around(module: Any) -> list[int]:
+    """Return a convolution's padding as F.pad takes it: last dimension first, before and after.
+
+    Convolutions compute it from `padding`, which may be a word; that would have to be done again.
+    """
+    return module._reversed_padding_repeated_twice
+
+
+def output_padding(module: Any, x: Tensor, output_size: list[int] | None) -> list[int]:
+    """Return the output padding by which a transposed convolution gives the output size that was asked for.
+
+    Its public forward alone computes it, and hands it to no one.
+    """
+    sizes = (module.stride, module.padding, module.kernel_size, len(module.kernel_size), module.dilation)
+    return module._output_padding(x, output_size, *sizes)
 
 
 def is_torchs_iterator(batches: Iterator[Any]) -> bool:

@@ -90,7 +90,11 @@ class Report:
     def stats(self) -> dict[str, Any]:
         """Return the counters, and the spread of each block's coefficients in its last solve."""
         failed, zero, raised = self._outcomes.values.sum(1).long().tolist()
-        last = {block.name: self.last_coefficients[block] for block in self.blocks if block in self.last_coefficients}
+        last = {
+            block.name: self.last_coefficients[block]
+            for block in self.blocks
+            if block in self.last_coefficients
+        }
         return {
             "solved_batches": self.solved_batches,
             "failed_solves": failed,

@@ -1,5 +1,6 @@
 """What a layer rule is: how one type of module computes, and how its per-sample gradients are contracted."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ class Use(NamedTuple):
     """Whether the bias takes part; in a derivative of a forward it does not."""
 
 
-class Rule:
+class Rule(ABC):
     """How one type of module computes, and how the per-sample gradients of its parameters are contracted.
 
     A rule needs `forward` and `contributions`; the other methods have defaults, to be overridden where the
@@ -48,6 +49,7 @@ class Rule:
         """Return whether dimension 0 of the input counts samples."""
         return x.ndim >= 2
 
+    @abstractmethod
     def forward(
         self,
         module: Any,
@@ -65,11 +67,10 @@ class Rule:
             on_use: receives each use in backward; None where coefficients are given.
             arguments: what else the module was called with.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def contributions(self, module: Any, uses: Sequence[Use]) -> Sequence[Tensor | None]:
         """Return C_n (N, *shape) of weight and bias, summed over the uses; None for one without a part."""
-        raise NotImplementedError
 
     def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
         """Return K (N, N), K_ij = <C_i, C_j>."""

@@ -5,16 +5,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import fngd_kernels as fk
 from fngd_kernels.library.conv_contributions import conv_contributions
 from fngd_kernels.ops import nodes
 from fngd_kernels.ops.nodes import Gradients, UseHandler
 
+from ..torch_private import computes_own_convolution, output_padding, padding_around
 from .base import Rule, Use, added, bias_contributions, biased, combined_bias, pair, with_bias
-
-_CONV_FORWARDS = {kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
 
 class ConvRule(Rule):
@@ -23,7 +22,7 @@ class ConvRule(Rule):
     name = "conv"
 
     def reason_against(self, module: Any) -> str | None:
-        if getattr(type(module), "_conv_forward", None) not in _CONV_FORWARDS:
+        if computes_own_convolution(module):
             return f"{type(module).__name__} computes its own convolution"
         return None
 
@@ -93,8 +92,6 @@ class ConvTransposeRule(ConvRule):
         on_use: UseHandler | None,
         output_size: list[int] | None = None,
     ) -> Tensor:
-        sizes = (module.stride, module.padding, module.kernel_size, len(module.kernel_size), module.dilation)
-        output_padding = module._output_padding(x, output_size, *sizes)
         return nodes.conv(
             x,
             module.weight,
@@ -103,7 +100,7 @@ class ConvTransposeRule(ConvRule):
             on_use,
             **geometry(module),
             transposed=True,
-            output_padding=output_padding,
+            output_padding=output_padding(module, x, output_size),
         )
 
     def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
@@ -126,8 +123,7 @@ def _exchanged(uses: Sequence[Use]) -> list[Use]:
 def split_padding(module: Any) -> tuple[list[int] | None, tuple[int, ...]]:
     """Return F.pad's argument for what is padded beforehand, or None, and the convolution's own padding."""
     nothing = (0,) * len(module.kernel_size)
-    # In F.pad's order: last dimension first, before and after.
-    around = module._reversed_padding_repeated_twice
+    around = padding_around(module)
     if module.padding_mode != "zeros":
         return around, nothing
     if isinstance(module.padding, tuple):

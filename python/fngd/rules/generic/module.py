@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
-from torch.utils._pytree import tree_flatten
 
+from ...torch_private import tree_flatten
 from .call import Call, gradients_by, sample_dim
 
 PER_SAMPLE_GRAD_BYTES = 2**29

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import fngd_kernels as fk
 from fngd_kernels.ops import nodes
 from fngd_kernels.ops.nodes import UseHandler
 
-from ...torch_private import DROPOUTS, current_graph_task, version
+from ...torch_private import DROPOUTS, current_graph_task, tree_flatten, tree_unflatten, version
 from ..base import Rule, Use
 from .call import Call, gradients_by
 from .module import GenericModule

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...torch_private import version
+from ...torch_private import buffers_of, version
 from .call import Call, gradients_by
 from .module import GenericModule
 
@@ -95,7 +95,7 @@ Held = tuple[dict[str, Any], dict[str, Any]]
 def _put_back(owner: nn.Module) -> Iterator[list[Held]]:
     """Let a module use copies of its tensors; put back all that it held, and random's state."""
     drawn = random.getstate()
-    before = [(module._buffers, dict(module._buffers)) for module in owner.modules()]
+    before = [(buffers_of(module), dict(buffers_of(module))) for module in owner.modules()]
     # torch's recurrent layers renew their lists of weights whenever a weight is replaced.
     others = [module for module in owner.modules() if type(module).__module__ != nn.RNNBase.__module__]
     before += [(vars(module), dict(vars(module))) for module in others]
