@@ -29,7 +29,7 @@ __all__ = [
     "tree_unflatten",
     "version",
 ]
-# tree_flatten, tree_unflatten: how torch.func itself takes nested arguments apart; the package optree would do.
+# tree_flatten, tree_unflatten: how torch.func takes nested arguments apart; the package optree would do.
 
 BATCH_NORMS: type[nn.Module] = nn.modules.batchnorm._BatchNorm
 """Common parent of BatchNorm1d-3d, SyncBatchNorm and what users derive from it."""

@@ -34,9 +34,8 @@ class UseRecorder(UseCollector):
 
     def __init__(self) -> None:
         super().__init__()
-        self.returns_gradients = (
-            False  # or every use is answered with the ordinary gradient, and not collected
-        )
+        # Where it is set, every use is answered with the ordinary gradient and none is collected.
+        self.returns_gradients = False
         self.uses: Uses = {}  # in the last differentiation
 
     def forward(self, module: RoutedModule, x: Tensor, *arguments: Any) -> Tensor:

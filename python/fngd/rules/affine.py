@@ -51,9 +51,8 @@ def sample_parameters(
     """Return (weight, bias) with a copy per sample each, (samples, *shape); one copy of a frozen bias."""
     if not trainable_bias(module):
         bias = getattr(module, "bias", None)
-        return nodes.rows(
-            module.weight, samples, coefficients, on_use
-        ), None if bias is None else bias.unsqueeze(0)
+        weight = nodes.rows(module.weight, samples, coefficients, on_use)
+        return weight, None if bias is None else bias.unsqueeze(0)
     parameters = torch.stack([module.weight, module.bias])
     weight, bias = nodes.rows(parameters, samples, coefficients, on_use and _stacked(on_use)).unbind(1)
     return weight, bias
