@@ -27,7 +27,7 @@ def relative_damping(n, trace, damping, damping_mode, raises, dtype):
     return rho
 
 
-def check_weights(worst, name, k, s, rho, normalize, roundings):
+def check_coefficients(worst, name, k, s, rho, normalize, roundings):
     """Require the weights that a damping rho means, in float64."""
     n, unit, tiny = len(s), UNIT[k.dtype] * roundings, TINY[k.dtype]
     k, s = k.double(), s.double()
@@ -90,22 +90,22 @@ def test_coefficients(route, device, tally):
             assert torch.equal(s, torch.ones_like(s))
         if not k.isfinite().all() or trace > numbers.max:
             assert 0 < info <= n + 1
-            outcome = "plain weights, info > 0"
+            outcome = "plain gradient, info > 0"
         elif abs(trace / least - 1) < 1e-4 or trace > 0.999 * numbers.max:
             outcome = "finite, at the end of the dtype's range"
         elif trace < least:
             assert info == n + 2
-            outcome = "plain weights, info N + 2"
+            outcome = "plain gradient, info N + 2"
         else:
             rho = relative_damping(n, trace, damping, damping_mode, max(0, -info), dtype)
             # torch.linalg on a GPU solves once: looking whether it failed would make the host wait.
             raised = route == "native" or device == "cpu" or rho > 100 * n * numbers.eps
             assert info <= 0 or not (raised and must_be_solved(k, rho, normalize))
-            outcome = "plain weights, info > 0"
+            outcome = "plain gradient, info > 0"
             if info <= 0:
                 assert info >= -RAISES
                 roundings = 1 if device == "cpu" else 2
-                check_weights(worst, f"coefficients, {route}, {dtype}", k, s, rho, normalize, roundings)
+                check_coefficients(worst, f"coefficients, {route}, {dtype}", k, s, rho, normalize, roundings)
                 outcome = "residual within the bound" + ", damping raised" * (info < 0)
         tally("Coefficients", kind, outcome)
 
@@ -134,4 +134,4 @@ def test_the_range_of_gradient_norms(route, n, dtype, tally):
         else:
             assert torch.equal(s, torch.ones_like(s))
             end = f"below {least:.2g}" if norm < 1 else f"above {math.sqrt(numbers.max):.2g} / sqrt(N)"
-            tally("Coefficients", f"|C_n| {end}, {dtype}".replace("torch.", ""), "plain weights, counted")
+            tally("Coefficients", f"|C_n| {end}, {dtype}".replace("torch.", ""), "plain gradient, counted")

@@ -87,11 +87,11 @@ class Judge:
             assert finite.all() or not inside
             self.worst.see(f"{self.name}, {dtype}{name}", (actual - exact).abs()[finite], allowed[finite])
         if not k.isfinite().all():
-            outcome = "not finite, beyond the dtype's range: plain weights"
+            outcome = "not finite, beyond the dtype's range: plain gradient"
         elif good.all():
             outcome = "within the bound"
         else:
-            outcome = "the others' within the bound; plain weights"
+            outcome = "the others' within the bound; plain gradient"
         self.tally(f"fk.{self.name}", given_name(case, *inputs), outcome)
 
 
