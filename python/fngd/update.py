@@ -12,6 +12,7 @@ from .distributed import all_reduce_max_, local_shards
 from .event_log import DeviceCounts, EventLog
 
 _BASES: dict[str, type[Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+_NAMES = ", ".join(map(repr, _BASES))
 LEFT_OUT = "left out, its gradient is not finite"
 _FUSED_ON_CUDA = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
@@ -101,10 +102,10 @@ def base_class(base: str | type[Optimizer]) -> type[Optimizer]:
     """
     if isinstance(base, str):
         if base not in _BASES:
-            raise ValueError(f"base: expected one of {', '.join(map(repr, _BASES))}, got {base!r}")
+            raise ValueError(f"base: expected one of {_NAMES}, got {base!r}")
         return _BASES[base]
     if not (isinstance(base, type) and issubclass(base, Optimizer)):
-        raise TypeError(f"base: expected 'sgd', 'adamw' or a torch.optim class, got {base!r}")
+        raise TypeError(f"base: expected {_NAMES} or a torch.optim class, got {base!r}")
     if issubclass(base, torch.optim.LBFGS):
         raise ValueError("base: LBFGS evaluates the loss several times a step, weighted gradients only once")
     return base

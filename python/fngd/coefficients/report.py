@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -14,13 +15,20 @@ from ..rules import Use
 from .solver import Solved
 from .stopwatch import Stopwatch
 
-OUTCOMES = (
-    "its Gram matrix is not finite or could not be factored",
-    "its gradient is zero or underflows in its Gram matrix",
-    "its damping was raised",
-)
-"""What the solve of a block may come to; all but the last one, RAISED, leave it the plain gradient."""
-RAISED = 2
+
+class Outcome(IntEnum):
+    """What a solve may come to beside plain success."""
+
+    FAILED = 0  # the plain gradient
+    ZERO = 1  # the plain gradient
+    RAISED = 2  # solved with more damping
+
+
+REASONS = {
+    Outcome.FAILED: "its Gram matrix is not finite or could not be factored",
+    Outcome.ZERO: "its gradient is zero or underflows in its Gram matrix",
+}
+"""Why a block whose solve came to this takes the plain gradient."""
 
 
 class Report:
@@ -36,7 +44,7 @@ class Report:
         self._last_batch: tuple[int, Any] | None = None
         self._stopwatch = Stopwatch(device)
         # By outcome and block, counted where the solves run: reading them is what synchronises.
-        self._outcomes = DeviceCounts((len(OUTCOMES), len(self.blocks)), device)
+        self._outcomes = DeviceCounts((len(Outcome), len(self.blocks)), device)
 
     def timing(self) -> AbstractContextManager[None]:
         """Count the time of what is done inside as spent on solves."""
@@ -58,7 +66,7 @@ class Report:
         """
         for group, indices in zip(solved, rows, strict=True):
             zero = group.info == group.k.shape[-1] + 2
-            outcomes = torch.stack([(group.info > 0) & ~zero, zero, group.info < 0])
+            outcomes = torch.stack([(group.info > 0) & ~zero, zero, group.info < 0])  # as in Outcome
             self._outcomes.values.index_add_(1, indices, outcomes.to(self._outcomes.values))
             for block, s in zip(group.blocks, group.s.unbind(0), strict=True):
                 self.solves[block.index] += 1
@@ -72,9 +80,11 @@ class Report:
     def _log_outcomes(self) -> None:
         """Count and log what the host knows by now of the solves that gave plain coefficients."""
         new = self._outcomes.take_new()
-        for outcome, index in new[:RAISED].nonzero().tolist():
-            reason = OUTCOMES[outcome]
-            self.blocks[index].fallbacks.count(reason, int(new[outcome, index]), f"plain gradient, {reason}")
+        for outcome, reason in REASONS.items():
+            for index in new[outcome].nonzero().flatten().tolist():
+                self.blocks[index].fallbacks.count(
+                    reason, int(new[outcome, index]), f"plain gradient, {reason}"
+                )
 
     def describe(self, block: ParameterBlock, parameter: Tensor) -> str:
         """Return the rule that serves a block's parameter, or "plain: " and why none did so far."""
