@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +27,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fngd
 import oracles
+import paths
 from networks import make
 from ranks import run, torchrun
 from trajectory import Definition
@@ -487,7 +487,7 @@ def test_ranks_that_hang_are_ended(tmp_path):
 def test_a_rank_ends_with_its_launcher_however_that_ended(tmp_path):
     program = "import time; print(flush=True); time.sleep(30); print('still there')"
     (tmp_path / "train.py").write_text(program)
-    watched = [sys.executable, str(Path(__file__).with_name("ranks.py")), "train.py"]
+    watched = [sys.executable, str(paths.TESTS / "ranks.py"), "train.py"]
     launcher = f"import subprocess, time; subprocess.Popen({watched}), time.sleep(3600)"
     with subprocess.Popen([sys.executable, "-c", launcher], cwd=tmp_path, stdout=subprocess.PIPE) as process:
         process.stdout.readline()  # the rank runs
@@ -497,7 +497,7 @@ def test_a_rank_ends_with_its_launcher_however_that_ended(tmp_path):
 
 @pytest.mark.parametrize(("number", "samples", "solved"), [(0, 50, 4), (1, 48, 2)])
 def test_programs_of_the_guide_page(tmp_path, number, samples, solved):
-    page = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+    page = (paths.DOCS / "distributed.md").read_text()
     program = re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[number]
     (tmp_path / "train.py").write_text(program)
     printed = torchrun(tmp_path / "train.py")

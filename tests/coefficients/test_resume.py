@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -78,7 +77,8 @@ def test_runs_killed_in_the_solving_epoch_go_on_bit_for_bit(tmp_path):
     program = (
         f"import torch; torch.set_num_threads(1); import test_resume; test_resume.killed({str(file)!r}, 4)"
     )
-    ended = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, check=False)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, check=False)
     assert ended.returncode == -signal.SIGKILL
     step, *states = torch.load(file, weights_only=True)
     assert step == 4 < EPOCH

@@ -1,10 +1,11 @@
 """The recipes of docs/frameworks.md run as written, and train what a plain loop trains on those batches."""
 
 import copy
+import os
 import re
+import sys
 from collections import Counter
 from itertools import chain
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import fngd
+import paths
 from ranks import torchrun
 
-PAGE = (Path(__file__).parent.parent / "docs" / "frameworks.md").read_text()
+PAGE = (paths.DOCS / "frameworks.md").read_text()
 PACKAGES = {"Hugging Face Trainer": "transformers", "accelerate": "accelerate", "Lightning": "lightning"}
 SAMPLES, BATCH, EPOCHS = 64, 16, 3
 DATA = [
@@ -121,7 +123,7 @@ def test_the_recipes_run_in_two_processes(tmp_path):
         pytest.importorskip(package)
     script = tmp_path / "script.py"
     script.write_text(TWO_PROCESSES)
-    torchrun(script, PYTHONPATH=str(Path(__file__).parent), ACCELERATE_USE_CPU="true")
+    torchrun(script, PYTHONPATH=os.pathsep.join(sys.path), ACCELERATE_USE_CPU="true")
     first, second = torch.load("0"), torch.load("1")
     for heading, (seen, epoch, parameters) in first.items():
         assert (seen, epoch) == second[heading][:2] == (64, 2)
