@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from bench import environment, record
-from bench.ceilings import CEILINGS, known
-from bench.kernels import summary
+from bench.kernels import table
 from bench.kernels.cases import cases
+from bench.kernels.ceilings import CEILINGS, known
 from bench.kernels.run import Row, check, run
 from bench.kernels.shapes import NETWORKS, TINY
-from bench.timing import synchronise
+from bench.tools import environment, jsonl
+from bench.tools.timing import synchronise
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -64,12 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 break
             continue
         rows = [{**row, **where} for row in rows]
-        record.append(options.output, rows)
+        jsonl.append(options.output, rows)
         done += rows
         print(case.name, *(f"{row['contender']} {row['median_s'] * 1e6:.1f} us" for row in rows), sep=" | ")
     print(f"\n{taken} of {len(chosen)} cases, {failed} failed")
     if done:
-        print("ratio: fastest kernel over fastest plain way, geometric mean", summary.table(done), sep="\n")
+        print("ratio: fastest kernel over fastest plain way, geometric mean", table.table(done), sep="\n")
     return failed
 
 
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--ceilings", type=Path, default=CEILINGS, help="measured where it lacks this device")
-    parser.add_argument("--output", type=Path, default=record.RESULTS / "kernels.jsonl")
+    parser.add_argument("--output", type=Path, default=jsonl.RESULTS / "kernels.jsonl")
     return parser
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from bench.kernels import summary
+from bench.kernels import table
 
 FASTER, SLOWER, SHARE = "#0072B2", "#D55E00", "#56B4E9"
 
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     rows = [json.loads(line) for line in options.results.read_text().splitlines()]
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in summary.best_rows(rows).values():
+    for row in table.best_rows(rows).values():
         groups.setdefault((row["op"], row["dtype"]), []).append(row)
     options.folder.mkdir(parents=True, exist_ok=True)
     for (op, dtype), best in groups.items():

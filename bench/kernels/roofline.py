@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench.ceilings import Ceilings
+from bench.kernels.ceilings import Ceilings
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.ceilings import Ceilings
 from bench.kernels.case import Case
+from bench.kernels.ceilings import Ceilings
+from bench.kernels.cold_timing import buffers_for, measure, workspace
 from bench.kernels.roofline import roofline
-from bench.kernels.timing import buffers_for, measure, workspace
 
 # On top of twice the error of the best plain way, of the largest entry.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}

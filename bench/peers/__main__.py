@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from bench import environment, gate, networks, record
-from bench.networks import Network
 from bench.peers import METHODS, available
-from bench.peers.steps import BASELINE, contenders, measure, rows, turn_length
-from bench.timing import Step
+from bench.peers.cycles import BASELINE, contenders, measure, rows, turn_length
+from bench.steps import gate, networks
+from bench.steps.networks import Network
+from bench.tools import environment, jsonl
+from bench.tools.timing import Step
 
 # every method once: a step of FNGD exact is the solving step of FNGD shared
 DEFAULT = tuple(name for name, method in METHODS.items() if method.solves != "always")
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lengths = {name: turn_length(METHODS[name.removesuffix(" solving")], device) for name in steps}
         timings, peaks = measure(steps, lengths, batch, rounds=options.rounds)
         measured = rows(timings, peaks, epochs=options.epochs)
-        record.append(
+        jsonl.append(
             options.output,
             [{"network": network.name, "size": options.size, **row, **where} for row in measured],
         )
@@ -78,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--epochs", type=int, default=30, help="FNGD's average is over so many epochs")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--output", type=Path, default=record.RESULTS / "peers.jsonl")
+    parser.add_argument("--output", type=Path, default=jsonl.RESULTS / "peers.jsonl")
     return parser
 
 

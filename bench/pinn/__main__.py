@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench.pinn import figures, problems, report
+from bench.pinn import figures, problems, table
 from bench.pinn.archive import Archive
 from bench.pinn.methods import METHODS
 from bench.pinn.problems import Equation, Problem
@@ -92,7 +92,7 @@ def _compare(options: argparse.Namespace) -> None:
 def _show(problem: Problem, finals: dict[str, Final], archive: Archive, bar: tqdm) -> None:
     if not finals:
         return
-    text = f"{problem.title}\n\n{report.table(problem, finals)}\n"
+    text = f"{problem.title}\n\n{table.table(problem, finals)}\n"
     (archive.folder / f"{problem.name}.md").write_text(text)
     bar.write(f"\n{text}", file=sys.stdout)
     figures.save_curves(archive.folder / f"{problem.name}.png", problem.title, finals)

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bench import environment, record
-from bench.pinn.runs import Record, Run
+from bench.pinn.run import Record, Run
+from bench.tools import environment, jsonl
 
 History = list[Record]
 
@@ -49,7 +49,7 @@ class Archive:
             "history": [_rounded(entry) for entry in history],
             **environment.describe(torch.device("cpu")),
         }
-        record.append(self._path, [row])
+        jsonl.append(self._path, [row])
         self._histories[_key(run)] = history
 
     def network_path(self, run: Run) -> Path:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from bench.pinn import figures, problems
 from bench.pinn.archive import History
 from bench.pinn.methods import METHODS, Setting, Task
-from bench.pinn.runs import Run, train
+from bench.pinn.run import Run, train
 
 PROBLEM = "poisson-2d"
 # the settings that the comparison of `python -m bench.pinn` chooses for this problem

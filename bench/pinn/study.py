@@ -10,7 +10,7 @@ from tqdm import tqdm
 from bench.pinn.archive import Archive, History
 from bench.pinn.methods import METHODS, Setting, Task
 from bench.pinn.problems import Problem
-from bench.pinn.runs import Record, Run, train
+from bench.pinn.run import Record, Run, train
 
 # tuning has a seed of its own: no final run was chosen by its own error
 TUNING_SEED = 0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bench.workloads import cifar, digits, multi30k
-from bench.workloads.common import Split, Workload
+from bench.workloads.images import Split, Workload
 
 __all__ = ["NAMES", "Split", "Task", "Workload", "load"]
 

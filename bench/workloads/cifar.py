@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from bench.workloads.archive import members
-from bench.workloads.common import Workload, make_workload
+from bench.workloads.compressed import members
+from bench.workloads.images import Workload, make_workload
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MAX_JPEG_BYTES = 1 << 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from sklearn.datasets import load_digits
 
-from bench.workloads.common import Workload, make_workload, stratified_split
+from bench.workloads.images import Workload, make_workload, stratified_split
 
 
 def load(*, train_size: int | None = None) -> Workload:

@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from bench.beam import translate
-from bench.translator import LONGEST, Translator
-from bench.workloads.archive import read_gzip
-from bench.workloads.common import shuffled, to_device
+from bench.models.beam import translate
+from bench.models.translator import LONGEST, Translator
+from bench.workloads.compressed import read_gzip
+from bench.workloads.images import shuffled, to_device
 
 NAME = "multi30k"
 FILES = {"train": "train", "validation": "val", "test": "test_2016_flickr"}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bench.pinn.networks import MLP
+from bench.models.perceptron import MLP
 
 # training points are drawn by the seed of the run; these two are far from any of those
 VALIDATION_SEED, TEST_SEED = 1_000_001, 1_000_002

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from bench.pinn.networks import MLP, WithCoefficient
+from bench.models.perceptron import MLP, WithCoefficient
 from bench.pinn.problems.base import (
     TEST_SEED,
     VALIDATION_SEED,

@@ -23,7 +23,7 @@ from bench.pinn.problems.base import (
     Problem,
     Residuals,
 )
-from bench.workloads.archive import members
+from bench.workloads.compressed import members
 
 SPLIT_SEED = 0
 CALIFORNIA_ARCHIVE = "cal_housing.tgz"
