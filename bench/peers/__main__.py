@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from bench.peers import METHODS, available
+from bench.peers import TRAINING_NAMES, available, training_of
 from bench.peers.cycles import BASELINE, contenders, measure, rows, turn_length
 from bench.steps import gate, networks
 from bench.steps.networks import Network
@@ -19,7 +19,7 @@ from bench.tools import environment, jsonl
 from bench.tools.timing import Step
 
 # every method once: a step of FNGD exact is the solving step of FNGD shared
-DEFAULT = tuple(name for name, method in METHODS.items() if method.solves != "always")
+DEFAULT = tuple(name for name in TRAINING_NAMES if training_of(name).solves != "always")
 NETWORKS: dict[str, dict[str, Network]] = {
     "tiny": {name: sizes["small"] for name, sizes in networks.MIXED.items()},
     "small": {"resnet": networks.RESNET, "transformer": networks.TRANSFORMER},
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"FAILED {name}: {type(error).__name__}: {error}", flush=True)
             else:
                 print(f"  {name}: ready after {time.monotonic() - start:.1f} s", flush=True)
-        lengths = {name: turn_length(METHODS[name.removesuffix(" solving")], device) for name in steps}
+        lengths = {name: turn_length(training_of(name.removesuffix(" solving")), device) for name in steps}
         timings, peaks = measure(steps, lengths, batch, rounds=options.rounds)
         measured = rows(timings, peaks, epochs=options.epochs)
         jsonl.append(
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=tuple(NETWORKS), default="small")
     parser.add_argument("--network", nargs="+", choices=("resnet", "transformer"), help="default: both")
-    parser.add_argument("--method", nargs="+", choices=tuple(METHODS), help="default: all that can run here")
+    parser.add_argument("--method", nargs="+", choices=TRAINING_NAMES, help="default: all that can run here")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--epochs", type=int, default=30, help="FNGD's average is over so many epochs")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")

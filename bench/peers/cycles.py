@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 import fngd
-from bench.peers import METHODS, Method, Settings
+from bench.peers import Settings, Training, training_of
 from bench.steps.networks import Batch, Network
 from bench.tools.peak_memory import peak_memory
 from bench.tools.timing import Step, Timing, round_robin
@@ -26,20 +26,20 @@ def contenders(network: Network, batch: Batch, names: list[str]) -> dict[str, Ca
     """What makes each contender's cycle of steps; FNGD takes part once per phase."""
     made: dict[str, Callable[[], Step]] = {}
     for name in names:
-        method = METHODS[name]
+        method = training_of(name)
         made[name] = partial(_cycle, network, batch, method, "sample")
         if method.solves == "first epoch":
             made[f"{name} solving"] = partial(_cycle, network, batch, method, "none")
     return made
 
 
-def turn_length(method: Method, device: torch.device) -> int:
+def turn_length(method: Training, device: torch.device) -> int:
     """Return how many steps a method takes in a turn: whole periods, and on a GPU FEWEST_STEPS or more."""
     fewest = FEWEST_STEPS if device.type == "cuda" else 1
     return -(-fewest // method.period) * method.period
 
 
-def _cycle(network: Network, batch: Batch, method: Method, share: str) -> Step:
+def _cycle(network: Network, batch: Batch, method: Training, share: str) -> Step:
     """Return a turn of the method's steps, whole periods of its preconditioner, warmed up."""
     model = network.build(batch[0].device)
     update = method.build(model, Settings(lr=STEP_LR, damping=method.damping, share=share))

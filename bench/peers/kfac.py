@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.peers.base import MOMENTUM, SGD_LRS, SGD_WEIGHT_DECAY, Method, Settings
+from bench.peers.base import MOMENTUM, SGD_LRS, SGD_WEIGHT_DECAY, Peer, Settings, Training
 
 PERIOD = 10
 DAMPING = 0.003
@@ -68,13 +68,18 @@ class Preconditioned:
         self.param_groups = self._sgd.param_groups
 
 
-KFAC = Method(
-    "K-FAC",
-    SGD_LRS,
-    Preconditioned,
-    damping=DAMPING,
-    module="kfac",
-    source="github.com/gpauloski/kfac-pytorch",
-    period=PERIOD,
-    warmup=PERIOD,
-)
+PEERS = {
+    "kfac": Peer(
+        "K-FAC",
+        Training(
+            SGD_LRS,
+            Preconditioned,
+            {"color": "#7A3EB1", "linestyle": ":"},
+            damping=DAMPING,
+            period=PERIOD,
+            warmup=PERIOD,
+        ),
+        module="kfac",
+        source="github.com/gpauloski/kfac-pytorch",
+    )
+}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.peers.base import ADAMW_LRS, ADAMW_WEIGHT_DECAY, Method, Settings
+from bench.peers.base import ADAMW_LRS, ADAMW_WEIGHT_DECAY, Peer, Settings, Training
 
 
 class Muon:
@@ -74,4 +74,4 @@ def as_matrix(weight: Tensor) -> Tensor:
     return weight.view(len(weight), -1)
 
 
-MUON = Method("Muon", ADAMW_LRS, Muon)
+PEERS = {"muon": Peer("Muon", Training(ADAMW_LRS, Muon, {"color": "#009E73", "linestyle": "-"}))}

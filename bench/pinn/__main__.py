@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from bench.peers import PINN_NAMES, pinn_of
 from bench.pinn import figures, problems, table
 from bench.pinn.archive import Archive
-from bench.pinn.methods import METHODS
 from bench.pinn.problems import Equation, Problem
 from bench.pinn.study import Final, Study, conduct
 
 # whose error is drawn over the plane
 DRAWN = ("adam", "adam-lbfgs", "gauss-newton")
-SETTINGS = min(len(method.settings) for method in METHODS.values())
+SETTINGS = min(len(pinn_of(name).settings) for name in PINN_NAMES)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         help="problem, repeatable (default: all; california only with --data-dir)",
     )
     parser.add_argument(
-        "--method", choices=tuple(METHODS), action="append", help="method, repeatable (default: all)"
+        "--method", choices=PINN_NAMES, action="append", help="method, repeatable (default: all)"
     )
     parser.add_argument("--data-dir", type=Path, help="folder of cal_housing.tgz, for california")
     parser.add_argument("--seconds", type=float, default=30.0, help="CPU seconds of training in each run")
@@ -73,7 +73,7 @@ def _compare(options: argparse.Namespace) -> None:
     _check(options)
     torch.set_num_threads(options.threads)
     study = Study(
-        methods=tuple(dict.fromkeys(options.method or METHODS)),
+        methods=tuple(dict.fromkeys(options.method or PINN_NAMES)),
         settings=options.settings,
         seeds=tuple(dict.fromkeys(options.seed or (1, 2, 3))),
         seconds=options.seconds,

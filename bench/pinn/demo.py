@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from bench.peers import PEERS
+from bench.peers.base import Setting
 from bench.pinn import figures, problems
 from bench.pinn.archive import History
-from bench.pinn.methods import METHODS, Setting, Task
 from bench.pinn.run import Run, train
+from bench.pinn.task import Task
 
 PROBLEM = "poisson-2d"
 # the settings that the comparison of `python -m bench.pinn` chooses for this problem
@@ -76,7 +78,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _standing(histories: dict[str, History]) -> str:
     return ", ".join(
-        f"{METHODS[name].label} {history[-1].test_error:.2e} ({history[-1].step} steps)"
+        f"{PEERS[name].label} {history[-1].test_error:.2e} ({history[-1].step} steps)"
         for name, history in histories.items()
         if history
     )

@@ -14,20 +14,11 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import nn
 
+from bench.peers import PEERS, pinn_of
 from bench.pinn.archive import History
-from bench.pinn.methods import METHODS
 from bench.pinn.problems import Equation
 from bench.pinn.study import Final, describe
 
-# Okabe and Ito's colours, told apart by every kind of colour vision; dashes tell them apart in print
-STYLES: dict[str, dict[str, Any]] = {
-    "adam": {"color": "#E69F00", "linestyle": "--"},
-    "adam-lbfgs": {"color": "#009E73", "linestyle": "-."},
-    "lbfgs": {"color": "#56B4E9", "linestyle": (0, (5, 1))},
-    "soap": {"color": "#CC79A7", "linestyle": ":"},
-    "levenberg-marquardt": {"color": "#000000", "linestyle": (0, (1, 1))},
-    "gauss-newton": {"color": "#D55E00", "linestyle": "-"},
-}
 GRID = 101
 PLOTTED_POINTS = 200
 
@@ -37,7 +28,7 @@ def save_curves(path: Path, title: str, finals: Mapping[str, Final]) -> None:
     figure = _figure(11, 7.5)
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
     for method, final in finals.items():
-        label = f"{METHODS[method].label} ({describe(final.setting)})"
+        label = f"{PEERS[method].label} ({describe(final.setting)})"
         for row, quantity in enumerate(("test_error", "loss")):
             for column, clock in enumerate(("seconds", "step")):
                 draw(axes[row, column], method, final.ended, clock, quantity, label)
@@ -72,7 +63,7 @@ def save_side_by_side(
     axes = above.subplots(1, 2, sharey=True)
     for axis, clock, name in zip(axes, ("seconds", "step"), ("CPU seconds", "steps"), strict=True):
         for method, history in histories.items():
-            draw(axis, method, (history,), clock, "test_error", METHODS[method].label)
+            draw(axis, method, (history,), clock, "test_error", PEERS[method].label)
         axis.set_xlabel(name)
     axes[0].set_ylabel("relative L2 error at fresh points")
     axes[0].legend()
@@ -92,7 +83,7 @@ def draw(
     curves = [np.array([getattr(entry, quantity) for entry in entries]) for entries in moving]
     shared = np.geomspace(max(c[0] for c in clocks), min(c[-1] for c in clocks), PLOTTED_POINTS)
     values = np.stack([np.interp(np.log(shared), np.log(c), v) for c, v in zip(clocks, curves, strict=True)])
-    style = STYLES[method]
+    style = pinn_of(method).style
     axis.plot(shared, np.median(values, axis=0), label=label, linewidth=1.8, **style)
     axis.fill_between(
         shared,
@@ -123,13 +114,13 @@ def draw_fields(axes: np.ndarray, problem: Equation, networks: Mapping[str, nn.M
     highest = max(error.max().item() for error in errors.values())
     lowest = min(error.median().item() for error in errors.values()) / 10
     last = list(networks)[-1]
-    shown = [("solution", exact), (f"{METHODS[last].label}: prediction", predicted[last])]
+    shown = [("solution", exact), (f"{PEERS[last].label}: prediction", predicted[last])]
     colours = {"cmap": "viridis", "vmin": exact.min().item(), "vmax": exact.max().item()}
     error_colours = {"cmap": "magma", "norm": LogNorm(max(lowest, 1e-16), max(highest, 1e-15))}
     for axis, (title, field) in zip(axes, shown, strict=False):
         _field(axis, title, field, (x0, x1, y0, y1), colours)
     for axis, (name, error) in zip(axes[2:], errors.items(), strict=True):
-        _field(axis, f"{METHODS[name].label}: |error|", error, (x0, x1, y0, y1), error_colours)
+        _field(axis, f"{PEERS[name].label}: |error|", error, (x0, x1, y0, y1), error_colours)
 
 
 def _field(

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from bench.pinn.methods import METHODS, Setting, Task
+from bench.peers import pinn_of
+from bench.peers.base import Setting
 from bench.pinn.problems import Problem, mean_squares, relative_error
+from bench.pinn.task import Task
 
 MARKS = 50
 # early enough for what overfits within a few steps
@@ -50,7 +52,7 @@ def train(run: Run, problem: Problem, task: Task) -> Iterator[Record]:
 
     A run whose loss is not finite ends there, without a record of it.
     """
-    build = METHODS[run.method].build
+    build = pinn_of(run.method).build
     # first calls import and compile; a copy pays for that
     rehearsal = Task(problem, copy.deepcopy(task.network), task.points)
     build(rehearsal, **run.setting)(0.0)

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
+from bench.peers import PEERS, pinn_of
+from bench.peers.base import Setting
 from bench.pinn.archive import Archive, History
-from bench.pinn.methods import METHODS, Setting, Task
-from bench.pinn.problems import Problem
+from bench.pinn.problems import Problem, Regression
 from bench.pinn.run import Record, Run, train
+from bench.pinn.task import Task
 
 # tuning has a seed of its own: no final run was chosen by its own error
 TUNING_SEED = 0
@@ -55,17 +57,26 @@ def conduct(study: Study, problem: Problem, archive: Archive, bar: tqdm) -> dict
     """Do what of the study is not yet in `archive`; methods that cannot run are named and left out."""
     finals = {}
     for name in study.methods:
-        final = METHODS[name].obstacle(problem) or _tune_and_train(study, problem, name, archive, bar)
+        final = obstacle(name, problem) or _tune_and_train(study, problem, name, archive, bar)
         if isinstance(final, str):
-            bar.write(f"{problem.name}: {METHODS[name].label} left out: {final}", file=sys.stderr)
+            bar.write(f"{problem.name}: {PEERS[name].label} left out: {final}", file=sys.stderr)
         else:
             finals[name] = final
     return finals
 
 
+def obstacle(name: str, problem: Problem) -> str | None:
+    """Return why the peer called `name` cannot run on `problem`, None when it can."""
+    if not PEERS[name].installed:
+        return f"{PEERS[name].module} is not installed"
+    if pinn_of(name).regression_only and not isinstance(problem, Regression):
+        return "it differentiates by torch.func, where autograd.grad inside the residuals is refused"
+    return None
+
+
 def _tune_and_train(study: Study, problem: Problem, method: str, archive: Archive, bar: tqdm) -> Final | str:
     first = Run(problem.name, method, {}, TUNING_SEED, study.seconds)
-    tried = METHODS[method].settings[: study.settings]
+    tried = pinn_of(method).settings[: study.settings]
     tuning = [replace(first, setting=setting) for setting in tried]
     errors = {
         number: outcome(problem, history).validation_error
@@ -81,7 +92,7 @@ def _tune_and_train(study: Study, problem: Problem, method: str, archive: Archiv
 
 def finished(run: Run, problem: Problem, archive: Archive, bar: tqdm) -> History:
     """The history of `run`, from the archive or, when it is not there, by training."""
-    bar.set_description(f"{run.problem} {METHODS[run.method].label} {describe(run.setting)} seed {run.seed}")
+    bar.set_description(f"{run.problem} {PEERS[run.method].label} {describe(run.setting)} seed {run.seed}")
     history = archive.history(run)
     if history is not None:
         bar.update(run.seconds)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from tabulate import tabulate
 
+from bench.peers import PEERS
 from bench.pinn.archive import History
-from bench.pinn.methods import METHODS
 from bench.pinn.problems import Problem
 from bench.pinn.study import Final, describe, outcome
 
@@ -22,11 +22,11 @@ def table(problem: Problem, finals: Mapping[str, Final]) -> str:
     rows = []
     for name, final in finals.items():
         row = {
-            "method": METHODS[name].label,
+            "method": PEERS[name].label,
             "setting": describe(final.setting) + ("*" if at_edge(final) else ""),
             "error": spread(errors[name]),
             **{
-                f"{METHODS[baseline].label} / it": _ratio(errors[baseline], errors[name])
+                f"{PEERS[baseline].label} / it": _ratio(errors[baseline], errors[name])
                 for baseline in baselines
             },
         }

@@ -13,7 +13,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bench.peers import METHODS
+from bench.peers import PEERS, training_of
 from bench.tools import jsonl
 from bench.train import figures, table
 from bench.train.archive import parse_run
@@ -128,10 +128,10 @@ def _latest(rows: list[Row]) -> list[list[Row]]:
 def step_label(contender: str, epochs: int | None) -> str:
     """Name of a contender for tables."""
     method, _, phase = contender.partition(" ")
-    label = METHODS[method].label
+    label = PEERS[method].label
     if phase == "average":
         return f"{label}, average of {epochs} epochs"
-    if METHODS[method].solves == "first epoch":
+    if training_of(method).solves == "first epoch":
         return f"{label}, {phase or 'steady'}"
     return label
 
@@ -140,7 +140,7 @@ def _claims(rows: list[Row]) -> str:
     seconds = {row["contender"]: row["median_s"] for row in rows}
     own = seconds.get("fngd average")
     lines = [
-        f"- {METHODS[name].label} over FNGD average: {seconds[name] / own:.2f} (in the paper: {claim})"
+        f"- {PEERS[name].label} over FNGD average: {seconds[name] / own:.2f} (in the paper: {claim})"
         for name, claim in CLAIMS.items()
         if own and name in seconds
     ]
@@ -190,7 +190,7 @@ def training_sections(rows: list[Row], pictures: Path) -> Iterator[str]:
         if study.tuning:
             yield f"Validation {task['metric']} by learning rate, first seed, best damping:"
             yield tuning_table(study.tuning)
-        untuned = [METHODS[method].label for method in study.final if method not in study.tuning]
+        untuned = [PEERS[method].label for method in study.final if method not in study.tuning]
         if untuned:
             yield f"Not tuned, with a single setting to try: {', '.join(untuned)}."
         weighed = [run for run in study.final.get("fngd", []) if run.coefficients]
@@ -208,7 +208,7 @@ def tuning_table(tuning: Mapping[str, list[Run]]) -> str:
     rates = sorted({run.config.lr for runs in tuning.values() for run in runs})
     lines = []
     for method, runs in tuning.items():
-        line = {"method": METHODS[method].label}
+        line = {"method": PEERS[method].label}
         for lr in rates:
             tried = [run for run in runs if run.config.lr == lr]
             scores = [run.validation_score for run in tried if run.validation_score is not None]

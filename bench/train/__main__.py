@@ -13,7 +13,7 @@ import torch
 
 from bench import workloads
 from bench.models import images
-from bench.peers import CORE, METHODS, available
+from bench.peers import CORE, PEERS, TRAINING_NAMES, available
 from bench.train import figures, table
 from bench.train.run import PRECISIONS
 from bench.train.study import OutOfTime, Study, conduct, describe_point
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--optimizer",
-        choices=(*METHODS, "all"),
+        choices=(*TRAINING_NAMES, "all"),
         action="append",
         help=f"method to train, repeatable (default: {', '.join(CORE)})",
     )
@@ -153,7 +153,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _study(options: argparse.Namespace) -> Study:
     asked = _unique(options.optimizer or CORE)
-    methods, missing = available(tuple(METHODS) if "all" in asked else asked)
+    methods, missing = available(tuple(TRAINING_NAMES) if "all" in asked else asked)
     for reason in missing:
         print(f"skipped {reason}")
     if not methods:
@@ -218,7 +218,7 @@ def _announce(study: Study, task: Task, folder: Path) -> None:
         final = f"then {len(study.seeds)} seeds at the best"
         if len(points) == 1:
             final = f"nothing to tune, {len(study.seeds)} seeds"
-        print(f"  {METHODS[method].label}: {grid}; {final}")
+        print(f"  {PEERS[method].label}: {grid}; {final}")
     print(f"  results in {folder}", flush=True)
 
 
@@ -229,8 +229,10 @@ def _unique(values: Iterable[T]) -> tuple[T, ...]:
 def _rates(text: str) -> tuple[str | None, tuple[float, ...]]:
     """`0.1`, `0.1,0.3` or `adamw=0.001,0.003`."""
     method, separator, rates = text.rpartition("=")
-    if separator and method not in METHODS:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(METHODS)} before =, got {method!r}")
+    if separator and method not in TRAINING_NAMES:
+        raise argparse.ArgumentTypeError(
+            f"expected one of {', '.join(TRAINING_NAMES)} before =, got {method!r}"
+        )
     return method or None, tuple(_positive_float(rate) for rate in rates.split(","))
 
 

@@ -11,23 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from bench.peers import METHODS
+from bench.peers import PEERS, training_of
 from bench.train.run import Run
 from bench.train.study import describe_point
-
-# Okabe and Ito's colours, told apart by every kind of colour vision; dashes tell them apart in print
-STYLES = {
-    "sgd": {"color": "#000000", "linestyle": "-"},
-    "adamw": {"color": "#E69F00", "linestyle": "--"},
-    "fngd": {"color": "#0072B2", "linestyle": "-."},
-    "fngd-exact": {"color": "#D55E00", "linestyle": ":"},
-    "fngd-adamw": {"color": "#56B4E9", "linestyle": "-."},
-    "muon": {"color": "#009E73", "linestyle": "-"},
-    "soap": {"color": "#CC79A7", "linestyle": "--"},
-    "shampoo": {"color": "#A6761D", "linestyle": "-."},
-    "distributed-shampoo": {"color": "#999999", "linestyle": "--"},
-    "kfac": {"color": "#7A3EB1", "linestyle": ":"},
-}
 
 
 def save_curves(path: Path, final: Mapping[str, list[Run]], *, title: str, target: float) -> None:
@@ -81,11 +67,11 @@ def _draw(axes: np.ndarray, method: str, runs: list[Run], x: np.ndarray) -> None
     loss = np.array([[epoch["train_loss"] for epoch in run.epochs] for run in runs])
     accuracy = np.array([[epoch["validation_accuracy"] for epoch in run.epochs] for run in runs])
     config = runs[0].config
-    label = f"{METHODS[method].label} ({describe_point((config.lr, config.damping))})"
+    label = f"{PEERS[method].label} ({describe_point((config.lr, config.damping))})"
     # a log axis has no place for no error at all: such points are left out
     error = np.where(accuracy < 1, 100 * (1 - accuracy), np.nan)
     for axis, values in zip(axes, (loss, error), strict=True):
-        _band(axis, x, values, STYLES[method], label)
+        _band(axis, x, values, training_of(method).style, label)
 
 
 def _band(axis: Axes, x: np.ndarray, values: np.ndarray, style: dict[str, str], label: str) -> None:

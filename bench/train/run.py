@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import fngd
-from bench.peers import METHODS, Settings, Update
+from bench.peers import Settings, Update, training_of
 from bench.tools.timing import synchronise
 from bench.train import checkpoint
 from bench.workloads import Task
@@ -123,7 +123,7 @@ def train(
             }
         )
         on_epoch(len(run.epochs), run.epochs[-1])
-        if checkpoint_path is not None and METHODS[config.method].resumes:
+        if checkpoint_path is not None and training_of(config.method).resumes:
             checkpoint.save(checkpoint_path, state.capture())
 
     if not run.diverged:
@@ -160,7 +160,7 @@ class _Trainer:
     def of(cls, config: RunConfig, task: Task) -> _Trainer:
         model = task.model(config.model, config.width).to(task.device)
         settings = Settings(lr=config.lr, damping=config.damping, share=config.share)
-        update = METHODS[config.method].build(model, settings)
+        update = training_of(config.method).build(model, settings)
         generator = torch.Generator().manual_seed(config.seed)
         loader = task.batches(config.batch_size, generator)
         batches = fngd.track(loader, update) if isinstance(update, fngd.FNGD) else loader

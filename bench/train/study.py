@@ -12,7 +12,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 import fngd
-from bench.peers import METHODS, Settings
+from bench.peers import PEERS, Settings, training_of
 from bench.tools import environment, jsonl
 from bench.tools.timing import Step, Timing, round_robin
 from bench.train.archive import load_run, recorded, save_run
@@ -61,9 +61,9 @@ class Study:
 
     def grid(self, method: str) -> list[Point]:
         """Settings to try for `method`."""
-        recommended = METHODS[method].damping
+        recommended = training_of(method).damping
         dampings = [None] if recommended is None else [recommended * f for f in self.damping_factors]
-        return list(itertools.product(self.lrs.get(method, METHODS[method].lrs), dampings))
+        return list(itertools.product(self.lrs.get(method, training_of(method).lrs), dampings))
 
     def run_config(self, method: str, point: Point, seed: int) -> RunConfig:
         """Configuration of one run."""
@@ -131,7 +131,7 @@ def conduct(
             outcome = (
                 f", {describe_point(chosen[method])}" if method in chosen else ": diverged at all it tried"
             )
-            progress.note(f"chosen on validation: {METHODS[method].label}{outcome}")
+            progress.note(f"chosen on validation: {PEERS[method].label}{outcome}")
         final: dict[str, list[Run]] = {method: [] for method in chosen}
         # seed by seed: an interrupted study has as many of every method
         for seed, (method, point) in itertools.product(study.seeds, chosen.items()):
@@ -174,7 +174,7 @@ def _contenders(study: Study, task: Task, methods: list[str]) -> Iterator[tuple[
 
     def contender(name: str, share: str) -> Step:
         torch.manual_seed(0)
-        method = METHODS[name]
+        method = training_of(name)
         model = task.model(study.model, study.width).to(task.device)
         update = method.build(model, Settings(lr=STEP_LR, damping=method.damping, share=share))
         generator = torch.Generator().manual_seed(0)
@@ -196,10 +196,10 @@ def _contenders(study: Study, task: Task, methods: list[str]) -> Iterator[tuple[
         return step
 
     # a single step says little of a method that refreshes a preconditioner now and then: bench.peers averages
-    for name in (name for name in methods if METHODS[name].period == 1):
-        if METHODS[name].solves != "always":
+    for name in (name for name in methods if training_of(name).period == 1):
+        if training_of(name).solves != "always":
             yield name, contender(name, study.share)
-        if METHODS[name].solves != "never":
+        if training_of(name).solves != "never":
             yield f"{name} solving", contender(name, "none")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from bench.peers import METHODS
+from bench.peers import PEERS, training_of
 from bench.tools import environment
 from bench.train.run import Run
 from bench.train.study import Point, Results, Study, describe_task
@@ -117,7 +117,7 @@ def _epoch_seconds(method: str, runs: list[Run]) -> tuple[float | None, float | 
     """Median seconds of the epochs with solves and of those without."""
     first = [run.epochs[0]["seconds"] for run in runs]
     rest = [epoch["seconds"] for run in runs for epoch in run.epochs[1:]]
-    solves = METHODS[method].solves
+    solves = training_of(method).solves
     if solves == "never":
         return None, _median(first + rest)
     if solves == "always":
@@ -145,7 +145,7 @@ def table(rows: list[Row], *, target: float, metric: str, style: str = "simple")
     """The rows as a text table in one of tabulate's styles; columns without a figure are left out."""
     body = [
         {
-            "method": METHODS[row.method].label
+            "method": PEERS[row.method].label
             + (f" ({row.diverged} of {row.seeds} diverged)" if row.diverged else ""),
             "lr": f"{row.lr:g}" + ("*" if row.at_edge else ""),
             "damping": _number(row.damping, "g"),
@@ -176,7 +176,7 @@ def table(rows: list[Row], *, target: float, metric: str, style: str = "simple")
         star = "*" if plain else "\\*"
         notes.append(f"{star} the best setting is the first or last one tried: a wider grid may do better")
     shared = [
-        f"{METHODS[row.method].label} {row.shared_device} of {row.seeds}" for row in rows if row.shared_device
+        f"{PEERS[row.method].label} {row.shared_device} of {row.seeds}" for row in rows if row.shared_device
     ]
     if shared:
         notes.append(f"without the seconds of runs that shared the device with others: {', '.join(shared)}")

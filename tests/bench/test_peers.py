@@ -7,19 +7,29 @@ from torch import nn
 
 import faults
 from bench.models.images import ResNet18
-from bench.peers import METHODS, Settings, available, cycles
+from bench.peers import (
+    PEERS,
+    PINN_NAMES,
+    TRAINING_NAMES,
+    Peer,
+    Settings,
+    Training,
+    available,
+    cycles,
+    pinn_of,
+    training_of,
+)
 from bench.peers import __main__ as peers_main
 from bench.peers.__main__ import main
-from bench.peers.base import Method
 from bench.peers.muon import as_matrix, hidden_weights
 from bench.tools.timing import Timing
 
-HERE = available(tuple(METHODS))[0]
+HERE = available(TRAINING_NAMES)[0]
 PACKAGED = ("muon", "soap", "shampoo")
 
 
 def build(name, model, lr=0.01):
-    method = METHODS[name]
+    method = training_of(name)
     return method.build(model, Settings(lr=lr, damping=method.damping))
 
 
@@ -53,7 +63,7 @@ def test_every_method_lowers_the_loss_of_a_convolutional_network(name, memory_fo
     assert losses[-1] < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("name", [name for name in HERE if METHODS[name].resumes and name != "kfac"])
+@pytest.mark.parametrize("name", [name for name in HERE if training_of(name).resumes and name != "kfac"])
 def test_restored_state_continues_bit_for_bit(name, tmp_path):
     torch.manual_seed(0)
     x, y = torch.randn(9, 6), torch.arange(9) % 3
@@ -84,12 +94,20 @@ def test_packages_of_the_development_set_are_here():
     assert set(PACKAGED) <= set(HERE)
 
 
+def test_a_peer_says_where_it_takes_part():
+    assert {"sgd", "fngd", "soap", "kfac"} <= set(TRAINING_NAMES)
+    assert {name for name in PEERS if name in TRAINING_NAMES and name in PINN_NAMES} == {"soap"}
+    assert all(peer.training or peer.pinn for peer in PEERS.values())
+    with pytest.raises(KeyError, match="lbfgs"):
+        training_of("lbfgs")
+    with pytest.raises(KeyError, match="kfac"):
+        pinn_of("kfac")
+
+
 def test_missing_library_is_named():
-    method = Method(
-        "Other", (0.1,), METHODS["sgd"].build, module="no_such_module", source="pip install other"
-    )
-    assert method.missing() == "Other: no module 'no_such_module'; pip install other"
-    assert METHODS["sgd"].missing() is None
+    peer = Peer("Other", module="no_such_module", source="pip install other")
+    assert peer.missing() == "Other: no module 'no_such_module'; pip install other"
+    assert PEERS["sgd"].missing() is None
 
 
 def test_muon_takes_hidden_weights_and_adamw_the_rest():
@@ -147,7 +165,7 @@ def test_method_that_fails_does_not_cost_the_others_their_rows(tmp_path, capsys,
     def broken(*_):
         raise RuntimeError("no such device")
 
-    monkeypatch.setitem(METHODS, "muon", Method("Muon", (0.1,), broken))
+    monkeypatch.setitem(PEERS, "muon", Peer("Muon", Training((0.1,), broken)))
     output = tmp_path / "peers.jsonl"
     arguments = ["--size", "tiny", "--network", "transformer", "--method", "muon", "--rounds", "2"]
     assert main([*arguments, "--device", "cpu", "--output", str(output)]) == 1
@@ -159,7 +177,7 @@ def test_method_that_fails_does_not_cost_the_others_their_rows(tmp_path, capsys,
     ("device", "period", "length"), [("cuda", 1, 10), ("cuda", 4, 12), ("cuda", 100, 100), ("cpu", 4, 4)]
 )
 def test_a_turn_has_whole_periods_and_on_a_gpu_ten_steps(device, period, length):
-    method = Method("Other", (0.1,), METHODS["sgd"].build, period=period)
+    method = Training((0.1,), training_of("sgd").build, period=period)
     assert cycles.turn_length(method, torch.device(device)) == length
 
 

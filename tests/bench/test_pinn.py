@@ -4,20 +4,22 @@ import io
 import json
 import math
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from bench.peers import PEERS, PINN_NAMES, Peer, Pinn, lbfgs, pinn_of
 from bench.pinn import __main__ as comparison
-from bench.pinn import demo, gauss_newton, methods, problems, study
+from bench.pinn import demo, gauss_newton, problems, study
 from bench.pinn import run as training
 from bench.pinn import table as tables
-from bench.pinn.methods import METHODS, Method, Task
 from bench.pinn.problems import Equation, base
 from bench.pinn.run import Record, Run
 from bench.pinn.study import Final
+from bench.pinn.task import Task
 
 EQUATIONS = [
     name for name in problems.NAMES if name != "california" and isinstance(problems.load(name), Equation)
@@ -181,15 +183,15 @@ def test_bad_california_archives_are_named(tmp_path):
 
 
 def test_every_method_tries_equally_many_settings():
-    assert {len(method.settings) for method in METHODS.values()} == {4}
+    assert {len(pinn_of(name).settings) for name in PINN_NAMES} == {4}
 
 
 @pytest.mark.parametrize("problem", ["poisson-2d", "inverse-diffusion", "diabetes"])
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", PINN_NAMES)
 def test_every_method_lowers_the_loss(name, problem):
     loaded = problems.load(problem)
-    method = METHODS[name]
-    obstacle = method.obstacle(loaded)
+    method = pinn_of(name)
+    obstacle = study.obstacle(name, loaded)
     if obstacle is not None:
         pytest.skip(obstacle)
     task = Task.of(loaded, 0)
@@ -202,21 +204,23 @@ def test_every_method_lowers_the_loss(name, problem):
 
 def test_first_order_methods_end_with_a_small_rate_and_hand_over():
     task = Task.of(problems.load("fit-1d"), 0)
-    step = METHODS["adam"].build(task, lr=0.1)
+    step = pinn_of("adam").build(task, lr=0.1)
     start = [p.detach().clone() for p in task.parameters]
     step(1.0)
     assert all(torch.equal(p, q) for p, q in zip(task.parameters, start, strict=True))
-    both = METHODS["adam-lbfgs"].build(task, lr=0.01, adam_share=0.4)
+    both = pinn_of("adam-lbfgs").build(task, lr=0.01, adam_share=0.4)
     assert both(0.39) == 1
     assert both(0.41) > 1
 
 
 def test_obstacles_are_named(monkeypatch):
-    nowhere = Method("Nowhere", ({},), lambda task: lambda share: 1, package="no_such_package_anywhere")
-    assert nowhere.obstacle(problems.load("diabetes")) == "no_such_package_anywhere is not installed"
-    dense = Method("Dense", ({},), lambda task: lambda share: 1, regression_only=True)
-    assert dense.obstacle(problems.load("fit-1d")) is None
-    assert "torch.func" in dense.obstacle(problems.load("heat"))
+    part = Pinn(({},), lambda task: lambda spent: 1)
+    nowhere = Peer("Nowhere", pinn=part, module="no_such_package_anywhere")
+    monkeypatch.setitem(PEERS, "nowhere", nowhere)
+    monkeypatch.setitem(PEERS, "dense", Peer("Dense", pinn=replace(part, regression_only=True)))
+    assert study.obstacle("nowhere", problems.load("diabetes")) == "no_such_package_anywhere is not installed"
+    assert study.obstacle("dense", problems.load("fit-1d")) is None
+    assert "torch.func" in study.obstacle("dense", problems.load("heat"))
 
 
 def sabotaged(monkeypatch, at_step):
@@ -235,7 +239,7 @@ def sabotaged(monkeypatch, at_step):
 
         return step
 
-    monkeypatch.setitem(METHODS, "adam", Method("Adam", ({"lr": 0.1}, {"lr": 0.2}), build))
+    monkeypatch.setitem(PEERS, "adam", Peer("Adam", pinn=Pinn(({"lr": 0.1}, {"lr": 0.2}), build)))
 
 
 def test_records_come_at_the_start_the_marks_and_the_end():
@@ -327,7 +331,7 @@ def test_command_line_from_tuning_to_pictures(tmp_path, capsys, monkeypatch):
         assert [row["run"]["seed"] for row in mine] == [0, 0, 5, 6]
         tuning = {row["history"][-1]["validation_error"]: row["run"]["setting"] for row in mine[:2]}
         assert mine[2]["run"]["setting"] == mine[3]["run"]["setting"] == tuning[min(tuning)]
-        assert METHODS[method].label in out
+        assert PEERS[method].label in out
     assert {"commit", "torch", "cpu", "threads", "load"} <= rows[0].keys()
     assert "coefficient's error" in out
     for name in ("inverse-diffusion.png", "inverse-diffusion-fields.png"):
@@ -396,8 +400,8 @@ def test_demo_trains_both_and_leaves_the_picture(tmp_path, capsys):
 
 def test_demo_settings_are_among_those_tried():
     for name, setting in demo.CONTENDERS.items():
-        assert setting in METHODS[name].settings
-    assert methods.LBFGS_ITERATIONS > 1
+        assert setting in pinn_of(name).settings
+    assert lbfgs.ITERATIONS > 1
 
 
 def test_phases_of_a_gauss_newton_step_are_recorded(tmp_path):

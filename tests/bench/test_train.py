@@ -16,7 +16,7 @@ from training_runs import config, fake_run, train_without_waits
 
 from bench import workloads
 from bench.models import images
-from bench.peers import CORE, METHODS
+from bench.peers import CORE, PEERS, training_of
 from bench.tools.timing import Timing
 from bench.train import archive, checkpoint, figures, study, table
 from bench.train.__main__ import main
@@ -80,7 +80,7 @@ RESUMING = ("sgd", "adamw", "fngd", "fngd-exact", "fngd-adamw", "muon", "soap")
 @pytest.mark.parametrize("method", [*CORE, "fngd-adamw", "muon", "soap", "shampoo"])
 def test_every_method_learns(method, digits):
     # few steps: the highest rate of those whose steps are of a fixed length
-    lr = METHODS[method].lrs[4 if method in ("muon", "soap") else 2]
+    lr = training_of(method).lrs[4 if method in ("muon", "soap") else 2]
     run = train(config(method, lr=lr, width=2, epochs=8), digits, read_test=True)
     assert len(run.epochs) == 8
     assert run.epochs[-1]["train_loss"] < 0.5 * run.epochs[0]["train_loss"]
@@ -330,7 +330,7 @@ def test_command_line_from_tuning_to_picture(tmp_path, capsys, monkeypatch):
     assert {"commit", "torch", "cpu", "threads", "date", "gpu"} <= stored["environment"].keys()
     for row in stored["table"]:
         method = row["method"]
-        assert METHODS[method].label in out
+        assert PEERS[method].label in out
         tuned = [run["epochs"][-1]["validation_accuracy"] for run in stored["tuning"][method]]
         assert len(tuned) == 2
         best = next(run for run in stored["tuning"][method] if run["config"]["lr"] == row["lr"])
@@ -378,13 +378,13 @@ def test_study_on_a_shared_device_times_nothing(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("share", ["sample", "position", "mean"])
 def test_timed_steps_are_of_the_phase_they_are_named_after(share, digits, monkeypatch):
     optimizers = []
-    fngd = METHODS["fngd"]
+    fngd = training_of("fngd")
 
     def build(model, settings):
         optimizers.append(fngd.build(model, settings))
         return optimizers[-1]
 
-    monkeypatch.setitem(METHODS, "fngd", replace(fngd, build=build))
+    monkeypatch.setitem(PEERS, "fngd", replace(PEERS["fngd"], training=replace(fngd, build=build)))
     common = {key: value for key, value in vars(config()).items() if key in study.SHARED}
     asked = study.Study(
         **(common | {"share": share}), methods=("fngd",), lrs={}, damping_factors=(1.0,), seeds=(0,)

@@ -2,7 +2,7 @@
 
 import torch
 
-from bench.peers import METHODS
+from bench.peers import training_of
 from bench.train.run import Run, RunConfig, train
 
 
@@ -13,8 +13,8 @@ def config(method="sgd", **changes):
         "model": "mlp",
         "width": 1,
         "method": method,
-        "lr": METHODS[method].lrs[2],
-        "damping": METHODS[method].damping,
+        "lr": training_of(method).lrs[2],
+        "damping": training_of(method).damping,
         "share": "sample",
         "seed": 0,
         "epochs": 3,
