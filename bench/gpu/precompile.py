@@ -186,12 +186,12 @@ def _meta(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Do the jobs named, and say what each cost."""
-    parser = argparse.ArgumentParser(prog="bench.gpu.precompile", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.precompile", description=__doc__)
     parser.add_argument("job", nargs="+", choices=JOBS)
     parser.add_argument("--capability", type=lambda text: tuple(map(int, text.split("."))), default=(9, 0))
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     with compiling(options.capability) as compiled:
         for name in options.job:
             start, before = time.monotonic(), len(compiled.kernels)

@@ -17,15 +17,15 @@ from bench.kernels.cases import cases
 from bench.kernels.ceilings import CEILINGS, known
 from bench.kernels.run import Row, check, run
 from bench.kernels.shapes import NETWORKS, TINY
-from bench.tools import environment, jsonl
+from bench.tools import arguments, environment, jsonl
 from bench.tools.timing import synchronise
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Gate, time and record every case; return how many failed."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(argv)
     device = torch.device(options.device)
     if device.type == "cpu":
         print("on the CPU: fngd takes its library path, there is no roofline")
@@ -83,8 +83,8 @@ def _usable(device: torch.device) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bench.kernels", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
+    arguments.add_device(parser)
     parser.add_argument("--quick", action="store_true", help="each shape once, bf16: for the geometric means")
     parser.add_argument("--tiny", action="store_true", help="a few tiny layers of every kind")
     parser.add_argument("--gate", action="store_true", help="check against float64, time nothing")

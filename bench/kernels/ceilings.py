@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bench.tools import environment, jsonl
+from bench.tools import arguments, environment, jsonl
 from bench.tools.precision import allow_tf32
 from bench.tools.timing import round_robin
 
@@ -64,12 +64,12 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
     return round_robin({"": run}, rounds=5, warmup=2, device=device, calls=3)[""].median
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the ceilings, and record those of a CUDA device that has none in the file yet."""
-    parser = argparse.ArgumentParser(prog="bench.kernels.ceilings", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels.ceilings", description=__doc__)
+    arguments.add_device(parser)
     parser.add_argument("--output", type=Path, default=CEILINGS)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     device = torch.device(options.device)
     ceilings = known(options.output, device) or measure(device, order=512, copied=1 << 24)
     print(f"copy {ceilings.bytes_per_second / 1e9:.4g} GB/s, read and written")

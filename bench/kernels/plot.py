@@ -16,12 +16,12 @@ from bench.kernels import table
 FASTER, SLOWER, SHARE = "#0072B2", "#D55E00", "#56B4E9"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Read the file, draw a picture of every operator and dtype into the folder."""
-    parser = argparse.ArgumentParser(prog="bench.kernels.plot", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels.plot", description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("folder", type=Path)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     rows = [json.loads(line) for line in options.results.read_text().splitlines()]
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in table.best_rows(rows).values():

@@ -7,16 +7,15 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor
 
 import fngd_kernels as fk
-from bench.tools import environment, jsonl
-from bench.tools.timing import Timing, round_robin
+from bench.tools import arguments, environment, jsonl
+from bench.tools.jsonl import Row
+from bench.tools.timing import Timing, columns, round_robin
 from fngd_kernels.ops.coefficients import coefficients
 
 DAMPING = 0.1
@@ -111,33 +110,29 @@ def unevenness(k: Tensor, s: Tensor) -> float:
     return float(torch.maximum(uneven, (s.mean(-1) - 1).abs()).max())
 
 
-def rows(case: Case, timings: Mapping[str, Timing], errors: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Return one row per contender."""
+def solve_rows(case: Case, timings: Mapping[str, Timing], errors: Mapping[str, float]) -> list[Row]:
+    """Return a row of each contender."""
     return [
         {
             "network": case.name,
             "contender": name,
             "baseline": case.baseline,
-            "ratio": timing.median / timings[case.baseline].median,
-            "median_s": timing.median,
-            "p20_s": timing.p20,
-            "p80_s": timing.p80,
-            "rounds": len(timing.samples),
+            **columns(timings, name, case.baseline),
             "residual": errors[name],
         }
-        for name, timing in timings.items()
+        for name in timings
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Check, time and record every case; return how many failed."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(argv)
     device = torch.device(options.device)
     calls = 20 if device.type == "cuda" else 1
     where = environment.describe(device)
-    output = options.output or jsonl.RESULTS / ("gpu.jsonl" if device.type == "cuda" else "cpu.jsonl")
+    output = options.output or arguments.device_rows(device)
     failed = 0
-    done: list[dict[str, Any]] = []
+    done: list[Row] = []
     for kind, dtype, batch, order in itertools.product(
         NAMES, options.dtypes, options.batches, options.orders
     ):
@@ -151,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed += 1
             print(f"FAILED {kind} {batch} x {order} {dtype}: {type(error).__name__}: {error}", flush=True)
             continue
-        measured = rows(case, timings, errors)
+        measured = solve_rows(case, timings, errors)
         jsonl.append(output, [{**row, **where} for row in measured])
         done += measured
     print(tabulate(done, headers="keys", floatfmt=".4g"))
@@ -159,13 +154,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bench.kernels.solves", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels.solves", description=__doc__)
+    arguments.add_device(parser)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--orders", nargs="+", type=int, default=ORDERS)
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--output", type=Path, help="default: gpu.jsonl or cpu.jsonl among the results")
+    arguments.add_device_rows(parser)
     return parser
 
 

@@ -16,7 +16,7 @@ SGD_LRS = (0.01, 0.03, 0.1, 0.3, 1.0)
 ADAMW_LRS = (0.0003, 0.001, 0.003, 0.01, 0.03)
 
 Style = dict[str, Any]
-"""How matplotlib draws the peer's line: a colour of Okabe and Ito's, and dashes that tell it apart in print."""
+"""How matplotlib draws a line: a colour of Okabe and Ito's, and dashes that tell it apart in print."""
 
 
 def grey() -> Style:

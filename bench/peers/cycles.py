@@ -10,8 +10,9 @@ import torch
 import fngd
 from bench.peers import Settings, Training, training_of
 from bench.steps.networks import Batch, Network
+from bench.tools.jsonl import Row
 from bench.tools.peak_memory import peak_memory
-from bench.tools.timing import Step, Timing, round_robin
+from bench.tools.timing import Step, Timing, columns, round_robin
 
 # small enough to leave the numbers in the range where training happens
 STEP_LR = 1e-4
@@ -19,10 +20,8 @@ BASELINE = "sgd"
 # in a turn on a GPU, without a wait for it in between, as in training: the host runs ahead where it can
 FEWEST_STEPS = 10
 
-Row = dict[str, str | float | int | None]
 
-
-def contenders(network: Network, batch: Batch, names: list[str]) -> dict[str, Callable[[], Step]]:
+def cycle_makers(network: Network, batch: Batch, names: list[str]) -> dict[str, Callable[[], Step]]:
     """What makes each contender's cycle of steps; FNGD takes part once per phase."""
     made: dict[str, Callable[[], Step]] = {}
     for name in names:
@@ -74,7 +73,7 @@ def measure(
     return timings, {name: peak_memory(step, device) for name, step in steps.items()}
 
 
-def rows(timings: Mapping[str, Timing], peaks: Mapping[str, int], *, epochs: int) -> list[Row]:
+def cycle_rows(timings: Mapping[str, Timing], peaks: Mapping[str, int], *, epochs: int) -> list[Row]:
     """One row per contender, and for FNGD with shared coefficients one for the schedule of the paper.
 
     epochs: length of a training of which FNGD solves in the first epoch only
@@ -97,14 +96,9 @@ def rows(timings: Mapping[str, Timing], peaks: Mapping[str, int], *, epochs: int
 
 
 def _row(name: str, timings: Mapping[str, Timing], peaks: Mapping[str, int]) -> Row:
-    timing = timings[name]
     return {
         "contender": name,
-        "ratio": timing.median / timings[BASELINE].median,
-        "median_s": timing.median,
-        "p20_s": timing.p20,
-        "p80_s": timing.p80,
-        "rounds": len(timing.samples),
+        **columns(timings, name, BASELINE),
         "peak_bytes": peaks[name],
         "extra_bytes": peaks[name] - peaks[BASELINE],
     }

@@ -14,6 +14,7 @@ from bench.pinn import figures, problems, table
 from bench.pinn.archive import Archive
 from bench.pinn.problems import Equation, Problem
 from bench.pinn.study import Final, Study, conduct
+from bench.tools.arguments import positive_float, positive_int
 
 # whose error is drawn over the plane
 DRAWN = ("adam", "adam-lbfgs", "gauss-newton")
@@ -38,7 +39,9 @@ def parser() -> argparse.ArgumentParser:
         "--method", choices=PINN_NAMES, action="append", help="method, repeatable (default: all)"
     )
     parser.add_argument("--data-dir", type=Path, help="folder of cal_housing.tgz, for california")
-    parser.add_argument("--seconds", type=float, default=30.0, help="CPU seconds of training in each run")
+    parser.add_argument(
+        "--seconds", type=positive_float, default=30.0, help="CPU seconds of training in each run"
+    )
     parser.add_argument(
         "--settings", type=int, default=SETTINGS, help=f"settings each method tries, 1 to {SETTINGS}"
     )
@@ -48,16 +51,16 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         help="seed of a final run, repeatable (default: 1, 2, 3; tuning: 0)",
     )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--threads", type=positive_int, default=1, help="CPU threads")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/pinn"), help="folder; the runs it holds are not run again"
     )
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the comparison that `arguments` describe; returns the exit status."""
-    options = parser().parse_args(arguments)
+def main(argv: list[str] | None = None) -> int:
+    """Run the comparison that `argv` describes; returns the exit status."""
+    options = parser().parse_args(argv)
     try:
         _compare(options)
     except ValueError as error:
@@ -70,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    _check(options)
+    if not 1 <= options.settings <= SETTINGS:
+        raise ValueError(f"settings: expected 1 to {SETTINGS}, got {options.settings}")
     torch.set_num_threads(options.threads)
     study = Study(
         methods=tuple(dict.fromkeys(options.method or PINN_NAMES)),
@@ -111,15 +115,6 @@ def _problem_names(options: argparse.Namespace) -> tuple[str, ...]:
     if options.problem:
         return tuple(options.problem)
     return problems.NAMES if options.data_dir else tuple(n for n in problems.NAMES if n != "california")
-
-
-def _check(options: argparse.Namespace) -> None:
-    if not 0 < options.seconds < float("inf"):
-        raise ValueError(f"seconds: expected a number above 0, got {options.seconds}")
-    if not 1 <= options.settings <= SETTINGS:
-        raise ValueError(f"settings: expected 1 to {SETTINGS}, got {options.settings}")
-    if options.threads < 1:
-        raise ValueError(f"threads: expected 1 or more, got {options.threads}")
 
 
 if __name__ == "__main__":

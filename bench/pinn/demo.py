@@ -16,6 +16,7 @@ from bench.pinn import figures, problems
 from bench.pinn.archive import History
 from bench.pinn.run import Run, train
 from bench.pinn.task import Task
+from bench.tools.arguments import positive_float
 
 PROBLEM = "poisson-2d"
 # the settings that the comparison of `python -m bench.pinn` chooses for this problem
@@ -23,16 +24,15 @@ CONTENDERS: dict[str, Setting] = {"adam": {"lr": 1e-2}, "gauss-newton": {"dampin
 LOG_INTERVAL_S = 5.0
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Train both in turns, showing their errors, and leave the picture; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.pinn.demo", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=25.0, help="CPU seconds of each (default: 25)")
+    parser.add_argument(
+        "--seconds", type=positive_float, default=25.0, help="CPU seconds of each (default: 25)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="draws the points and the network (default: 1)")
     parser.add_argument("--output", type=Path, default=Path("runs/pinn-demo.png"), help="picture to write")
-    options = parser.parse_args(arguments)
-    if not 0 < options.seconds < float("inf"):
-        print(f"error: seconds: expected a number above 0, got {options.seconds}", file=sys.stderr)
-        return 2
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
     _compare(options)
     return 0

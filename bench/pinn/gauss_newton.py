@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from torch.func import functional_call, hessian, jacrev, vmap
 import fngd
 import fngd_kernels as fk
 from bench.tools import environment, jsonl
-from bench.tools.timing import Step, Timing, round_robin
+from bench.tools.jsonl import Row
+from bench.tools.timing import Step, Timing, columns, round_robin
 from fngd.jacobian import Jacobian
 
 DAMPING = 1e-3
@@ -113,24 +115,20 @@ def phases(
     }
 
 
-def rows(label: str, timings: dict[str, Timing], baseline: str) -> list[dict[str, object]]:
-    """One row per contender."""
+def step_rows(label: str, timings: Mapping[str, Timing], baseline: str) -> list[Row]:
+    """Return a row of each step or phase."""
     return [
         {
             "network": label,
             "contender": name,
             "baseline": baseline,
-            "ratio": timing.median / timings[baseline].median,
-            "median_s": timing.median,
-            "p20_s": timing.p20,
-            "p80_s": timing.p80,
-            "rounds": len(timing.samples),
+            **columns(timings, name, baseline),
         }
-        for name, timing in timings.items()
+        for name in timings
     ]
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Time the phases of every case; append the rows as they come."""
     parser = argparse.ArgumentParser(prog="python -m bench.pinn.gauss_newton", description=__doc__)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
@@ -139,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=64, help="of three hidden layers (default: 64)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, help="JSONL file to append to (default: none)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     device = torch.device(options.device)
     for dimensions in options.dimensions:
         steps(GATE_POINTS, dimensions, options.width, device)
@@ -151,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
                     f"Laplacian of {dimensions} dimensions, {points} points, width {options.width}, "
                     f"{str(dtype).removeprefix('torch.')}"
                 )
-                table = rows(label, timings, "step")
+                table = step_rows(label, timings, "step")
                 print(f"\n{label}\n{tabulate(table, headers='keys', floatfmt='.4g')}", flush=True)
                 if options.output is not None:
                     jsonl.append(options.output, [row | environment.describe(device) for row in table])

@@ -20,7 +20,7 @@ from bench.train.archive import parse_run
 from bench.train.run import Run, RunConfig
 from bench.train.study import SHARED, Results
 
-PEERS, TRAINING = "peers.jsonl", "training.jsonl"
+STEP_ROWS, TRAINING_ROWS = "peers.jsonl", "training.jsonl"
 # what the paper's claims are about: listed as not measured until there are rows
 WANTED_STEPS = ("ResNet-18", "Transformer")
 WANTED_STUDIES = ("cifar10", "cifar100", "multi30k")
@@ -55,19 +55,20 @@ class Trained:
         return Results(tuning, chosen, self.final, steps={})
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Write the page; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=jsonl.RESULTS, help="folder of the result files")
-    folder = parser.parse_args(arguments).results
-    peers, training = jsonl.read(folder / PEERS), jsonl.read(folder / TRAINING)
+    folder = parser.parse_args(argv).results
+    peers, training = jsonl.read(folder / STEP_ROWS), jsonl.read(folder / TRAINING_ROWS)
     pictures = folder / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     page = "\n\n".join(
         [
             "# Report",
-            f"Written by `python -m bench.report` from `{PEERS}` and `{TRAINING}`; every table names the "
-            "commit and the hardware its figures come from. How steps are timed: [README](README.md).",
+            f"Written by `python -m bench.report` from `{STEP_ROWS}` and `{TRAINING_ROWS}`; every table "
+            "names the commit and the hardware its figures come from. "
+            "How steps are timed: [README](README.md).",
             *step_sections(peers, pictures),
             *training_sections(training, pictures),
             *unmeasured(peers, training),

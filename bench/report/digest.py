@@ -13,9 +13,9 @@ from bench.kernels import table
 from bench.tools import jsonl
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print what there is in the folder named."""
-    (folder,) = sys.argv[1:] if arguments is None else arguments
+    (folder,) = sys.argv[1:] if argv is None else argv
     print("\n\n".join(tables(Path(folder))))
 
 

@@ -123,7 +123,7 @@ def capture(step: Callable[..., Tensor | None], batch: Batch) -> Callable[..., T
     return replay
 
 
-def contenders(
+def step_makers(
     network: Network, batch: Batch, base: str, mode: str, phase: Phase = unmarked
 ) -> dict[str, Callable[[], Step]]:
     """What makes each contender's step; the base optimizer with its defaults and with its fused kernel."""

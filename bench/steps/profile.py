@@ -16,10 +16,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.steps import trace
-from bench.steps.contenders import BASES, MODES, contenders
+from bench.steps.contenders import BASES, MODES, step_makers
 from bench.steps.networks import MIXED
 from bench.steps.trace import OTHER, PHASES, STEP, Summary
-from bench.tools import environment
+from bench.tools import arguments, environment
 from bench.tools.timing import Step, synchronise
 
 WARMUP = 3
@@ -29,9 +29,9 @@ Calls = dict[str, tuple[float, ...]]
 """By name, of one step: the number of calls, then milliseconds of each side that there is (host, device)."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Profile each contender; leave a trace of each, and the tables as Markdown and as JSON."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(argv)
     device = torch.device(options.device)
     for mode in options.mode:
         with tempfile.TemporaryDirectory() as folder:
@@ -43,7 +43,7 @@ def _report(mode: str, device: torch.device, traces: Path, options: argparse.Nam
     batch = network.draw(device)
     # on CUDA the fused form, which FNGD takes there
     base = f"{options.base} fused" if device.type == "cuda" else options.base
-    made = contenders(network, batch, options.base, mode, record_function)
+    made = step_makers(network, batch, options.base, mode, record_function)
     name = f"{options.network}-{mode}-{options.base}"
     options.output.mkdir(parents=True, exist_ok=True)
 
@@ -153,10 +153,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bench.steps.profile", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.steps.profile", description=__doc__)
     parser.add_argument("--network", choices=MIXED, default="resnet")
     parser.add_argument("--size", choices=("small", "gpu"), default="small")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments.add_device(parser)
     parser.add_argument("--mode", nargs="+", choices=MODES, default=["eager"])
     parser.add_argument("--base", choices=BASES, default="sgd")
     parser.add_argument("--steps", type=int, default=10)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+Row = dict[str, Any]
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
@@ -24,6 +25,6 @@ def append(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
         raise OSError(f"{path}: {written} of {len(content)} bytes written")
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[Row]:
     """Return the rows of `path`, none when it is not there."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -8,9 +8,9 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 Step = Callable[[], object]
 
@@ -68,25 +68,16 @@ def round_robin(
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
-def training_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    y: Tensor,
-    *,
-    ids: Tensor | None = None,
-) -> Step:
-    """One whole optimisation step on one batch; `ids` are the samples' rows for a shared-coefficient FNGD."""
-
-    def step() -> None:
-        if ids is not None:
-            optimizer.set_samples(ids)  # type: ignore[attr-defined]
-        optimizer.zero_grad()
-        loss(model(x), y).backward()
-        optimizer.step()
-
-    return step
+def columns(timings: Mapping[str, Timing], name: str, baseline: str) -> dict[str, Any]:
+    """Return what every row says about time: the ratio to the baseline's, seconds of a call, rounds."""
+    timing = timings[name]
+    return {
+        "ratio": timing.median / timings[baseline].median,
+        "median_s": timing.median,
+        "p20_s": timing.p20,
+        "p80_s": timing.p80,
+        "rounds": len(timing.samples),
+    }
 
 
 def synchronise(device: torch.device) -> None:

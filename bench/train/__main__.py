@@ -14,6 +14,7 @@ import torch
 from bench import workloads
 from bench.models import images
 from bench.peers import CORE, PEERS, TRAINING_NAMES, available
+from bench.tools.arguments import positive_float, positive_int
 from bench.train import figures, table
 from bench.train.run import PRECISIONS
 from bench.train.study import OutOfTime, Study, conduct, describe_point
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", choices=workloads.NAMES, default="digits", help="data set")
     parser.add_argument("--data-dir", type=Path, help="folder of the archives; digits needs none")
     parser.add_argument("--cache-dir", type=Path, default=RUNS / "cache", help="where decoded data is kept")
-    parser.add_argument("--train-size", type=_positive, help="train on this many samples (default: all)")
+    parser.add_argument("--train-size", type=positive_int, help="train on this many samples (default: all)")
     parser.add_argument(
         "--model",
         choices=(*images.NAMES, "transformer"),
@@ -42,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--width",
-        type=_positive,
+        type=positive_int,
         default=16,
         help="channels of the first stage (mlp, transformer: units / 32)",
     )
@@ -52,14 +53,14 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         help=f"method to train, repeatable (default: {', '.join(CORE)})",
     )
-    parser.add_argument("--epochs", type=_positive, default=15, help="passes over the training split")
+    parser.add_argument("--epochs", type=positive_int, default=15, help="passes over the training split")
     parser.add_argument("--warmup-epochs", type=int, default=0, help="epochs with a rising learning rate")
-    parser.add_argument("--batch-size", type=_positive, default=64, help="samples per step")
+    parser.add_argument("--batch-size", type=positive_int, default=64, help="samples per step")
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument(
         "--seed", type=int, action="append", help="seed of a final run, repeatable; the first tunes"
     )
-    seeds.add_argument("--seeds", type=_positive, default=3, help="number of seeds, counted from 0")
+    seeds.add_argument("--seeds", type=positive_int, default=3, help="number of seeds, counted from 0")
     parser.add_argument(
         "--lr",
         type=_rates,
@@ -75,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--damping-factor",
-        type=_positive_float,
+        type=positive_float,
         action="append",
         help="multiple of the recommended damping to try, repeatable, for methods with one (default: 1)",
     )
@@ -87,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument(
         "--threads",
-        type=_positive,
+        type=positive_int,
         help="CPU threads (default: 1 for digits, whose steps are too short to divide, else torch's choice)",
     )
     parser.add_argument(
@@ -97,16 +98,16 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, help="folder of the results (default: runs/DATA[-MODEL]-TIME)")
     parser.add_argument("--rows", type=Path, help="file to append every finished run to, for bench.report")
-    parser.add_argument("--seconds", type=_positive_float, help="stop after so long; --resume goes on")
+    parser.add_argument("--seconds", type=positive_float, help="stop after so long; --resume goes on")
     parser.add_argument(
         "--resume", action="store_true", help="go on in --output, or in the newest default folder"
     )
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the study that `arguments` describe; returns the exit status."""
-    options = parser().parse_args(arguments)
+def main(argv: list[str] | None = None) -> int:
+    """Run the study that `argv` describes; returns the exit status."""
+    options = parser().parse_args(argv)
     try:
         _compare(options)
     except ValueError as error:
@@ -233,21 +234,7 @@ def _rates(text: str) -> tuple[str | None, tuple[float, ...]]:
         raise argparse.ArgumentTypeError(
             f"expected one of {', '.join(TRAINING_NAMES)} before =, got {method!r}"
         )
-    return method or None, tuple(_positive_float(rate) for rate in rates.split(","))
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
-    return value
-
-
-def _positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return value
+    return method or None, tuple(positive_float(rate) for rate in rates.split(","))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,6 @@ class Progress:
 
     def _log(self) -> None:
         self._logged = time.monotonic()
-        share, elapsed = self.done / self.total, self._logged - self._start
-        line = f"  {self._doing}: {self.done} of {self.total} steps ({share:.0%}) after {elapsed:.0f} s"
+        part, elapsed = self.done / self.total, self._logged - self._start
+        line = f"  {self._doing}: {self.done} of {self.total} steps ({part:.0%}) after {elapsed:.0f} s"
         print(line, file=sys.stderr, flush=True)

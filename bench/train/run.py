@@ -137,8 +137,8 @@ def train(
     return run
 
 
-def rate(step: int, steps: int, warmup: int) -> float:
-    """Share of the learning rate at `step` of `steps`: up a line for `warmup` steps, down half a cosine."""
+def lr_factor(step: int, steps: int, warmup: int) -> float:
+    """Return what the rate is multiplied by: up a line for `warmup` steps, then down half a cosine."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
@@ -178,9 +178,9 @@ class _Trainer:
         samples = 0
         warmup = self.config.warmup_epochs * self.steps
         for step, batch in enumerate(self.batches, start=number * self.steps):
-            share = rate(step, self.config.epochs * self.steps, warmup)
+            factor = lr_factor(step, self.config.epochs * self.steps, warmup)
             for group in self.update.param_groups:
-                group["lr"] = self.config.lr * share
+                group["lr"] = self.config.lr * factor
             self.update.zero_grad()
             with self.autocast():
                 loss = self.task.loss(self.model, batch, self.generator)

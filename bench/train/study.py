@@ -160,19 +160,19 @@ def describe_point(point: Point) -> str:
 def time_steps(study: Study, task: Task) -> dict[str, Timing]:
     """Time one step of plain SGD and of every method on the same batch, in turns, for some ten seconds."""
     methods = dict.fromkeys(("sgd", *study.methods))
-    contenders = dict(_contenders(study, task, list(methods)))
+    contenders = dict(_method_steps(study, task, list(methods)))
     trial = round_robin(contenders, rounds=1, warmup=STEP_WARMUP, device=task.device)
     fewest, most = STEP_ROUNDS
     rounds = int(STEP_SECONDS / sum(timing.median for timing in trial.values()))
     return round_robin(contenders, rounds=min(max(rounds, fewest), most), warmup=0, device=task.device)
 
 
-def _contenders(study: Study, task: Task, methods: list[str]) -> Iterator[tuple[str, Step]]:
+def _method_steps(study: Study, task: Task, methods: list[str]) -> Iterator[tuple[str, Step]]:
     batch = next(iter(task.batches(study.batch_size, torch.Generator().manual_seed(0))))
     ids = list(range(len(batch[0])))
     dtype = PRECISIONS[study.precision]
 
-    def contender(name: str, share: str) -> Step:
+    def step_of(name: str, share: str) -> Step:
         torch.manual_seed(0)
         method = training_of(name)
         model = task.model(study.model, study.width).to(task.device)
@@ -198,9 +198,9 @@ def _contenders(study: Study, task: Task, methods: list[str]) -> Iterator[tuple[
     # a single step says little of a method that refreshes a preconditioner now and then: bench.peers averages
     for name in (name for name in methods if training_of(name).period == 1):
         if training_of(name).solves != "always":
-            yield name, contender(name, study.share)
+            yield name, step_of(name, study.share)
         if training_of(name).solves != "never":
-            yield f"{name} solving", contender(name, "none")
+            yield f"{name} solving", step_of(name, "none")
 
 
 @dataclass(frozen=True)

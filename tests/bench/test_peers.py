@@ -142,7 +142,7 @@ def test_muon_moves_convolutions_along_orthogonal_matrices(memory_format):
 
 def test_average_over_the_schedule_solves_in_one_epoch():
     timings = {"sgd": Timing((1.0,)), "fngd": Timing((1.1,)), "fngd solving": Timing((2.0,))}
-    rows = cycles.rows(timings, {"sgd": 5, "fngd": 6, "fngd solving": 9}, epochs=10)
+    rows = cycles.cycle_rows(timings, {"sgd": 5, "fngd": 6, "fngd solving": 9}, epochs=10)
     average = rows[-1]
     assert average["contender"] == "fngd average"
     assert average["ratio"] == pytest.approx((2.0 + 9 * 1.1) / 10)

@@ -377,14 +377,27 @@ def test_half_a_line_is_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seconds", "0"], "seconds: expected a number above 0, got 0.0"),
         (["--settings", "5"], "settings: expected 1 to 4, got 5"),
-        (["--threads", "0"], "threads: expected 1 or more, got 0"),
         (["--problem", "california"], "data_dir: california needs the folder"),
     ],
 )
 def test_bad_arguments_are_named(tmp_path, capsys, arguments, message):
     assert cli(tmp_path, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (comparison.main, ["--seconds", "0"], "--seconds: expected a number above 0, got 0"),
+        (comparison.main, ["--threads", "0"], "--threads: expected 1 or more, got 0"),
+        (demo.main, ["--seconds", "-1"], "--seconds: expected a number above 0, got -1"),
+    ],
+)
+def test_numbers_out_of_range_are_named(command, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command(arguments)
+    assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
 
@@ -395,7 +408,6 @@ def test_demo_trains_both_and_leaves_the_picture(tmp_path, capsys):
     assert "Adam" in out
     assert "GaussNewton" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert demo.main(["--seconds", "-1"]) == 2
 
 
 def test_demo_settings_are_among_those_tried():

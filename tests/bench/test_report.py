@@ -15,7 +15,7 @@ from bench.report import __main__ as report
 from bench.tools import environment, jsonl
 from bench.train import study
 from bench.train.__main__ import main as train_main
-from bench.train.run import rate, train
+from bench.train.run import lr_factor, train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "bench" / "gpu_study.sh"
@@ -211,10 +211,10 @@ def test_coefficients_are_told_apart_by_label(monkeypatch):
 
 
 def test_rate_rises_then_falls():
-    rates = [rate(step, 10, 4) for step in range(10)]
+    rates = [lr_factor(step, 10, 4) for step in range(10)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[4:] == sorted(rates[4:], reverse=True)
-    assert rate(5, 10, 0) == pytest.approx(0.5)
+    assert lr_factor(5, 10, 0) == pytest.approx(0.5)
 
 
 def test_bf16_run_differs_from_fp32_and_learns():
