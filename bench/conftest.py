@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Figures are per thread; the threads of other libraries follow torch's."""
+    """Measure on one thread: figures are per thread, and the threads of other libraries follow torch's."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -25,7 +25,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def compare(benchmark: BenchmarkFixture) -> Callable[..., dict[str, Timing]]:
-    """Time contenders in turns, with --benchmark-enable over all rounds, else once."""
+    """Return what times contenders in turns: with --benchmark-enable over all rounds, else once."""
 
     def run(steps: Mapping[str, Step], *, rounds: int, warmup: int, trial_warmup: int) -> dict[str, Timing]:
         rounds, warmup = (rounds, warmup) if benchmark.enabled else (1, trial_warmup)
@@ -37,7 +37,7 @@ def compare(benchmark: BenchmarkFixture) -> Callable[..., dict[str, Timing]]:
 
 @pytest.fixture
 def publish(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
-    """Show rows, and with --benchmark-enable append them to cpu.jsonl, each with what is common to all."""
+    """Return what shows rows and, with --benchmark-enable, appends them with `common` to cpu.jsonl."""
 
     def run(title: str, rows: list[Row], common: Row | None = None) -> None:
         benchmark.extra_info.update({row["contender"]: row for row in rows})

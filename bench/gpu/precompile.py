@@ -4,8 +4,6 @@ Kernels that benchmarks launch on a GPU are compiled through Triton's own way, s
 versions finds them in the cache (TRITON_CACHE_DIR, whose path has to be the same there).
 """
 
-from __future__ import annotations
-
 import argparse
 import subprocess
 import tempfile
@@ -42,7 +40,7 @@ PROCESSORS = 132
 HALF = torch.bfloat16
 VOCABULARY = 10_000
 FUSED = ("gram", "gram_conv", "gram_embedding", "combine", "combine_conv", "combine_embedding")
-# how Python tells what a system is, with and without the program `file`: part of the launchers' keys
+# How Python tells what a system is, with and without the program `file`: part of the launchers' keys.
 PLATFORMS = ("x86_64,Linux,64bit,ELF", "x86_64,Linux,64bit,")
 
 
@@ -68,7 +66,7 @@ def training() -> None:
     sentences = replace(MIXED["transformer"]["gpu"], model=_translator)
     for samples in (128, 45_000 % 128):
         _solving_step(replace(images, batch=partial(_images, samples)))
-    # lengths of sentences: what they are multiples of, and in how many blocks they are taken
+    # Lengths of sentences: what they are multiples of, and in how many blocks they are taken.
     for samples, length in product((128, 29_000 % 128), (12, 16, 17, 24, 32, 33, 47, 48)):
         _solving_step(replace(sentences, batch=partial(_sentences, samples, length)))
 
@@ -111,7 +109,7 @@ class Compiled:
 
 @contextmanager
 def compiling(capability: tuple[int, int]) -> Iterator[Compiled]:
-    """Have what is launched on meta tensors compiled for a GPU of this capability instead."""
+    """Compile what is launched on meta tensors for a GPU of this capability, instead of launching it."""
     compiled, run = Compiled(capability), JITFunction.run
 
     def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -172,7 +170,7 @@ class _OnCuda(TorchDispatchMode):
                 inputs: Any = [_meta(x) if isinstance(x, Tensor) else x for x in args]
                 s = torch.empty(len(inputs[0]), device="meta")
                 getattr(operators, name)(*inputs)
-                # what a solving step combines with the coefficients it solved for
+                # What a solving step combines with the coefficients it solved for.
                 if name == "gram":
                     a, e, bias, _ = inputs[:4]
                     operators.combine(a, e, s, bias)

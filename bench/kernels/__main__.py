@@ -1,7 +1,5 @@
 """Time the kernels over real layer shapes: `python -m bench.kernels --quick --shapes gram`."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import random

@@ -1,7 +1,5 @@
 """What the device at hand can do at most, measured: `python -m bench.kernels.ceilings`."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Times of calls on a device that starts cold: CUDA graphs over rotating buffers, contenders in turns."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

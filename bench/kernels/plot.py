@@ -1,7 +1,5 @@
 """Pictures of a results file: speed-up and share of the roofline per shape, one picture an operator."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """A case measured: gate in float64, then times, then rows for the results file."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Time batched damped solves against torch.linalg: `python -m bench.kernels.solves --device cuda`."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +20,7 @@ DAMPING = 0.1
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 BATCHES = (1, 16, 64)
 ORDERS = (32, 64, 128, 256)
-# ours first, torch's second
+# Ours first, torch's second.
 NAMES = {
     "solve": ("fngd_kernels.solve", "torch.linalg"),
     "coefficients": ("fngd coefficients", "torch.linalg"),
@@ -45,7 +43,7 @@ class Case:
         Raises: AssertionError when one is over the tolerance.
         """
         errors = {name: self.error(run()) for name, run in self.contenders.items()}
-        # written so that NaN fails
+        # Written so that NaN fails.
         if not all(error <= self.tolerance for error in errors.values()):
             raise AssertionError(f"{self.name}: errors {errors}, over {self.tolerance:.0e}")
         return errors

@@ -1,7 +1,5 @@
 """Geometric means over the shapes, from rows alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

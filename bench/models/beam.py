@@ -1,7 +1,5 @@
 """Beam search for the translator, all sentences of a batch at once."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -33,7 +31,7 @@ def translate(
     source = source.repeat_interleave(width, dim=0)
     memory = model.encode(source)
     tokens = torch.full((n * width, 1), start, device=source.device)
-    # all hypotheses begin alike: only the first may branch
+    # All hypotheses begin alike: only the first may branch.
     scores = torch.full((n, width), -torch.inf, device=source.device)
     scores[:, 0] = 0
     first_row = torch.arange(n, device=source.device).unsqueeze(1) * width
@@ -44,7 +42,7 @@ def translate(
         ended = continued[:, :, end] / ((5 + length) / 6) ** penalty
         continued[:, :, end] = -torch.inf
         if length == longest:
-            # nothing follows: every hypothesis counts as it stands
+            # Nothing follows: every hypothesis counts as it stands.
             closed, token_rows = (continued.amax(2) / ((5 + length) / 6) ** penalty), continued.argmax(2)
             last = torch.cat([tokens, token_rows.view(-1, 1)], dim=1)
             _keep(best, closed, last.view(n, width, -1))
@@ -52,7 +50,7 @@ def translate(
         scores, choice = continued.flatten(1).topk(width)
         rows = (first_row + choice // vocabulary).flatten()
         tokens = torch.cat([tokens[rows], (choice % vocabulary).view(-1, 1)], dim=1)
-        # log probabilities only fall: no continuation gets past this
+        # Log probabilities only fall: no continuation gets past this.
         reachable = scores.amax(1) / ((5 + longest) / 6) ** penalty
         if all(found >= bound for (found, _), bound in zip(best, reachable.tolist(), strict=True)):
             break

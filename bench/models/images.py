@@ -1,7 +1,5 @@
 """The networks that the training runs choose from."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,7 +7,7 @@ NAMES = ("mlp", "cnn", "resnet18")
 
 
 def build(name: str, image_shape: tuple[int, int, int], classes: int, *, width: int) -> nn.Module:
-    """Network called `name` for images (C,H,W); `width`: channels of its first stage (mlp: units / 32).
+    """Return the network called `name` for images (C,H,W), with `width` channels at first (mlp: units / 32).
 
     Raises: ValueError for an unknown name or a width below 1.
     """
@@ -26,7 +24,7 @@ def build(name: str, image_shape: tuple[int, int, int], classes: int, *, width: 
 
 
 def mlp(inputs: int, classes: int, *, units: int) -> nn.Sequential:
-    """Two hidden layers."""
+    """Return a network with two hidden layers."""
     return nn.Sequential(
         nn.Flatten(),
         nn.Linear(inputs, units),
@@ -38,7 +36,7 @@ def mlp(inputs: int, classes: int, *, units: int) -> nn.Sequential:
 
 
 def cnn(image_shape: tuple[int, int, int], classes: int, *, width: int) -> nn.Sequential:
-    """Three 3x3 convolutions and a linear layer; no normalisation layers."""
+    """Return three 3x3 convolutions and a linear layer, without normalisation."""
     channels, height, image_width = image_shape
     return nn.Sequential(
         nn.Conv2d(channels, width, 3, padding=1),
@@ -73,7 +71,7 @@ class ResNet18(nn.Module):
         self.linear = nn.Linear(8 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N,C,H,W) images -> (N,classes) logits."""
+        """Return logits (N,classes) of images (N,C,H,W)."""
         x = self.blocks(F.relu(self.norm(self.conv(x))))
         return self.linear(x.mean(dim=(2, 3)))
 
@@ -93,6 +91,6 @@ class BasicBlock(nn.Module):
             self.shortcut.append(nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N,C,H,W) -> (N,C',H',W')."""
+        """Return (N,C',H',W') of (N,C,H,W)."""
         out = F.relu(self.norm1(self.conv1(x)))
         return F.relu(self.norm2(self.conv2(out)) + self.shortcut(x))

@@ -1,7 +1,5 @@
 """The networks that are trained: tanh perceptrons, as is usual for physics-informed networks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -31,5 +29,5 @@ class WithCoefficient(nn.Module):
         self.coefficient = nn.Parameter(torch.tensor(start, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N,d) points -> (N,1) solution."""
+        """Return the solution (N,1) at points (N,d)."""
         return self.network(x)

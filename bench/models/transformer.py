@@ -1,7 +1,5 @@
 """Transformers of linear layers: a causal language model and an encoder-decoder."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -25,7 +23,7 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(dimension, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(N,T) token ids -> (N,T,vocabulary) logits."""
+        """Return logits (N,T,vocabulary) of token ids (N,T)."""
         return self.head(self.norm(self.blocks(self.embedding(tokens) + self.positions)))
 
 
@@ -51,7 +49,7 @@ class EncoderDecoder(nn.Module):
         self.head = nn.Linear(dimension, vocabulary)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """(N,S) source and (N,T) target token ids -> (N,T,vocabulary) logits."""
+        """Return logits (N,T,vocabulary) of source (N,S) and target (N,T) token ids."""
         memory = self.encoder(self.source(source) + self.positions[: source.shape[1]])
         memory = self.memory_norm(memory)
         x = self.target(target) + self.positions[: target.shape[1]]
@@ -74,7 +72,7 @@ class Block(nn.Module):
         self.down = nn.Linear(hidden, dimension)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N,T,D) -> (N,T,D)."""
+        """Return (N,T,D) of (N,T,D)."""
         q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=2)
         x = x + self.out(attend(q, k, v, self.heads, causal=self.causal))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
@@ -91,7 +89,7 @@ class DecoderBlock(Block):
         self.cross_out = nn.Linear(dimension, dimension)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:  # type: ignore[override]
-        """(N,T,D) with the encoder's output (N,S,D) -> (N,T,D)."""
+        """Return (N,T,D) of (N,T,D) with the encoder's output (N,S,D)."""
         q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=2)
         x = x + self.out(attend(q, k, v, self.heads, causal=True))
         k, v = self.cross_kv(memory).chunk(2, dim=2)
@@ -100,13 +98,13 @@ class DecoderBlock(Block):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, *, causal: bool) -> Tensor:
-    """Multi-head attention of queries (N,T,D) over keys and values (N,S,D) -> (N,T,D)."""
+    """Return multi-head attention (N,T,D) of queries (N,T,D) over keys and values (N,S,D)."""
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
 
 
 def sinusoids(length: int, dimension: int) -> Tensor:
-    """Position codes (T,D).
+    """Return position codes (T,D).
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.5.
     """

@@ -1,7 +1,5 @@
 """The Transformer for translation: with masks for padding and with dropout."""
 
-from __future__ import annotations
-
 import math
 
 import torch.nn.functional as F
@@ -48,18 +46,18 @@ class Translator(nn.Module):
         self.head = nn.Linear(dimension, vocabulary)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """(N,S) source and (N,T) target ids -> (N,T,vocabulary) logits of the token after each position."""
+        """Return logits (N,T,vocabulary) of the token after each position of the target."""
         return self.head(self.decode(self.encode(source), source, target))
 
     def encode(self, source: Tensor) -> Tensor:
-        """(N,S) ids -> (N,S,D)."""
+        """Return (N,S,D) of ids (N,S)."""
         x = self._embed(self.source, source)
         for layer in self.encoder:
             x = layer(x, mask=self._mask(source))
         return self.memory_norm(x)
 
     def decode(self, memory: Tensor, source: Tensor, target: Tensor) -> Tensor:
-        """Encoded (N,S,D) and ids (N,S) of the source, target ids (N,T) -> (N,T,D), what the head reads."""
+        """Return what the head reads (N,T,D): encoded source (N,S,D), its ids (N,S), target ids (N,T)."""
         x = self._embed(self.target, target)
         for layer in self.decoder:
             x = layer(x, memory, memory_mask=self._mask(source))
@@ -69,7 +67,7 @@ class Translator(nn.Module):
         return self.dropout(embedding(ids) * self.scale + self.positions[: ids.shape[1]])
 
     def _mask(self, ids: Tensor) -> Tensor:
-        """(N,S) -> (N,1,1,S): the keys that may be attended to."""
+        """Return (N,1,1,S) of ids (N,S): which keys may be attended to."""
         return (ids != self.padding)[:, None, None]
 
 
@@ -84,7 +82,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(dimension, dimension)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
-        """Queries of (N,T,D) over (N,S,D); without a mask each position sees itself and those before it."""
+        """Return (N,T,D) of queries over `memory` (N,S,D); without a mask no position sees those after it."""
         k, v = self.kv(memory).chunk(2, dim=2)
         q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (self.q(x), k, v))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -104,16 +102,16 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(N,T,D) -> (N,T,D)."""
+        """Return (N,T,D) of (N,T,D)."""
         return self.feed_forward(self.attend(x, mask))
 
     def attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Add what self-attention gives."""
+        """Return x and what self-attention adds."""
         normed = self.attention_norm(x)
         return x + self.dropout(self.attention(normed, normed, mask))
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """Add what the feed-forward network gives."""
+        """Return x and what the feed-forward network adds."""
         return x + self.dropout(self.down(F.relu(self.up(self.forward_norm(x)))))
 
 
@@ -126,7 +124,7 @@ class DecoderLayer(Layer):
         self.cross = Attention(dimension, heads)
 
     def forward(self, x: Tensor, memory: Tensor, *, memory_mask: Tensor) -> Tensor:  # type: ignore[override]
-        """(N,T,D) with the encoder's output (N,S,D) -> (N,T,D)."""
+        """Return (N,T,D) of (N,T,D) with the encoder's output (N,S,D)."""
         x = self.attend(x, None)
         x = x + self.dropout(self.cross(self.cross_norm(x), memory, memory_mask))
         return self.feed_forward(x)

@@ -1,7 +1,5 @@
 """Time a step of every optimizer over SGD's: `python -m bench.peers --device cuda --size gpu`."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time
@@ -20,7 +18,7 @@ from bench.tools import arguments, environment, jsonl
 from bench.tools.attempt import attempt
 from bench.tools.timing import Step
 
-# every method once: a step of FNGD exact is the solving step of FNGD shared
+# Every method once: a step of FNGD exact is the solving step of FNGD shared.
 DEFAULT = tuple(name for name in TRAINING_NAMES if training_of(name).solves != "always")
 NETWORKS: dict[str, dict[str, Network]] = {
     "tiny": {name: sizes["small"] for name, sizes in networks.MIXED.items()},

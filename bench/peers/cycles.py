@@ -1,7 +1,5 @@
 """Step time and memory of every method in turns in one process; a periodic method's time is its average."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -14,15 +12,15 @@ from bench.tools.jsonl import Row
 from bench.tools.peak_memory import peak_memory
 from bench.tools.timing import Step, Timing, columns, round_robin
 
-# small enough to leave the numbers in the range where training happens
+# Small enough to leave the numbers in the range where training happens.
 STEP_LR = 1e-4
 BASELINE = "sgd"
-# in a turn on a GPU, without a wait for it in between, as in training: the host runs ahead where it can
+# In a turn on a GPU, without a wait for it in between, as in training: the host runs ahead where it can.
 FEWEST_STEPS = 10
 
 
 def cycle_makers(network: Network, batch: Batch, names: list[str]) -> dict[str, Callable[[], Step]]:
-    """What makes each contender's cycle of steps; FNGD takes part once per phase."""
+    """Return what makes each contender's cycle of steps; FNGD takes part once per phase."""
     made: dict[str, Callable[[], Step]] = {}
     for name in names:
         method = training_of(name)
@@ -60,7 +58,7 @@ def _cycle(network: Network, batch: Batch, method: Training, share: str) -> Step
 def measure(
     steps: Mapping[str, Step], lengths: Mapping[str, int], batch: Batch, *, rounds: int
 ) -> tuple[dict[str, Timing], dict[str, int]]:
-    """Seconds per step over the rounds, and peak bytes of a turn.
+    """Return seconds per step over the rounds, and peak bytes of a turn.
 
     lengths: number of steps in a contender's turn
     """
@@ -74,7 +72,7 @@ def measure(
 
 
 def cycle_rows(timings: Mapping[str, Timing], peaks: Mapping[str, int], *, epochs: int) -> list[Row]:
-    """One row per contender, and for FNGD with shared coefficients one for the schedule of the paper.
+    """Return a row of each contender, and of FNGD with shared coefficients one of the paper's schedule.
 
     epochs: length of a training of which FNGD solves in the first epoch only
     """

@@ -1,7 +1,5 @@
 """Meta's Distributed Shampoo, on one device."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -1,7 +1,5 @@
 """FNGD: coefficients shared with later epochs or solved for at every step, over SGD or AdamW."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal

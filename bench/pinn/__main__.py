@@ -1,7 +1,5 @@
 """`python -m bench.pinn`: Gauss-Newton beside Adam, L-BFGS and others on problems with known solutions."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path
@@ -16,13 +14,13 @@ from bench.pinn.problems import Equation, Problem
 from bench.pinn.study import Final, Study, conduct
 from bench.tools.arguments import positive_float, positive_int
 
-# whose error is drawn over the plane
+# Whose error is drawn over the plane.
 DRAWN = ("adam", "adam-lbfgs", "gauss-newton")
 SETTINGS = min(len(pinn_of(name).settings) for name in PINN_NAMES)
 
 
 def parser() -> argparse.ArgumentParser:
-    """Command line of the comparison."""
+    """Return the command line of the comparison."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.pinn",
         description="Tune every method with equally many settings on validation points, train with the best "
@@ -59,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the comparison that `argv` describes; returns the exit status."""
+    """Run the comparison that `argv` describes; return the exit status."""
     options = parser().parse_args(argv)
     try:
         _compare(options)

@@ -1,7 +1,5 @@
 """`python -m bench.pinn.demo`: the 2-d Poisson problem by Adam and by GaussNewton, side by side."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time
@@ -19,13 +17,13 @@ from bench.pinn.task import Task
 from bench.tools.arguments import positive_float
 
 PROBLEM = "poisson-2d"
-# the settings that the comparison of `python -m bench.pinn` chooses for this problem
+# The settings that the comparison of `python -m bench.pinn` chooses for this problem.
 CONTENDERS: dict[str, Setting] = {"adam": {"lr": 1e-2}, "gauss-newton": {"damping": 1.0}}
 LOG_INTERVAL_S = 5.0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train both in turns, showing their errors, and leave the picture; returns the exit status."""
+    """Train both in turns, showing their errors, and leave the picture; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.pinn.demo", description=__doc__)
     parser.add_argument(
         "--seconds", type=positive_float, default=25.0, help="CPU seconds of each (default: 25)"
@@ -57,7 +55,7 @@ def _compare(options: argparse.Namespace) -> None:
     ) as bar:
         logged = time.monotonic()
         while running:
-            # whoever has trained less goes on to its next record
+            # Whoever has trained less goes on to its next record.
             name = min(running, key=lambda name: histories[name][-1].seconds if histories[name] else 0.0)
             entry = next(running[name], None)
             if entry is None:

@@ -1,7 +1,5 @@
 """Pictures: error and loss over seconds and steps; a solution, its prediction and the error of that."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,7 +97,7 @@ def draw(
 
 
 def draw_fields(axes: np.ndarray, problem: Equation, networks: Mapping[str, nn.Module]) -> None:
-    """Solution, prediction of the last network, and the errors of all on one scale."""
+    """Draw the solution, the prediction of the last network, and the errors of all on one scale."""
     (x0, x1), (y0, y1) = zip(problem.low, problem.high, strict=True)
     columns, rows = torch.meshgrid(
         torch.linspace(x0, x1, GRID, dtype=torch.float64),

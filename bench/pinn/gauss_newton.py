@@ -1,7 +1,5 @@
 """Where the time of a Gauss-Newton step goes: `python -m bench.pinn.gauss_newton --device cuda`."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping
 from itertools import pairwise
@@ -20,14 +18,14 @@ from bench.tools.timing import Step, Timing, columns, round_robin
 from fngd.jacobian import Jacobian
 
 DAMPING = 1e-3
-# points of the gate, which forms the whole Jacobian
+# Points of the gate, which forms the whole Jacobian.
 GATE_POINTS = 100
 
 
 def network(
     dimensions: int, width: int, device: torch.device, dtype: torch.dtype = torch.float64
 ) -> nn.Module:
-    """A tanh network with three hidden layers; the same at every call."""
+    """Return a tanh network with three hidden layers, the same at every call."""
     torch.manual_seed(0)
     sizes = (dimensions, width, width, width)
     hidden = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.Tanh())]
@@ -35,7 +33,7 @@ def network(
 
 
 def residuals(model: nn.Module, x: Tensor) -> Tensor:
-    """Laplacian u - x_1, as users of autograd write it."""
+    """Return the Laplacian of u minus x_1, as users of autograd write it."""
     x = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
     columns = gradient.unbind(1)
@@ -44,7 +42,7 @@ def residuals(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def dense_step(model: nn.Module, x: Tensor) -> None:
-    """The same step with the whole Jacobian, as users of torch.func write it."""
+    """Take the same step with the whole Jacobian, as users of torch.func write it."""
     params = {name: p.detach() for name, p in model.named_parameters()}
 
     def residual(params: dict[str, Tensor], point: Tensor) -> Tensor:
@@ -65,12 +63,12 @@ def dense_step(model: nn.Module, x: Tensor) -> None:
 
 
 def flat(model: nn.Module) -> Tensor:
-    """All parameters as one vector."""
+    """Return all parameters as one vector."""
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def steps(points: int, dimensions: int, width: int, device: torch.device) -> dict[str, Step]:
-    """A step of GaussNewton and one by vmap(jacrev), on equal networks of their own.
+    """Return a step of GaussNewton and one by vmap(jacrev), on equal networks of their own.
 
     Raises: AssertionError when they are not the same step.
     """
@@ -94,7 +92,7 @@ def steps(points: int, dimensions: int, width: int, device: torch.device) -> dic
 def phases(
     points: int, dimensions: int, width: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Step]:
-    """A whole step, and each of its phases alone."""
+    """Return a whole step, and each of its phases alone."""
     x = torch.rand(points, dimensions, dtype=dtype, device=device)
     model = network(dimensions, width, device, dtype)
     optimizer = fngd.GaussNewton(model, damping=DAMPING)

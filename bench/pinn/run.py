@@ -3,8 +3,6 @@
 CPU seconds of the process: what else runs on the machine does not count against a method.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import time
@@ -20,7 +18,7 @@ from bench.pinn.problems import Problem, mean_squares, relative_error
 from bench.pinn.task import Task
 
 MARKS = 50
-# early enough for what overfits within a few steps
+# Early enough for what overfits within a few steps.
 FIRST_MARK = 1 / 3000
 
 
@@ -53,7 +51,7 @@ def train(run: Run, problem: Problem, task: Task) -> Iterator[Record]:
     A run whose loss is not finite ends there, without a record of it.
     """
     build = pinn_of(run.method).build
-    # first calls import and compile; a copy pays for that
+    # First calls import and compile; a copy pays for that.
     rehearsal = Task(problem, copy.deepcopy(task.network), task.points)
     build(rehearsal, **run.setting)(0.0)
     step = build(task, **run.setting)
@@ -73,7 +71,7 @@ def train(run: Run, problem: Problem, task: Task) -> Iterator[Record]:
 
 
 def measure(task: Task, step: int, seconds: float) -> Record:
-    """Loss at the training points and errors at fresh ones."""
+    """Return the loss at the training points and errors at fresh ones."""
     problem, network = task.problem, task.network
     return Record(
         step=step,
@@ -86,7 +84,7 @@ def measure(task: Task, step: int, seconds: float) -> Record:
 
 
 def coefficient_error(problem: Problem, network: nn.Module) -> float | None:
-    """|c - true c| / |true c|, where the problem seeks a coefficient."""
+    """Return |c - true c| / |true c|, None where the problem seeks no coefficient."""
     if problem.coefficient is None:
         return None
     found = network.get_parameter("coefficient").item()

@@ -1,7 +1,5 @@
 """The table of a problem: final errors, and how much sooner or lower than Adam and Adam + L-BFGS."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +14,7 @@ BASELINES = ("adam", "adam-lbfgs")
 
 
 def table(problem: Problem, finals: Mapping[str, Final]) -> str:
-    """Markdown table, a row for each method: medians and ranges of the seeds that did not diverge."""
+    """Return a Markdown table, a row of each method: medians and ranges of the seeds that did not diverge."""
     errors = {name: _errors(problem, final) for name, final in finals.items()}
     baselines = [name for name in BASELINES if errors.get(name)]
     rows = []
@@ -46,20 +44,20 @@ def table(problem: Problem, finals: Mapping[str, Final]) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """`median (lowest to highest)`."""
+    """Return `median (lowest to highest)`."""
     if not values:
         return "all diverged"
     return f"{statistics.median(values):.2g} ({min(values):.2g} to {max(values):.2g})"
 
 
 def at_edge(final: Final) -> bool:
-    """Whether a better setting may lie beyond those tried, where one number was tuned."""
+    """Return whether a better setting may lie beyond those tried, where one number was tuned."""
     numbers = [next(iter(setting.values())) for setting in final.tried if len(setting) == 1]
     return len(numbers) > 1 and next(iter(final.setting.values())) in (min(numbers), max(numbers))
 
 
 def time_to(target: float, history: History) -> float | None:
-    """Seconds until the test error was `target` or less; None when it never was."""
+    """Return the seconds until the test error was `target` or less, None when it never was."""
     return next((entry.seconds for entry in history if entry.test_error <= target), None)
 
 

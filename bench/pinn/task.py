@@ -20,21 +20,21 @@ class Task:
 
     @classmethod
     def of(cls, problem: Problem, seed: int) -> "Task":
-        """Training points and initial network of `seed`."""
+        """Return the training points and the initial network of `seed`."""
         torch.manual_seed(seed)
         return cls(problem, problem.network(), problem.points(seed))
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
-        """All parameters."""
+        """Return all parameters."""
         return list(self.network.parameters())
 
     def residuals(self) -> Residuals:
-        """Residuals at the training points."""
+        """Return the residuals at the training points."""
         return self.problem.residuals(self.network, self.points)
 
     def backward(self) -> Tensor:
-        """Loss, its gradient left in `.grad`."""
+        """Return the loss, and leave its gradient in `.grad`."""
         for parameter in self.parameters:
             parameter.grad = None
         loss = mean_squares(self.residuals())

@@ -4,8 +4,6 @@ python -m bench.reliability            the whole campaign
 python -m bench.reliability --quick    the part that runs with the tests
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess
@@ -22,7 +20,7 @@ PAGE = ROOT / "docs/reliability.md"
 
 
 def main() -> int:
-    """Run the campaign; returns pytest's exit status."""
+    """Run the campaign; return pytest's exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.reliability", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="as many cases as the tests run")
     quick = parser.parse_args().quick

@@ -3,8 +3,6 @@
 `python -m bench.reliability.faults` trains an MLP, as bench.train does; half a minute on one thread.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable
@@ -54,7 +52,7 @@ class Loop:
         with torch.no_grad():
             return float(F.cross_entropy(self.model(self.x), self.y))
 
-    def run(self, fault: Callable[[Loop, Tensor], None] | None = None, at: int = -1) -> Losses:
+    def run(self, fault: Callable[["Loop", Tensor], None] | None = None, at: int = -1) -> Losses:
         """Return the loss before the first step and after each; the batch of step `at` is the faulty one."""
         losses = [self.loss()]
         for _ in range(EPOCHS):
@@ -69,7 +67,7 @@ class Loop:
 
 
 def nan(loop: Loop, ids: Tensor) -> None:
-    """A batch with one pixel that is NaN."""
+    """Train on a batch with one pixel that is NaN."""
     loop.step(
         ids,
         lambda x: x.index_put(
@@ -79,19 +77,19 @@ def nan(loop: Loop, ids: Tensor) -> None:
 
 
 def infinity(loop: Loop, ids: Tensor) -> None:
-    """A batch that is infinite."""
+    """Train on a batch that is infinite."""
     loop.step(ids, lambda x: x + torch.inf)
 
 
 def overflow(loop: Loop, ids: Tensor) -> None:
-    """A loss scale at which gradients overflow, as a GradScaler meets them."""
+    """Train with a loss scale at which gradients overflow, as a GradScaler meets them."""
     loop.scale = 2.0**140
     loop.step(ids)
     loop.scale = 1.0
 
 
 def forward(loop: Loop, ids: Tensor) -> None:
-    """An exception between two layers, caught by the loop."""
+    """Raise an exception between two layers, caught by the loop."""
 
     def fail(module: nn.Module, inputs: object, output: Tensor) -> None:
         raise ArithmeticError
@@ -100,7 +98,7 @@ def forward(loop: Loop, ids: Tensor) -> None:
 
 
 def backward(loop: Loop, ids: Tensor) -> None:
-    """An exception in the backward of a module, caught by the loop."""
+    """Raise an exception in the backward of a module, caught by the loop."""
 
     def fail(gradient: Tensor) -> None:
         raise ArithmeticError
@@ -109,7 +107,7 @@ def backward(loop: Loop, ids: Tensor) -> None:
 
 
 def memory(loop: Loop, ids: Tensor) -> None:
-    """Memory that runs out in every Gram matrix, whatever the workspace."""
+    """Run out of memory in every Gram matrix, whatever the workspace."""
 
     def fail(parts: object) -> Tensor:
         raise torch.OutOfMemoryError
@@ -122,7 +120,7 @@ def memory(loop: Loop, ids: Tensor) -> None:
 
 
 def restart(loop: Loop, ids: Tensor) -> None:
-    """The end of the process: a new one goes on from a checkpoint, with the same batch."""
+    """End the process: a new one goes on from a checkpoint, with the same batch."""
     states = loop.model.state_dict(), loop.opt.state_dict()
     rng = torch.get_rng_state()
     fresh = Loop()

@@ -1,7 +1,5 @@
 """`python -m bench.report`: bench/results/REPORT.md, its tables and pictures from the result files alone."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json
@@ -21,7 +19,7 @@ from bench.train.run import Run, RunConfig
 from bench.train.study import SHARED, Results
 
 STEP_ROWS, TRAINING_ROWS = "peers.jsonl", "training.jsonl"
-# what the paper's claims are about: listed as not measured until there are rows
+# What the paper's claims are about: listed as not measured until there are rows.
 WANTED_STEPS = ("ResNet-18", "Transformer")
 WANTED_STUDIES = ("cifar10", "cifar100", "multi30k")
 CLAIMS = {"kfac": 2.4, "shampoo": 5.7}
@@ -43,12 +41,12 @@ class Trained:
 
     @property
     def config(self) -> RunConfig:
-        """Configuration of some run: what all have in common holds of it."""
+        """Return the configuration of some run, whose common part holds of all."""
         return next(runs[0] for runs in itertools.chain(self.tuning.values(), self.final.values())).config
 
     @property
     def results(self) -> Results:
-        """What the summary reads; steps are timed elsewhere."""
+        """Return what the table is made of; steps are timed elsewhere."""
         tuning = {method: self.tuning.get(method, []) for method in self.final}
         settings = {method: runs[0].config for method, runs in self.final.items()}
         chosen = {method: (config.lr, config.damping) for method, config in settings.items()}
@@ -56,7 +54,7 @@ class Trained:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the page; returns the exit status."""
+    """Write the page; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=jsonl.RESULTS, help="folder of the result files")
     folder = parser.parse_args(argv).results
@@ -80,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def step_sections(rows: list[Row], pictures: Path) -> Iterator[str]:
-    """A table and a picture of each process that timed something last on its network and machine."""
+    """Yield a table and a picture of each process that timed something last on its network and machine."""
     if rows:
         yield "## Time of a step"
         yield (
@@ -127,7 +125,7 @@ def _latest(rows: list[Row]) -> list[list[Row]]:
 
 
 def step_label(contender: str, epochs: int | None) -> str:
-    """Name of a contender for tables."""
+    """Return the name of a contender for tables."""
     method, _, phase = contender.partition(" ")
     label = PEERS[method].label
     if phase == "average":
@@ -162,7 +160,7 @@ def studies(rows: list[Row]) -> list[Trained]:
 
 
 def training_sections(rows: list[Row], pictures: Path) -> Iterator[str]:
-    """Tables and curves of every study."""
+    """Yield tables and curves of every study."""
     if rows:
         yield "## Training"
         yield (
@@ -205,7 +203,7 @@ def training_sections(rows: list[Row], pictures: Path) -> Iterator[str]:
 
 
 def tuning_table(tuning: Mapping[str, list[Run]]) -> str:
-    """Best validation score of each method at each learning rate it tried."""
+    """Return the best validation score of each method at each learning rate it tried."""
     rates = sorted({run.config.lr for runs in tuning.values() for run in runs})
     lines = []
     for method, runs in tuning.items():
@@ -219,7 +217,7 @@ def tuning_table(tuning: Mapping[str, list[Run]]) -> str:
 
 
 def coefficient_sentence(coefficients: Mapping[str, list[float]]) -> str:
-    """Medians and middle halves of the coefficients of samples with kept and with replaced labels."""
+    """Return medians and middle halves of the coefficients, of samples with kept and with replaced labels."""
     parts = []
     for name, values in coefficients.items():
         low, middle, high = (values[round(share * (len(values) - 1))] for share in (0.25, 0.5, 0.75))
@@ -228,7 +226,7 @@ def coefficient_sentence(coefficients: Mapping[str, list[float]]) -> str:
 
 
 def unmeasured(peers: list[Row], training: list[Row]) -> Iterator[str]:
-    """What the paper's claims need and no row has."""
+    """Yield what the paper's claims need and no row has."""
     timed = {row["network"] for row in peers if row["gpu"]}
     trained = {row["config"]["data"] for row in training if row["config"]["device"] == "cuda"}
     missing = [
@@ -241,7 +239,7 @@ def unmeasured(peers: list[Row], training: list[Row]) -> Iterator[str]:
 
 
 def provenance(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Commits, hardware and versions behind a table."""
+    """Return commits, hardware and versions behind a table."""
     rows = list(rows)
     commits = dict.fromkeys(
         f"{row['commit']}{' with uncommitted changes' if row['uncommitted_changes'] else ''}" for row in rows

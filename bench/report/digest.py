@@ -1,7 +1,5 @@
 """The rows of a folder in a few short tables: `python -m bench.report.digest bench/results`."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Time training steps against the base optimizer's: `python -m bench.steps --device cuda --size gpu`."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import math
@@ -32,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in options.network:
         network = MIXED[name][options.size]
         batch = network.draw(device)
-        # no figure without its gate; the other network still gets its own
+        # No figure without its gate; the other network still gets its own.
         if not attempt(f"{network.name}, gate", partial(gate.check, network, batch)):
             missing += 1
             continue
@@ -44,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 missing += 1
                 print(f"no time left for {', '.join(case.values())}")
                 continue
-            # every model counts against the number of times that torch compiles the same code
+            # Every model counts against the number of times that torch compiles the same code.
             torch.compiler.reset()
             if mode not in gated:
                 gate_of_mode = partial(gate.check_mode, network, batch, mode)

@@ -1,7 +1,5 @@
 """The steps that are timed: the base optimizer's and FNGD's, eager, compiled or as CUDA graphs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -15,7 +13,7 @@ from bench.steps.networks import Batch, Network
 from bench.tools.timing import Step
 from fngd import graphs
 
-# the same for all and small enough to leave the numbers in the range where training happens
+# The same for all and small enough to leave the numbers in the range where training happens.
 BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9}),
     "adamw": (torch.optim.AdamW, {"lr": 1e-5}),
@@ -74,7 +72,7 @@ def make_step(
         model.compile()
     elif mode == "graphed" and isinstance(optimizer, fngd.FNGD):
         step = fngd.GraphedStep(optimizer, step)
-        # the last of these captures
+        # The last of these captures.
         for _ in range(graphs.WARM_UP + 1):
             named(*batch)
     elif mode == "graphed":
@@ -85,7 +83,7 @@ def make_step(
 def training_step(
     objective: Callable[..., Tensor], optimizer: torch.optim.Optimizer, phase: Phase = unmarked
 ) -> Callable[..., Tensor]:
-    """A whole optimisation step as a function of the batch; it returns the loss."""
+    """Return a whole optimisation step as a function of the batch, which returns the loss."""
 
     def step(*batch: Tensor) -> Tensor:
         with phase("forward"):
@@ -126,13 +124,13 @@ def capture(step: Callable[..., Tensor | None], batch: Batch) -> Callable[..., T
 def step_makers(
     network: Network, batch: Batch, base: str, mode: str, phase: Phase = unmarked
 ) -> dict[str, Callable[[], Step]]:
-    """What makes each contender's step; the base optimizer with its defaults and with its fused kernel."""
+    """Return what makes each contender's step: FNGD's and the base optimizer's, this also with fused=True."""
     optimizers: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
         base: lambda model: base_optimizer(model, base, mode),
         f"{base} fused": lambda model: base_optimizer(model, base, mode, fused=True),
         "fngd steady": lambda model: fngd_optimizer(model, base, mode, share="sample"),
     }
-    # a compiled network solves eagerly
+    # A compiled network solves eagerly.
     if mode != "compiled":
         optimizers["fngd solving"] = lambda model: fngd_optimizer(model, base, mode, share="none")
 

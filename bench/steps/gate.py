@@ -4,8 +4,6 @@ A pass is compared with its own layer inputs and output gradients: two passes in
 differently, and behind BatchNorm that moves gradients by tens of percent.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +20,7 @@ from bench.steps.networks import Batch, Network
 from bench.tools.precision import allow_tf32
 
 DAMPING = 0.1
-# the momentum buffer then holds the last gradient, which a graph's step has deleted
+# The momentum buffer then holds the last gradient, which a graph's step has deleted.
 KEEP_GRADIENT: dict[str, Any] = {"lr": 0.0, "momentum": 1e-9}
 NORMS = nn.LayerNorm | nn.BatchNorm2d
 
@@ -91,7 +89,7 @@ def _check_grams(network: Network, batch: Batch) -> None:
 
 
 def _check_weighted_gradients(network: Network, batch: Batch) -> None:
-    """Two passes: the first solves, the second takes its coefficients from the table."""
+    """Check two passes: the first solves, the second takes its coefficients from the table."""
     ids = torch.arange(len(batch[0]))
     model = network.build(batch[0].device)
     optimizer = fngd.FNGD(model, lr=0.0, damping=DAMPING, share="sample")
@@ -114,7 +112,7 @@ def _check_weighted_gradients(network: Network, batch: Batch) -> None:
 
 
 def _check_graphed(network: Network, batch: Batch, share: str) -> None:
-    """The captured pass keeps its tensors, which each replay fills again."""
+    """Check a captured pass, whose tensors each replay fills again."""
     ids = torch.arange(len(batch[0]))
     model = network.build(batch[0].device)
     optimizer = fngd_optimizer(model, "sgd", "graphed", share=share, damping=DAMPING, **KEEP_GRADIENT)
@@ -141,7 +139,7 @@ def _check_compiled(network: Network, batch: Batch, mode: str) -> None:
         eager, other = (_changes(network, batch, m) for m in ("eager", mode))
     for name, change in eager.items():
         deviation = float((other[name] - change).norm() / change.norm())
-        # written so that NaN fails
+        # Written so that NaN fails.
         if not deviation <= COMPILED_TOLERANCE:
             raise AssertionError(f"{mode} step: weighted gradient of {name} is {deviation:.0%} off")
 
@@ -165,7 +163,7 @@ def _changes(network: Network, batch: Batch, mode: str) -> dict[str, Tensor]:
 
 @contextmanager
 def captured(model: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Captured]]:
-    """Keep what the named layers of `model` take in and get back; of several passes the last."""
+    """Yield what the named layers of `model` take in and get back; of several passes the last."""
     layers: dict[str, Captured] = {}
 
     def keep(name: str, layer: nn.Module, a: Tensor, out: Tensor) -> None:

@@ -1,7 +1,5 @@
 """The networks whose steps are timed: two small ones for a CPU thread, and those of the GPU figures."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

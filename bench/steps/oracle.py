@@ -1,7 +1,5 @@
 """What samples contribute to a layer's gradient, in float64, by formulas that share no code with FNGD."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Show where the time of a step goes, FNGD beside the base optimizer: `python -m bench.steps.profile`."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import tempfile
@@ -41,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _report(mode: str, device: torch.device, traces: Path, options: argparse.Namespace) -> None:
     network = MIXED[options.network][options.size]
     batch = network.draw(device)
-    # on CUDA the fused form, which FNGD takes there
+    # On CUDA the fused form, which FNGD takes there.
     base = f"{options.base} fused" if device.type == "cuda" else options.base
     made = step_makers(network, batch, options.base, mode, record_function)
     name = f"{options.network}-{mode}-{options.base}"

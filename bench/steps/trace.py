@@ -1,7 +1,5 @@
 """Where the time of a step goes, read from a Chrome trace of torch.profiler."""
 
-from __future__ import annotations
-
 import bisect
 import gzip
 import json
@@ -13,7 +11,7 @@ from typing import Any
 
 STEP = "step"
 PHASES = ("set_samples", "forward", "backward", "update", "zero_grad")
-# what is left of a step, such as the replay of a CUDA graph
+# What is left of a step, such as the replay of a CUDA graph.
 OTHER = "other"
 DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 HOST_CALLS = ("cuda_runtime", "cuda_driver")
@@ -49,7 +47,7 @@ class Summary:
 
     @property
     def device_ms(self) -> float:
-        """Milliseconds that the device worked in a step."""
+        """Return the milliseconds that the device worked in a step."""
         return sum(phase.device_ms for phase in self.phases.values())
 
 

@@ -3,8 +3,6 @@
 `python -m bench.tools.environment` prints it. It fails where torch has CUDA and the native extension has not.
 """
 
-from __future__ import annotations
-
 import datetime
 import importlib.metadata
 import json
@@ -21,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def describe(device: torch.device) -> dict[str, str | float | bool | None]:
-    """Commit, whether the checkout has uncommitted changes, date, versions, processor, load, GPU, threads.
+    """Return commit, whether there are uncommitted changes, date, versions, processor, load, GPU, threads.
 
     FNGD_COMMIT and FNGD_DIRTY (1 or 0) say the first two for a copy whose repository, if any, does not know.
     extension: what of the native extension is there: "cuda", "cpu" or nothing
@@ -48,7 +46,7 @@ def _code() -> tuple[str | None, bool | None]:
     """Return the commit that runs and whether it has changes."""
     if "FNGD_COMMIT" in os.environ:
         return os.environ["FNGD_COMMIT"], os.environ.get("FNGD_DIRTY") != "0"
-    # results are appended to files of the repository, which must not make the next ones look uncommitted
+    # Results are appended to files of the repository, which must not make the next ones look uncommitted.
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
     return _git("rev-parse", "--short=12", "HEAD"), None if changes is None else bool(changes)
 

@@ -1,7 +1,5 @@
 """Results on file: one JSON object a line, appended and never overwritten."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +16,7 @@ def append(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     """
     content = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    # without a buffer, which would write in parts
+    # Without a buffer, which would write in parts.
     with path.open("ab", buffering=0) as file:
         written = file.write(content)
     if written != len(content):

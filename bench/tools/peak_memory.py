@@ -1,7 +1,5 @@
 """Peak memory of one call, counted from the allocator's own events rather than from the process size."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from pathlib import Path
@@ -15,7 +13,7 @@ CPU_DEVICE_TYPE = 0
 
 
 def peak_memory(step: Step, device: torch.device) -> int:
-    """Highest number of bytes that one call of `step` held beyond what was allocated before it.
+    """Return the most bytes that one call of `step` held beyond what was allocated before it.
 
     On the CPU the profiler's trace lists every allocation and release of torch's allocator with its size, so
     the running sum is exact and repeatable; what C++ code takes from malloc by itself is not in it.

@@ -1,7 +1,5 @@
 """How a GPU multiplies float32."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """Interleaved timing: contenders take turns in one process, so that drift of the machine hits all alike."""
 
-from __future__ import annotations
-
 import gc
 import random
 import statistics
@@ -23,17 +21,17 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Median seconds."""
+        """Return the median, in seconds."""
         return statistics.median(self.samples)
 
     @property
     def p20(self) -> float:
-        """20th percentile, seconds."""
+        """Return the 20th percentile, in seconds."""
         return _percentile(self.samples, 20)
 
     @property
     def p80(self) -> float:
-        """80th percentile, seconds."""
+        """Return the 80th percentile, in seconds."""
         return _percentile(self.samples, 80)
 
 
@@ -60,7 +58,7 @@ def round_robin(
                 seconds = _timed(contenders[name], device, calls)
                 if turn >= warmup:
                     samples[name].append(seconds)
-            # the youngest generation only: a full collection takes longer than many steps
+            # The youngest generation only: a full collection takes longer than many steps.
             gc.collect(0)
     finally:
         if collecting:

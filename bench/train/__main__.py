@@ -1,7 +1,5 @@
 """`python -m bench.train`: train a network by several optimizers, each tuned alike, and compare them."""
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import sys
@@ -25,7 +23,7 @@ T = TypeVar("T")
 
 
 def parser() -> argparse.ArgumentParser:
-    """Command line of the training job."""
+    """Return the command line of the training job."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.train",
         description="Tune every optimizer on the validation split with equally many learning rates, "
@@ -106,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the study that `argv` describes; returns the exit status."""
+    """Run the study that `argv` describes; return the exit status."""
     options = parser().parse_args(argv)
     try:
         _compare(options)
@@ -228,7 +226,7 @@ def _unique(values: Iterable[T]) -> tuple[T, ...]:
 
 
 def _rates(text: str) -> tuple[str | None, tuple[float, ...]]:
-    """`0.1`, `0.1,0.3` or `adamw=0.001,0.003`."""
+    """Return method and rates of `0.1`, `0.1,0.3` or `adamw=0.001,0.003`; no method means all."""
     method, separator, rates = text.rpartition("=")
     if separator and method not in TRAINING_NAMES:
         raise argparse.ArgumentTypeError(

@@ -1,7 +1,5 @@
 """Finished runs on file: a JSON file each, or rows of a file of results."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping
@@ -34,13 +32,13 @@ def load_run(path: Path) -> Run:
 
 
 def parse_run(row: Mapping[str, Any]) -> Run:
-    """Run of a result row, which also says its stage and task."""
+    """Return the run of a result row, which also says its stage and task."""
     values = {name: value for name, value in row.items() if name not in ("stage", "task")}
     return Run(**{**values, "config": RunConfig(**values["config"])})
 
 
 def recorded(rows: Path | None) -> dict[tuple[str, RunConfig], Run]:
-    """Finished runs of a file of rows by stage and configuration; none when it is not there.
+    """Return the runs in a file of rows by stage and configuration, none when it is not there.
 
     Raises: ValueError for a file that holds anything else, such as half a line.
     """

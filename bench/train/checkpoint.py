@@ -1,7 +1,5 @@
 """Checkpoints that are whole or absent: written beside the target, then renamed over it."""
 
-from __future__ import annotations
-
 import os
 import secrets
 import zipfile
@@ -39,7 +37,7 @@ def load(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         try:
             with zipfile.ZipFile(file) as parts:
-                # torch.load looks at no checksum, and reads nothing for an entry that is marked as a folder.
+                # Here, since torch.load looks at no checksum, and reads nothing for an entry marked as a folder.
                 damaged = parts.testzip() or next(
                     (e.filename for e in parts.infolist() if e.external_attr), ""
                 )
@@ -47,5 +45,5 @@ def load(path: Path) -> dict[str, Any]:
                 raise zipfile.BadZipFile(f"{damaged} is not as it was written")
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a reader of foreign bytes may raise
+        except Exception as error:  # Whatever a reader of foreign bytes may raise.
             raise ValueError(f"checkpoint: {path} is damaged or of another kind ({error})") from error

@@ -1,7 +1,5 @@
 """Pictures: curves over epochs and over seconds, step times, coefficients by label."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -68,7 +66,7 @@ def _draw(axes: np.ndarray, method: str, runs: list[Run], x: np.ndarray) -> None
     accuracy = np.array([[epoch["validation_accuracy"] for epoch in run.epochs] for run in runs])
     config = runs[0].config
     label = f"{PEERS[method].label} ({describe_point((config.lr, config.damping))})"
-    # a log axis has no place for no error at all: such points are left out
+    # A log axis has no place for no error at all: such points are left out.
     error = np.where(accuracy < 1, 100 * (1 - accuracy), np.nan)
     for axis, values in zip(axes, (loss, error), strict=True):
         _band(axis, x, values, training_of(method).style, label)

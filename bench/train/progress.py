@@ -1,7 +1,5 @@
 """A progress bar on a terminal, a line now and then in a log file."""
 
-from __future__ import annotations
-
 import sys
 import time
 from types import TracebackType
@@ -24,7 +22,7 @@ class Progress:
         self._start = self._logged = time.monotonic()
         self._doing = ""
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(

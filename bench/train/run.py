@@ -1,7 +1,5 @@
 """One training run, from a configuration to its history."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -105,7 +103,7 @@ def train(
         try:
             train_loss = trainer.epoch(len(run.epochs), on_step)
         except torch.linalg.LinAlgError:
-            # how second-order libraries end when their matrices are no longer finite
+            # How second-order libraries end when their matrices are no longer finite.
             run.diverged = True
             break
         seconds = time.perf_counter() - start
@@ -157,7 +155,7 @@ class _Trainer:
     steps: int
 
     @classmethod
-    def of(cls, config: RunConfig, task: Task) -> _Trainer:
+    def of(cls, config: RunConfig, task: Task) -> "_Trainer":
         model = task.model(config.model, config.width).to(task.device)
         settings = Settings(lr=config.lr, damping=config.damping, share=config.share)
         update = training_of(config.method).build(model, settings)
@@ -167,12 +165,12 @@ class _Trainer:
         return cls(config, task, model, update, generator, batches, len(loader))
 
     def autocast(self) -> torch.autocast:
-        """Context of the run's precision."""
+        """Return the context of the run's precision."""
         dtype = PRECISIONS[self.config.precision]
         return torch.autocast(self.task.device.type, dtype, enabled=dtype is not None)
 
     def epoch(self, number: int, on_step: Callable[[], None], most: int | None = None) -> float:
-        """Train on every batch once; returns the mean loss, whose reading also waits for the device."""
+        """Train on every batch once; return the mean loss, whose reading also waits for the device."""
         self.model.train()
         total = torch.zeros((), device=self.task.device)
         samples = 0
@@ -202,7 +200,7 @@ def _warm_up(config: RunConfig, task: Task) -> None:
 
 
 def _coefficients(config: RunConfig, optimizer: fngd.FNGD, task: Task) -> dict[str, list[float]] | None:
-    """Percentiles of the samples' weights, apart for labels that were replaced and labels that were not."""
+    """Return percentiles of the samples' coefficients, apart for replaced labels and for the others."""
     if config.share != "sample" or config.method == "fngd-exact" or task.replaced is None:
         return None
     weights = optimizer.state_dict()["fngd"]["values"].mean(dim=0).cpu()[: len(task.replaced)]

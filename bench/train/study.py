@@ -1,7 +1,5 @@
 """A comparison of methods: tune each on validation, train the chosen rates over all seeds, time the steps."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Iterator, Mapping
@@ -23,7 +21,7 @@ from bench.workloads import Task
 STEP_WARMUP = 5
 STEP_ROUNDS = (10, 200)
 STEP_SECONDS = 10.0
-# too small to drive any method away from its start while only time is measured
+# Too small to drive any method away from its start while only time is measured.
 STEP_LR = 1e-4
 
 
@@ -60,13 +58,13 @@ class Study:
     device: str
 
     def grid(self, method: str) -> list[Point]:
-        """Settings to try for `method`."""
+        """Return the settings to try for `method`."""
         recommended = training_of(method).damping
         dampings = [None] if recommended is None else [recommended * f for f in self.damping_factors]
         return list(itertools.product(self.lrs.get(method, training_of(method).lrs), dampings))
 
     def run_config(self, method: str, point: Point, seed: int) -> RunConfig:
-        """Configuration of one run."""
+        """Return the configuration of one run."""
         common = {field.name: getattr(self, field.name) for field in fields(self) if field.name in SHARED}
         return RunConfig(**common, method=method, lr=point[0], damping=point[1], seed=seed)
 
@@ -133,7 +131,7 @@ def conduct(
             )
             progress.note(f"chosen on validation: {PEERS[method].label}{outcome}")
         final: dict[str, list[Run]] = {method: [] for method in chosen}
-        # seed by seed: an interrupted study has as many of every method
+        # Seed by seed: an interrupted study has as many of every method.
         for seed, (method, point) in itertools.product(study.seeds, chosen.items()):
             final[method].append(runner.run(study.run_config(method, point, seed), "final"))
         if all(run.diverged for group in final.values() for run in group):
@@ -145,14 +143,14 @@ def conduct(
 
 
 def choose(runs: list[Run]) -> Point:
-    """Setting of the run with the best validation score; of equals, the lower validation loss."""
+    """Return the setting of the best validation score; of equals, that of the lower validation loss."""
     finished = [run for run in runs if not run.diverged]
     best = max(finished, key=lambda run: (run.validation_score, -run.epochs[-1]["validation_loss"]))
     return best.config.lr, best.config.damping
 
 
 def describe_point(point: Point) -> str:
-    """A setting in words."""
+    """Return a setting in words."""
     lr, damping = point
     return f"lr {lr:g}" if damping is None else f"lr {lr:g}, damping {damping:g}"
 
@@ -189,13 +187,14 @@ def _method_steps(study: Study, task: Task, methods: list[str]) -> Iterator[tupl
             update.step()
 
         if isinstance(update, fngd.FNGD) and share != "none":
-            # the first epoch solves and fills the table, the second reads it
+            # The first epoch solves and fills the table, the second reads it.
             update.start_epoch()
             step()
             update.start_epoch()
         return step
 
-    # a single step says little of a method that refreshes a preconditioner now and then: bench.peers averages
+    # A single step says little of a method that refreshes a preconditioner now and then: bench.peers
+    # averages over its period.
     for name in (name for name in methods if training_of(name).period == 1):
         if training_of(name).solves != "always":
             yield name, step_of(name, study.share)
@@ -268,12 +267,12 @@ class _Runner:
 
 
 def describe_task(task: Task) -> dict[str, str | float | dict[str, int]]:
-    """What reports say about a task."""
+    """Return what reports say about a task."""
     return {"title": task.title, "metric": task.metric, "target": task.target, "sizes": task.sizes}
 
 
 def describe(name: str, run: Run) -> str:
-    """One line about a run."""
+    """Return one line about a run."""
     if run.diverged:
         return f"{name}: diverged in epoch {len(run.epochs) + 1}"
     last = run.epochs[-1]

@@ -1,7 +1,5 @@
 """The table of a study and its results.json, both made from the raw runs."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from dataclasses import asdict, dataclass
@@ -25,8 +23,8 @@ class Spread:
     std: float | None
 
     @classmethod
-    def of(cls, values: list[float]) -> Spread | None:
-        """Spread of `values`, None when there are none."""
+    def of(cls, values: list[float]) -> "Spread | None":
+        """Return the spread of `values`, None when there are none."""
         if not values:
             return None
         return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
@@ -58,7 +56,7 @@ class Row:
 
 
 def summarise(results: Results, *, target: float) -> list[Row]:
-    """One row per method; `target` is the validation accuracy whose first epoch is looked for."""
+    """Return one row per method; `target` is the validation accuracy whose first epoch is looked for."""
     return [_row(results, method, runs, target) for method, runs in results.final.items()]
 
 
@@ -97,7 +95,7 @@ def _row(results: Results, method: str, runs: list[Run], target: float) -> Row:
 
 
 def _at_edge(chosen: Point, runs: list[Run]) -> bool:
-    """Whether a rate or damping beyond those tried may be better."""
+    """Return whether a rate or damping beyond those tried may be better."""
     tried = [{run.config.lr for run in runs}, {run.config.damping or 0.0 for run in runs}]
     values = (chosen[0], chosen[1] or 0.0)
     return any(
@@ -106,7 +104,7 @@ def _at_edge(chosen: Point, runs: list[Run]) -> bool:
 
 
 def first_epoch_at(run: Run, target: float) -> int | None:
-    """Number, from 1, of the first epoch whose validation accuracy is `target` or more."""
+    """Return the number, from 1, of the first epoch whose validation accuracy is `target` or more."""
     for number, epoch in enumerate(run.epochs, start=1):
         if epoch["validation_accuracy"] >= target:
             return number
@@ -114,7 +112,7 @@ def first_epoch_at(run: Run, target: float) -> int | None:
 
 
 def _epoch_seconds(method: str, runs: list[Run]) -> tuple[float | None, float | None]:
-    """Median seconds of the epochs with solves and of those without."""
+    """Return the median seconds of the epochs with solves and of those without."""
     first = [run.epochs[0]["seconds"] for run in runs]
     rest = [epoch["seconds"] for run in runs for epoch in run.epochs[1:]]
     solves = training_of(method).solves
@@ -142,7 +140,7 @@ def _step_ratios(results: Results, method: str) -> tuple[float | None, float | N
 
 
 def table(rows: list[Row], *, target: float, metric: str, style: str = "simple") -> str:
-    """The rows as a text table in one of tabulate's styles; columns without a figure are left out."""
+    """Return the rows as a text table in one of tabulate's styles, without columns that have no figure."""
     body = [
         {
             "method": PEERS[row.method].label
@@ -164,7 +162,7 @@ def table(rows: list[Row], *, target: float, metric: str, style: str = "simple")
     kept = [key for key in body[0] if any(row[key] != "-" for row in body)]
     text = tabulate(
         [[row[key] for key in kept] for row in body],
-        # a text table is as wide as its headers
+        # A text table is as wide as its headers.
         headers=[key.replace(", ", "\n") if style == "simple" else key for key in kept],
         tablefmt=style,
         disable_numparse=True,
@@ -197,7 +195,7 @@ def _number(value: float | None, form: str) -> str:
 def write_json(
     path: Path, study: Study, task: Task, results: Results, rows: list[Row], target: float
 ) -> None:
-    """Everything measured, with what it was measured on."""
+    """Write everything measured, with what it was measured on."""
     content = {
         "study": asdict(study),
         "task": describe_task(task),

@@ -1,7 +1,5 @@
 """Compressed files from elsewhere: nothing is written to disk, and what they unpack to is bounded."""
 
-from __future__ import annotations
-
 import gzip
 import re
 import tarfile
@@ -39,7 +37,7 @@ def read_gzip(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def members(archive: Path, wanted: re.Pattern[str], max_bytes: int) -> Iterator[tuple[re.Match[str], bytes]]:
-    """Contents of the regular files of a .tar.gz archive whose whole path matches, in archive order.
+    """Yield the regular files of a .tar.gz archive whose whole path matches, in archive order.
 
     Links, devices and files elsewhere are passed over.
 

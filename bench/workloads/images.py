@@ -1,7 +1,5 @@
 """Image classification: three splits of images and labels, how a batch is prepared, what is measured."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +19,7 @@ EVALUATION_BATCH = 500
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor of the CPU to `device`, for whose work the host does not wait."""
-    # a copy out of memory that is not pinned waits for all that the device was given before
+    # A copy out of memory that is not pinned waits for all that the device was given before.
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
@@ -35,7 +33,7 @@ class Split:
     def __len__(self) -> int:
         return len(self.y)
 
-    def to(self, device: torch.device) -> Split:
+    def to(self, device: torch.device) -> "Split":
         """Copy to `device`."""
         return Split(self.x.to(device), self.y.to(device))
 
@@ -55,12 +53,12 @@ class Fetched(Dataset[tuple[Tensor, Tensor]]):
 
 
 def as_fetched(batch: Any) -> Any:
-    """Collate nothing: the batch comes whole."""
+    """Return the batch, which comes whole: nothing is collated."""
     return batch
 
 
 def shuffled(fetched: Dataset[Any], batch_size: int, generator: torch.Generator) -> DataLoader:
-    """Batches of what fetches them whole, in a new random order every epoch."""
+    """Return batches of what fetches them whole, in a new random order every epoch."""
     return DataLoader(
         fetched, batch_size=batch_size, shuffle=True, collate_fn=as_fetched, generator=generator
     )
@@ -88,21 +86,21 @@ class Workload:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Number of images by split."""
+        """Return the number of images by split."""
         return {name: len(getattr(self, name)) for name in ("train", "validation", "test")}
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """Return where the tensors are."""
         return self.train.y.device
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C,H,W) of one image."""
+        """Return (C,H,W) of one image."""
         channels, height, width = self.train.x.shape[1:]
         return channels, height, width
 
-    def to(self, device: torch.device) -> Workload:
+    def to(self, device: torch.device) -> "Workload":
         """Copy every tensor to `device`."""
         return replace(
             self,
@@ -114,21 +112,21 @@ class Workload:
         )
 
     def model(self, name: str, width: int) -> nn.Module:
-        """Network called `name`."""
+        """Return the network called `name`."""
         return images.build(name, self.image_shape, self.classes, width=width)
 
     def batches(self, batch_size: int, generator: torch.Generator) -> DataLoader:
-        """Training batches in a new random order every epoch."""
+        """Return training batches in a new random order every epoch."""
         return shuffled(Fetched(self.train), batch_size, generator)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
-        """Mean loss of a batch of augmented training images."""
+        """Return the mean loss of a batch of augmented training images."""
         x, y = batch
         return F.cross_entropy(model(self.standardise(self.augment(x, generator))), y)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Split) -> tuple[float, float]:
-        """Mean loss and accuracy over a split."""
+        """Return mean loss and accuracy over a split."""
         model.eval()
         loss = correct = torch.zeros((), device=split.x.device)
         for x, y in zip(split.x.split(EVALUATION_BATCH), split.y.split(EVALUATION_BATCH), strict=True):
@@ -138,10 +136,10 @@ class Workload:
         return loss.item() / len(split), correct.item() / len(split)
 
     def score(self, model: nn.Module, split: Split) -> float:
-        """The metric that runs are judged by, in percent: accuracy."""
+        """Return what runs are judged by: accuracy in percent."""
         return 100 * self.evaluate(model, split)[1]
 
-    def with_label_noise(self, fraction: float) -> Workload:
+    def with_label_noise(self, fraction: float) -> "Workload":
         """Replace `fraction` of the training labels by another class, drawn at random with a fixed seed.
 
         Raises: ValueError when fraction is not in [0, 1).
@@ -160,11 +158,11 @@ class Workload:
         return replace(self, title=title, train=Split(self.train.x, noisy), replaced=replaced)
 
     def standardise(self, x: Tensor) -> Tensor:
-        """(N,C,H,W) raw values -> float32 of zero mean and unit variance over the training split."""
+        """Return raw values (N,C,H,W) as float32 of zero mean and unit variance over the training split."""
         return (x.float() - self.mean) / self.std
 
     def augment(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Random crop and horizontal flip, drawn on the CPU so that every device sees the same images."""
+        """Crop and flip at random, drawn on the CPU so that every device sees the same images."""
         return crop_and_flip(x, self.crop_padding, generator) if self.crop_padding else x
 
 
@@ -188,7 +186,7 @@ def make_workload(
         if not classes <= train_size <= len(y) - classes:
             raise ValueError(f"train_size: expected {classes} to {len(y) - classes} images, got {train_size}")
         _, (x, y) = stratified_split(x, y, fraction=train_size)
-    # channel by channel: a float copy of all images would be four times their size
+    # Channel by channel: a float copy of all images would be four times their size.
     moments = [torch.std_mean(torch.from_numpy(x[:, channel]).float()) for channel in range(x.shape[1])]
     std, mean = (torch.stack(values).view(-1, 1, 1) for values in zip(*moments, strict=True))
     return Workload(
@@ -207,7 +205,7 @@ def make_workload(
 def stratified_split(
     x: np.ndarray, y: np.ndarray, *, fraction: float | int
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Fixed split into rest and part, classes in equal proportion; `fraction` is a share or a count."""
+    """Return rest and part, always the same, classes in equal proportion; `fraction`: a share or a count."""
     x_rest, x_part, y_rest, y_part = train_test_split(
         x, y, test_size=fraction, stratify=y, random_state=SPLIT_SEED
     )
