@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from bench.kernels import table
+from bench.tools.figures import blank
 
 FASTER, SLOWER, SHARE = "#0072B2", "#D55E00", "#56B4E9"
 
@@ -32,8 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def save(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Draw the baseline's time over the fastest kernel's, and the kernel's share of the roofline."""
     rows = sorted(rows, key=lambda row: -row["ratio"])
-    figure = Figure(figsize=(12, 1.6 + 0.24 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(12, 1.6 + 0.24 * len(rows))
     speed, share = figure.subplots(1, 2, sharey=True)
     places = range(len(rows))
     speed_ups = [1 / row["ratio"] for row in rows]

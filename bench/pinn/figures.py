@@ -7,15 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 from torch import nn
 
 from bench.peers import PEERS, pinn_of
 from bench.pinn.archive import History
 from bench.pinn.problems import Equation
 from bench.pinn.study import Final, describe
+from bench.tools.figures import blank
 
 GRID = 101
 PLOTTED_POINTS = 200
@@ -23,7 +22,7 @@ PLOTTED_POINTS = 200
 
 def save_curves(path: Path, title: str, finals: Mapping[str, Final]) -> None:
     """Draw the final runs that did not diverge: line = median over the seeds, band = lowest to highest."""
-    figure = _figure(11, 7.5)
+    figure = blank(11, 7.5)
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
     for method, final in finals.items():
         label = f"{PEERS[method].label} ({describe(final.setting)})"
@@ -42,7 +41,7 @@ def save_curves(path: Path, title: str, finals: Mapping[str, Final]) -> None:
 
 def save_fields(path: Path, title: str, problem: Equation, networks: Mapping[str, nn.Module]) -> None:
     """Draw a solution in two variables, the last network's prediction and every network's error."""
-    figure = _figure(3.6 * (len(networks) + 2), 3.6)
+    figure = blank(3.6 * (len(networks) + 2), 3.6)
     draw_fields(figure.subplots(1, len(networks) + 2), problem, networks)
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
@@ -56,7 +55,7 @@ def save_side_by_side(
     histories: Mapping[str, History],
 ) -> None:
     """Draw the error over seconds of one run of each method above the fields of `save_fields`."""
-    figure = _figure(3.6 * (len(networks) + 2), 7)
+    figure = blank(3.6 * (len(networks) + 2), 7)
     above, below = np.ravel(np.asarray(figure.subfigures(2, 1)))
     axes = above.subplots(1, 2, sharey=True)
     for axis, clock, name in zip(axes, ("seconds", "step"), ("CPU seconds", "steps"), strict=True):
@@ -131,9 +130,3 @@ def _field(
     image = axis.imshow(field.numpy(), origin="lower", extent=extent, aspect="auto", **colours)
     axis.figure.colorbar(image, ax=axis, shrink=0.8)
     axis.set_title(title, fontsize="medium")
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor, nn
 
 import fngd
 import fngd.engine
 from bench.models import images
+from bench.tools.figures import blank
 from bench.workloads import digits
 
 PICTURE = Path(__file__).resolve().parents[1] / "results/pictures/faults.png"
@@ -155,8 +154,7 @@ FAULTS: dict[str, tuple[Callable[[Loop, Tensor], None], int]] = {
 
 def draw(path: Path, usual: Losses, faulty: dict[str, Losses]) -> None:
     """Draw a panel for each fault: the loss without it, with it, and where it happens."""
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(12, 6)
     axes = figure.subplots(2, 4, sharex=True, sharey=True)
     for axis, (name, losses) in zip(axes.flat, faulty.items(), strict=True):
         axis.plot(usual, color="#000000", linewidth=2.5, alpha=0.35, label="without the fault")

@@ -37,7 +37,7 @@ def load(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         try:
             with zipfile.ZipFile(file) as parts:
-                # Here, since torch.load looks at no checksum, and reads nothing for an entry marked as a folder.
+                # Since torch.load looks at no checksum, and reads nothing for an entry marked as a folder.
                 damaged = parts.testzip() or next(
                     (e.filename for e in parts.infolist() if e.external_attr), ""
                 )

@@ -1,15 +1,14 @@
-"""Pictures: curves over epochs and over seconds, step times, coefficients by label."""
+"""Pictures: curves over epochs and over seconds, coefficients by label."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from bench.peers import PEERS, training_of
+from bench.tools.figures import blank
 from bench.train.run import Run
 from bench.train.study import describe_point
 
@@ -22,8 +21,7 @@ def save_curves(path: Path, final: Mapping[str, list[Run]], *, title: str, targe
     done = {method: [run for run in runs if not run.diverged] for method, runs in final.items()}
     timed = {method: [run for run in runs if not run.shared_device] for method, runs in done.items()}
     columns = 2 if any(timed.values()) else 1
-    figure = Figure(figsize=(5.5 * columns, 7.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(5.5 * columns, 7.5)
     axes = figure.subplots(2, columns, sharex="col", sharey="row", squeeze=False)
     for method, runs in done.items():
         if runs:
@@ -80,25 +78,9 @@ def _band(axis: Axes, x: np.ndarray, values: np.ndarray, style: dict[str, str], 
     )
 
 
-def save_ratios(path: Path, ratios: Mapping[str, float], title: str) -> None:
-    """Draw a bar for each contender: its time over SGD's."""
-    figure = Figure(figsize=(8, 0.6 + 0.32 * len(ratios)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    ordered = dict(sorted(ratios.items(), key=lambda item: -item[1]))
-    bars = axis.barh(list(ordered), list(ordered.values()), color="#0072B2")
-    axis.bar_label(bars, fmt="%.2f", padding=3)
-    axis.axvline(1, color="#000000", linewidth=1)
-    axis.margins(x=0.12)
-    axis.set_xlabel("time of a step over SGD's")
-    axis.set_title(title)
-    figure.savefig(path, dpi=130)
-
-
 def save_coefficients(path: Path, coefficients: Mapping[str, list[float]], *, title: str) -> None:
     """Draw the share of samples whose coefficient is lower, apart for kept and replaced labels."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(6, 4)
     axis = figure.subplots()
     styles = {"kept": {"color": "#0072B2"}, "replaced": {"color": "#D55E00", "linestyle": "--"}}
     for name, values in coefficients.items():

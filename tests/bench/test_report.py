@@ -12,6 +12,7 @@ from training_runs import config, fake_run
 
 from bench import workloads
 from bench.report import __main__ as report
+from bench.report import training
 from bench.tools import environment, jsonl
 from bench.train import study
 from bench.train.__main__ import main as train_main
@@ -164,7 +165,7 @@ def test_studies_are_told_apart_by_what_their_runs_have_in_common():
         for seed in (0, 1)
     ]
     again = training_row(fake_run("sgd", 0.1, [0.75]), "tune", label_noise=0.2)
-    found = report.studies([*rows, again])
+    found = training.studies([*rows, again])
     assert [s.config.label_noise for s in found] == [0.0, 0.2]
     assert [len(s.tuning["sgd"]) for s in found] == [4, 4]
     assert 75 in [run.validation_score for run in found[1].tuning["sgd"]]
