@@ -38,7 +38,7 @@ bench: setup
 	$(PY) -m pytest bench --benchmark-enable $(ARGS)
 
 profile: setup
-	$(PY) -m bench.profile $(ARGS)
+	$(PY) -m bench.steps.profile $(ARGS)
 
 bench-small: setup
 	PYTHON=$(PY) bench/small.sh $(DATA_DIR)

@@ -99,19 +99,19 @@ unpack() {
 # Whether the native extension is there with its CUDA part: as packed, as built before, or built now.
 extension() {
     local sources=build/sources.sha256
-    sha256sum --check --status "$sources" 2>/dev/null && stage extension 60 "$python" -m bench.environment && return
+    sha256sum --check --status "$sources" 2>/dev/null && stage extension 60 "$python" -m bench.tools.environment && return
     rm -f "$sources"
     # Headers of torch's own packages, for a toolkit that lacks some.
     CPATH=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia/cu13/include${CPATH:+:$CPATH} \
         TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-${target##* }} \
         stage build 150 "$python" setup.py build_ext --inplace || return
     mkdir -p build && sha256sum setup.py csrc/* >"$sources"
-    stage extension 60 "$python" -m bench.environment
+    stage extension 60 "$python" -m bench.tools.environment
 }
 
 ceilings() {
     nvidia-smi >"$logs/nvidia-smi.txt" 2>&1
-    stage ceilings 30 "$python" -m bench.ceilings --device "$device" --output "$out/ceilings.jsonl" &&
+    stage ceilings 30 "$python" -m bench.kernels.ceilings --device "$device" --output "$out/ceilings.jsonl" &&
         cat "$logs/ceilings.log"
 }
 
@@ -123,7 +123,7 @@ gate() {
     done
     wait
     if [[ -n ${DRY-} ]]; then
-        stage compile 600 "$python" -m bench.precompile gate quick steps training && cat "$logs/compile.log"
+        stage compile 600 "$python" -m bench.gpu.precompile gate quick steps training && cat "$logs/compile.log"
     fi
 }
 
@@ -161,14 +161,14 @@ time_steps() {
 }
 
 solves() {
-    stage solves 60 "$python" -m bench.solves --device "$device" "${solve_options[@]}" --output "$out/gpu.jsonl"
+    stage solves 60 "$python" -m bench.kernels.solves --device "$device" "${solve_options[@]}" --output "$out/gpu.jsonl"
 }
 
 # profile SECONDS FOLDER OPTION...: a network each SECONDS at most
 profile() {
     local network
     for network in resnet transformer; do
-        stage "profile-$network" "$1" "$python" -m bench.profile --device "$device" --network "$network" \
+        stage "profile-$network" "$1" "$python" -m bench.steps.profile --device "$device" --network "$network" \
             "${profile_options[@]}" --output "$2" "${@:3}"
     done
 }
@@ -292,7 +292,7 @@ case $part in
     steps) need_extension && time_steps steps 250 "${step_options[@]}" ;;
     compiled) need_extension && time_steps compiled 250 --size gpu --mode compiled ;;
     equations)
-        need_extension && stage equations 500 "$python" -m bench.gauss_newton --device "$device" --output "$out/gpu.jsonl"
+        need_extension && stage equations 500 "$python" -m bench.pinn.gauss_newton --device "$device" --output "$out/gpu.jsonl"
         ;;
     profile) need_extension && profile 250 "$out/profile" --mode graphed eager compiled ;;
     peers) need_extension && peers 120 kfac shampoo soap ;;

@@ -35,7 +35,7 @@ extension() {
     rm -rf "$folder"
     suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
     "$python" setup.py build_ext --inplace
-    "$python" -m bench.environment
+    "$python" -m bench.tools.environment
     mkdir -p "$folder"
     cp "fngd_kernels/_C$suffix" "$folder"
     sha256sum setup.py csrc/* >"$folder/sources.sha256"
@@ -44,7 +44,7 @@ extension() {
 
 kernels() {
     rm -rf "$TRITON_CACHE_DIR"
-    "$python" -m bench.precompile gate quick steps training
+    "$python" -m bench.gpu.precompile gate quick steps training
     # Triton needs the machine code and its description only.
     find "$TRITON_CACHE_DIR" \( -name '*.ttir' -o -name '*.ttgir' -o -name '*.llir' -o -name '*.source' \) -delete
     tar -czf "$pack/triton.tar.gz" -C "$TRITON_CACHE_DIR" .

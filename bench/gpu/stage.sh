@@ -45,7 +45,7 @@ finish() {
     trap - EXIT
     cat "$work/running"/* 2>/dev/null | xargs kill 2>/dev/null
     archive
-    "$python" -m bench.digest "$out"
+    "$python" -m bench.report.digest "$out"
     if [[ -s $work/failed ]]; then
         echo "failed: $(sort -u "$work/failed" | tr '\n' ' ')"
         ((status > 128)) || status=1

@@ -1,7 +1,5 @@
 """Time the kernels over real layer shapes: `python -m bench.kernels --quick --shapes gram`."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import random
@@ -12,20 +10,20 @@ from pathlib import Path
 
 import torch
 
-from bench import environment, record
-from bench.ceilings import CEILINGS, known
-from bench.kernels import summary
+from bench.kernels import table
 from bench.kernels.cases import cases
+from bench.kernels.ceilings import CEILINGS, known
 from bench.kernels.run import Row, check, run
 from bench.kernels.shapes import NETWORKS, TINY
-from bench.timing import synchronise
+from bench.tools import arguments, environment, jsonl
+from bench.tools.timing import synchronise
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Gate, time and record every case; return how many failed."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(argv)
     device = torch.device(options.device)
     if device.type == "cpu":
         print("on the CPU: fngd takes its library path, there is no roofline")
@@ -64,12 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 break
             continue
         rows = [{**row, **where} for row in rows]
-        record.append(options.output, rows)
+        jsonl.append(options.output, rows)
         done += rows
         print(case.name, *(f"{row['contender']} {row['median_s'] * 1e6:.1f} us" for row in rows), sep=" | ")
     print(f"\n{taken} of {len(chosen)} cases, {failed} failed")
     if done:
-        print("ratio: fastest kernel over fastest plain way, geometric mean", summary.table(done), sep="\n")
+        print("ratio: fastest kernel over fastest plain way, geometric mean", table.table(done), sep="\n")
     return failed
 
 
@@ -83,8 +81,8 @@ def _usable(device: torch.device) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bench.kernels", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
+    arguments.add_device(parser)
     parser.add_argument("--quick", action="store_true", help="each shape once, bf16: for the geometric means")
     parser.add_argument("--tiny", action="store_true", help="a few tiny layers of every kind")
     parser.add_argument("--gate", action="store_true", help="check against float64, time nothing")
@@ -96,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--ceilings", type=Path, default=CEILINGS, help="measured where it lacks this device")
-    parser.add_argument("--output", type=Path, default=record.RESULTS / "kernels.jsonl")
+    parser.add_argument("--output", type=Path, default=jsonl.RESULTS / "kernels.jsonl")
     return parser
 
 

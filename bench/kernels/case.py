@@ -1,7 +1,5 @@
 """One case = one operator on one layer shape: its inputs, its contenders, their work, its truth."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,20 +59,20 @@ class Setting:
 
     @property
     def arithmetic(self) -> str:
-        """Kind of the products of inputs; both half precisions run at one rate."""
+        """Return the arithmetic of products of inputs; both half precisions run at one rate."""
         return "fp32" if self.dtype == torch.float32 else "bf16"
 
     @property
     def contraction(self) -> str:
-        """Kind of the products of explicit contributions, which stay in float32."""
+        """Return the arithmetic of products of explicit contributions, which stay in float32."""
         return "fp32" if self.dtype == torch.float32 else "tf32"
 
     def random(self, *shape: int) -> Tensor:
-        """Draw activations or gradients."""
+        """Return random activations or gradients."""
         return torch.randn(shape, device=self.device).to(self.dtype)
 
     def coefficients(self) -> Tensor:
-        """Draw one coefficient per sample, around 1."""
+        """Return one random coefficient per sample, around 1."""
         return 1 + torch.randn(self.batch, device=self.device) / 4
 
     def case(

@@ -1,7 +1,5 @@
 """All cases of the networks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 

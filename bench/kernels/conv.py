@@ -1,7 +1,5 @@
 """Cases of convolutions."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """Cases of embeddings."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

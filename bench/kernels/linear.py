@@ -1,7 +1,5 @@
 """Cases of linear layers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

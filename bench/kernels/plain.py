@@ -1,7 +1,5 @@
 """What one would write in plain torch without the package; in float64 it is the truth of the gate."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +17,7 @@ def _accumulated(dtype: torch.dtype) -> torch.dtype:
 
 
 def gram_explicit(a: Tensor, e: Tensor, bias: bool) -> Tensor:
-    """Per-sample gradients by a batched product, then their products, in chunks of outputs."""
+    """Return K from per-sample gradients: one batched product forms them, one multiplies them, by outputs."""
     n, _, inputs = a.shape
     k = a.new_zeros((n, n), dtype=_accumulated(a.dtype))
     for e_chunk in e.split(max(1, CHUNK_BYTES // (n * inputs * a.itemsize)), 2):
@@ -32,7 +30,7 @@ def gram_explicit(a: Tensor, e: Tensor, bias: bool) -> Tensor:
 
 
 def gram_pairs(a: Tensor, e: Tensor, bias: bool) -> Tensor:
-    """Products of all pairs of positions, in chunks of samples."""
+    """Return K from the products of all pairs of positions, in chunks of samples."""
     n, t, _ = a.shape
     k = a.new_empty((n, n), dtype=_accumulated(a.dtype))
     rows_a, rows_e = a.flatten(0, 1), e.flatten(0, 1)
@@ -47,12 +45,12 @@ def gram_pairs(a: Tensor, e: Tensor, bias: bool) -> Tensor:
 
 
 def gram_hadamard(layers: Sequence[tuple[Tensor, Tensor]], bias: bool) -> Tensor:
-    """Two products for each layer."""
+    """Return K of each layer, from two products."""
     return torch.stack([(a @ a.T + float(bias)) * (e @ e.T) for a, e in layers])
 
 
 def gram_conv(x: Tensor, e: Tensor, layer: Conv, bias: bool) -> Tensor:
-    """Per-sample gradients by unfolded patches in chunks of samples, then their products."""
+    """Return K from per-sample gradients of unfolded patches, in chunks of samples."""
     n, columns = x.shape[0], layer.weights // layer.outputs
     c = x.new_empty((n, layer.outputs, columns))
     samples = max(1, CHUNK_BYTES // (columns * layer.space**2 * x.itemsize))
@@ -67,7 +65,7 @@ def gram_conv(x: Tensor, e: Tensor, layer: Conv, bias: bool) -> Tensor:
 
 
 def gram_embedding(ids: Tensor, e: Tensor) -> Tensor:
-    """Products of all pairs of positions where their ids agree, in chunks of samples."""
+    """Return K from all pairs of positions where their ids agree, in chunks of samples."""
     n, t, _ = e.shape
     k = e.new_empty((n, n), dtype=_accumulated(e.dtype))
     rows, flat = e.flatten(0, 1), ids.flatten()
@@ -80,26 +78,26 @@ def gram_embedding(ids: Tensor, e: Tensor) -> Tensor:
 
 
 def combine(a: Tensor, e: Tensor, s: Tensor, bias: bool) -> list[Tensor]:
-    """The weighted gradient, with an extra pass that scales."""
+    """Return the weighted gradient, with an extra pass that scales."""
     scaled = (e * s[:, None, None]).to(e.dtype).flatten(0, 1)
     weight = scaled.T @ a.flatten(0, 1)
     return [weight, scaled.sum(0)] if bias else [weight]
 
 
 def unweighted(a: Tensor, e: Tensor, bias: bool) -> list[Tensor]:
-    """The ordinary gradient: a matrix product of the same shape."""
+    """Return the ordinary gradient: a matrix product of the same shape."""
     e = e.flatten(0, 1)
     return [e.T @ a.flatten(0, 1), e.sum(0)] if bias else [e.T @ a.flatten(0, 1)]
 
 
 def scale_bias(e: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Two passes: scale, then sum."""
+    """Return what two passes give: scale, then sum."""
     scaled = (e * s[:, None, None, None]).to(e.dtype)
     return scaled, scaled.sum((0, 2, 3))
 
 
 def unweighted_conv(x: Tensor, e: Tensor, layer: Conv, bias: bool) -> tuple[Tensor, Tensor | None]:
-    """The ordinary gradient of a convolution's weight and, if asked for, bias."""
+    """Return the ordinary gradient of a convolution's weight and, if asked for, bias."""
     weight = x.new_zeros(()).expand(layer.weight_shape)
     geometry = ([layer.stride] * 2, [layer.padding] * 2, [1, 1], False, [0, 0], 1)
     _, w, b = torch.ops.aten.convolution_backward(
@@ -109,22 +107,22 @@ def unweighted_conv(x: Tensor, e: Tensor, layer: Conv, bias: bool) -> tuple[Tens
 
 
 def combine_embedding(ids: Tensor, e: Tensor, s: Tensor, num_embeddings: int) -> Tensor:
-    """The weighted gradient by indexed addition."""
+    """Return the weighted gradient, by indexed addition."""
     weight = e.new_zeros((num_embeddings, e.shape[2]), dtype=_accumulated(e.dtype))
     scaled = (e * s[:, None, None]).to(weight.dtype)
     return weight.index_add_(0, ids.flatten(), scaled.flatten(0, 1)).to(e.dtype)
 
 
 def unweighted_embedding(ids: Tensor, e: Tensor, num_embeddings: int) -> Tensor:
-    """The ordinary gradient of an embedding."""
+    """Return the ordinary gradient of an embedding."""
     return torch.ops.aten.embedding_dense_backward(e, ids, num_embeddings, -1, False)
 
 
 def solve(k: Tensor, damping: float) -> Tensor:
-    """Cholesky factors of the damped matrices, then triangular solves."""
+    """Return solutions by Cholesky factors of the damped matrices, then triangular solves."""
     shifted = k.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(damping)
     lower, _ = torch.linalg.cholesky_ex(shifted)
-    # cholesky_solve may go to MAGMA, which allocates: a CUDA graph cannot capture that.
+    # Not by cholesky_solve: it may go to MAGMA, which allocates, and a CUDA graph cannot capture that.
     half = torch.linalg.solve_triangular(lower, torch.ones_like(k[..., :1]), upper=False)
     return torch.linalg.solve_triangular(lower.mT, half, upper=True)[..., 0]

@@ -1,30 +1,26 @@
 """Pictures of a results file: speed-up and share of the roofline per shape, one picture an operator."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from bench.kernels import summary
+from bench.kernels import table
+from bench.tools.figures import blank
 
 FASTER, SLOWER, SHARE = "#0072B2", "#D55E00", "#56B4E9"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Read the file, draw a picture of every operator and dtype into the folder."""
-    parser = argparse.ArgumentParser(prog="bench.kernels.plot", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels.plot", description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("folder", type=Path)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     rows = [json.loads(line) for line in options.results.read_text().splitlines()]
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in summary.best_rows(rows).values():
+    for row in table.best_rows(rows).values():
         groups.setdefault((row["op"], row["dtype"]), []).append(row)
     options.folder.mkdir(parents=True, exist_ok=True)
     for (op, dtype), best in groups.items():
@@ -34,8 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def save(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Draw the baseline's time over the fastest kernel's, and the kernel's share of the roofline."""
     rows = sorted(rows, key=lambda row: -row["ratio"])
-    figure = Figure(figsize=(12, 1.6 + 0.24 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(12, 1.6 + 0.24 * len(rows))
     speed, share = figure.subplots(1, 2, sharey=True)
     places = range(len(rows))
     speed_ups = [1 / row["ratio"] for row in rows]

@@ -1,10 +1,8 @@
 """The time below which the hardware cannot do a piece of work."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
-from bench.ceilings import Ceilings
+from bench.kernels.ceilings import Ceilings
 
 
 @dataclass(frozen=True)
@@ -16,7 +14,7 @@ class Work:
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of all arithmetic."""
+        """Return the multiply-adds of all arithmetic."""
         return sum(macs for macs, _ in self.products)
 
 

@@ -1,24 +1,22 @@
 """A case measured: gate in float64, then times, then rows for the results file."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.ceilings import Ceilings
 from bench.kernels.case import Case
+from bench.kernels.ceilings import Ceilings
+from bench.kernels.cold_timing import buffers_for, measure, workspace
 from bench.kernels.roofline import roofline
-from bench.kernels.timing import buffers_for, measure, workspace
+from bench.tools.jsonl import Row
+from bench.tools.timing import columns
 
 # On top of twice the error of the best plain way, of the largest entry.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 
 # What a contender is called that takes whatever way the package chooses; others are launched as they are.
 PATHS = {"fngd": "dispatched"}
-
-Row = dict[str, Any]
 
 
 def run(case: Case, *, rounds: int, device: torch.device, ceilings: Ceilings | None = None) -> list[Row]:
@@ -41,7 +39,6 @@ def run(case: Case, *, rounds: int, device: torch.device, ceilings: Ceilings | N
     baseline = _baseline(case, {name: timing.median for name, timing in timings.items()})
     rows: list[Row] = []
     for name, contender in case.contenders.items():
-        timing = timings[name]
         limit = roofline(contender.work, ceilings)
         rows.append(
             {
@@ -54,11 +51,7 @@ def run(case: Case, *, rounds: int, device: torch.device, ceilings: Ceilings | N
                 "role": contender.role,
                 "path": "library on the CPU" if device.type == "cpu" else PATHS.get(name, "direct"),
                 "baseline": baseline,
-                "ratio": timing.median / timings[baseline].median,
-                "median_s": timing.median,
-                "p20_s": timing.p20,
-                "p80_s": timing.p80,
-                "rounds": len(timing.samples),
+                **columns(timings, name, baseline),
                 "buffers": len(sets),
                 "timed": how,
                 "error": errors.get(name),
@@ -66,7 +59,7 @@ def run(case: Case, *, rounds: int, device: torch.device, ceilings: Ceilings | N
                 "bytes_moved": contender.work.bytes_moved,
                 "roofline_s": limit[0] if limit else None,
                 "bound": limit[1] if limit else None,
-                "percent_of_roofline": 100 * limit[0] / timing.median if limit else None,
+                "percent_of_roofline": 100 * limit[0] / timings[name].median if limit else None,
                 "workspace_bytes": held[name],
             }
         )

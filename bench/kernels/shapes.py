@@ -1,7 +1,5 @@
 """Layer shapes of the networks the kernels are timed on."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 
@@ -36,22 +34,22 @@ class Conv:
 
     @property
     def padding(self) -> int:
-        """Zeros on each side; a patch embedding (stride = kernel) has none."""
+        """Return the zeros on each side; a patch embedding (stride = kernel) has none."""
         return 0 if self.stride == self.kernel else self.kernel // 2
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
-        """Outputs, inputs, height and width of the kernel."""
+        """Return outputs, inputs, height and width of the kernel."""
         return self.outputs, self.inputs, self.kernel, self.kernel
 
     @property
     def weights(self) -> int:
-        """Number of weights."""
+        """Return the number of weights."""
         return self.outputs * self.inputs * self.kernel**2
 
     @property
     def space(self) -> int:
-        """Output height and width."""
+        """Return the output's height, which is its width."""
         return (self.image + 2 * self.padding - self.kernel) // self.stride + 1
 
 

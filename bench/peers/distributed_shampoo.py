@@ -1,21 +1,19 @@
 """Meta's Distributed Shampoo, on one device."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 
-from bench.peers.base import MOMENTUM, SGD_LRS, SGD_WEIGHT_DECAY, Method, Settings, Update
+from bench.peers.base import MOMENTUM, SGD_LRS, SGD_WEIGHT_DECAY, Peer, Settings, Training, Update
 
 PERIOD = 100
 
 
 def _build(model: nn.Module, settings: Settings) -> Update:
-    # example 1 of its README, "SGD with momentum": grafted onto SGD, refreshed every 100 steps
+    # Example 1 of its README, "SGD with momentum": grafted onto SGD, refreshed every 100 steps.
     import distributed_shampoo as library
     from distributed_shampoo.shampoo_types import ClassicMomentumConfig
 
-    # it takes views of the weights that only this memory format has
+    # It takes views of the weights that only this memory format has.
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return library.DistributedShampoo(
         model.parameters(),
@@ -26,20 +24,25 @@ def _build(model: nn.Module, settings: Settings) -> Update:
         max_preconditioner_dim=8192,
         precondition_frequency=PERIOD,
         grafting_config=library.SGDPreconditionerConfig(),
-        # as in example 6: matrices stay matrices, where small ones would become vectors with one factor of
-        # order up to max_preconditioner_dim, minutes a step here
+        # As in example 6: matrices stay matrices, where small ones would become vectors with one factor of
+        # order up to max_preconditioner_dim, minutes a step here.
         distributed_config=library.SingleDeviceDistributedConfig(target_parameter_dimensionality=2),
         iterate_averaging_config=ClassicMomentumConfig(momentum=MOMENTUM),
     )
 
 
-DISTRIBUTED_SHAMPOO = Method(
-    "Distributed Shampoo",
-    SGD_LRS,
-    _build,
-    module="distributed_shampoo",
-    source="github.com/facebookresearch/optimizers, Python 3.12",
-    period=PERIOD,
-    warmup=PERIOD,
-    resumes=False,
-)
+PEERS = {
+    "distributed-shampoo": Peer(
+        "Distributed Shampoo",
+        Training(
+            SGD_LRS,
+            _build,
+            {"color": "#999999", "linestyle": "--"},
+            period=PERIOD,
+            warmup=PERIOD,
+            resumes=False,
+        ),
+        module="distributed_shampoo",
+        source="github.com/facebookresearch/optimizers, Python 3.12",
+    )
+}

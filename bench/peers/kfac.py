@@ -1,18 +1,16 @@
 """K-FAC of the kfac-pytorch package: a preconditioner in front of SGD."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 
 import torch
 from torch import nn
 
-from bench.peers.base import MOMENTUM, SGD_LRS, SGD_WEIGHT_DECAY, Method, Settings
+from bench.peers.base import MOMENTUM, SGD_LRS, SGD_WEIGHT_DECAY, Peer, Settings, Training
 
 PERIOD = 10
 DAMPING = 0.003
-# a factor of this order takes longer to decompose than an epoch of everything else
+# A factor of this order takes longer to decompose than an epoch of everything else.
 LARGEST_FACTOR = 8192
 
 
@@ -26,7 +24,7 @@ class Preconditioned:
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         from kfac.preconditioner import KFACPreconditioner
 
-        # it takes views of the gradients that only this memory format has
+        # It takes views of the gradients that only this memory format has.
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self._sgd = torch.optim.SGD(
             model.parameters(), lr=settings.lr, momentum=MOMENTUM, weight_decay=SGD_WEIGHT_DECAY
@@ -58,7 +56,7 @@ class Preconditioned:
         self._sgd.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Both states; eigenvectors are not among them, the package computes them anew when it is loaded."""
+        """Return both states; eigenvectors are not among them, the package computes them anew when loaded."""
         return {"sgd": self._sgd.state_dict(), "kfac": self._preconditioner.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -68,13 +66,18 @@ class Preconditioned:
         self.param_groups = self._sgd.param_groups
 
 
-KFAC = Method(
-    "K-FAC",
-    SGD_LRS,
-    Preconditioned,
-    damping=DAMPING,
-    module="kfac",
-    source="github.com/gpauloski/kfac-pytorch",
-    period=PERIOD,
-    warmup=PERIOD,
-)
+PEERS = {
+    "kfac": Peer(
+        "K-FAC",
+        Training(
+            SGD_LRS,
+            Preconditioned,
+            {"color": "#7A3EB1", "linestyle": ":"},
+            damping=DAMPING,
+            period=PERIOD,
+            warmup=PERIOD,
+        ),
+        module="kfac",
+        source="github.com/gpauloski/kfac-pytorch",
+    )
+}

@@ -1,13 +1,11 @@
 """torch.optim.Muon for hidden weights, AdamW for the rest."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.peers.base import ADAMW_LRS, ADAMW_WEIGHT_DECAY, Method, Settings
+from bench.peers.base import ADAMW_LRS, ADAMW_WEIGHT_DECAY, Peer, Settings, Training
 
 
 class Muon:
@@ -22,7 +20,7 @@ class Muon:
         hidden = hidden_weights(model)
         names = {id(weight) for weight in hidden}
         rest = [parameter for parameter in model.parameters() if id(parameter) not in names]
-        # views share their weight's memory, so that a step on the matrix is a step on the weight
+        # Views share their weight's memory, so that a step on the matrix is a step on the weight.
         self._matrices = [(weight, nn.Parameter(as_matrix(weight.detach()))) for weight in hidden]
         self._adamw = torch.optim.AdamW(rest, lr=settings.lr, weight_decay=ADAMW_WEIGHT_DECAY)
         self._muon = torch.optim.Muon(
@@ -47,7 +45,7 @@ class Muon:
         self._muon.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Both states."""
+        """Return both states."""
         return {"adamw": self._adamw.state_dict(), "muon": self._muon.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -58,7 +56,7 @@ class Muon:
 
 
 def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Weights of all linear layers and convolutions but the first and the last layer."""
+    """Return the weights of all linear layers and convolutions but the first and the last layer."""
     kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding
     layers = [module for module in model.modules() if isinstance(module, kinds)]
     hidden = [layer for layer in layers[1:-1] if not isinstance(layer, nn.Embedding)]
@@ -66,7 +64,7 @@ def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """View of (O,I,*kernel) as (O,I*kernel), its columns in the order of the memory."""
+    """Return a view of (O,I,*kernel) as (O,I*kernel), its columns in the order of the memory."""
     if weight.ndim == 2:
         return weight
     if not weight.is_contiguous():
@@ -74,4 +72,4 @@ def as_matrix(weight: Tensor) -> Tensor:
     return weight.view(len(weight), -1)
 
 
-MUON = Method("Muon", ADAMW_LRS, Muon)
+PEERS = {"muon": Peer("Muon", Training(ADAMW_LRS, Muon, {"color": "#009E73", "linestyle": "-"}))}

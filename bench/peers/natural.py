@@ -1,8 +1,8 @@
 """FNGD: coefficients shared with later epochs or solved for at every step, over SGD or AdamW."""
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 from torch import nn
 
@@ -13,8 +13,10 @@ from bench.peers.base import (
     MOMENTUM,
     SGD_LRS,
     SGD_WEIGHT_DECAY,
-    Method,
+    Peer,
     Settings,
+    Style,
+    Training,
     Update,
 )
 
@@ -47,6 +49,21 @@ def _over_adamw(model: nn.Module, settings: Settings) -> Update:
     )
 
 
-SHARED = Method("FNGD shared", SGD_LRS, _shared, solves="first epoch", damping=DAMPING)
-EXACT = Method("FNGD exact", SGD_LRS, _exact, solves="always", damping=DAMPING)
-OVER_ADAMW = Method("FNGD shared, AdamW", ADAMW_LRS, _over_adamw, solves="first epoch", damping=DAMPING)
+def _training(
+    lrs: tuple[float, ...],
+    build: Callable[[nn.Module, Settings], Update],
+    style: Style,
+    solves: Literal["first epoch", "always"] = "first epoch",
+) -> Training:
+    return Training(lrs, build, style, solves=solves, damping=DAMPING)
+
+
+PEERS = {
+    "fngd": Peer("FNGD shared", _training(SGD_LRS, _shared, {"color": "#0072B2", "linestyle": "-."})),
+    "fngd-exact": Peer(
+        "FNGD exact", _training(SGD_LRS, _exact, {"color": "#D55E00", "linestyle": ":"}, "always")
+    ),
+    "fngd-adamw": Peer(
+        "FNGD shared, AdamW", _training(ADAMW_LRS, _over_adamw, {"color": "#56B4E9", "linestyle": "-."})
+    ),
+}

@@ -1,7 +1,5 @@
 """`python -m bench.pinn`: Gauss-Newton beside Adam, L-BFGS and others on problems with known solutions."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path
@@ -9,19 +7,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench.pinn import figures, problems, report
+from bench.peers import PINN_NAMES, pinn_of
+from bench.pinn import figures, problems, table
 from bench.pinn.archive import Archive
-from bench.pinn.methods import METHODS
 from bench.pinn.problems import Equation, Problem
 from bench.pinn.study import Final, Study, conduct
+from bench.tools.arguments import positive_float, positive_int
 
-# whose error is drawn over the plane
+# Whose error is drawn over the plane.
 DRAWN = ("adam", "adam-lbfgs", "gauss-newton")
-SETTINGS = min(len(method.settings) for method in METHODS.values())
+SETTINGS = min(len(pinn_of(name).settings) for name in PINN_NAMES)
 
 
 def parser() -> argparse.ArgumentParser:
-    """Command line of the comparison."""
+    """Return the command line of the comparison."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.pinn",
         description="Tune every method with equally many settings on validation points, train with the best "
@@ -35,10 +34,12 @@ def parser() -> argparse.ArgumentParser:
         help="problem, repeatable (default: all; california only with --data-dir)",
     )
     parser.add_argument(
-        "--method", choices=tuple(METHODS), action="append", help="method, repeatable (default: all)"
+        "--method", choices=PINN_NAMES, action="append", help="method, repeatable (default: all)"
     )
     parser.add_argument("--data-dir", type=Path, help="folder of cal_housing.tgz, for california")
-    parser.add_argument("--seconds", type=float, default=30.0, help="CPU seconds of training in each run")
+    parser.add_argument(
+        "--seconds", type=positive_float, default=30.0, help="CPU seconds of training in each run"
+    )
     parser.add_argument(
         "--settings", type=int, default=SETTINGS, help=f"settings each method tries, 1 to {SETTINGS}"
     )
@@ -48,16 +49,16 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         help="seed of a final run, repeatable (default: 1, 2, 3; tuning: 0)",
     )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--threads", type=positive_int, default=1, help="CPU threads")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/pinn"), help="folder; the runs it holds are not run again"
     )
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the comparison that `arguments` describe; returns the exit status."""
-    options = parser().parse_args(arguments)
+def main(argv: list[str] | None = None) -> int:
+    """Run the comparison that `argv` describes; return the exit status."""
+    options = parser().parse_args(argv)
     try:
         _compare(options)
     except ValueError as error:
@@ -70,10 +71,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    _check(options)
+    if not 1 <= options.settings <= SETTINGS:
+        raise ValueError(f"settings: expected 1 to {SETTINGS}, got {options.settings}")
     torch.set_num_threads(options.threads)
     study = Study(
-        methods=tuple(dict.fromkeys(options.method or METHODS)),
+        methods=tuple(dict.fromkeys(options.method or PINN_NAMES)),
         settings=options.settings,
         seeds=tuple(dict.fromkeys(options.seed or (1, 2, 3))),
         seconds=options.seconds,
@@ -92,7 +94,7 @@ def _compare(options: argparse.Namespace) -> None:
 def _show(problem: Problem, finals: dict[str, Final], archive: Archive, bar: tqdm) -> None:
     if not finals:
         return
-    text = f"{problem.title}\n\n{report.table(problem, finals)}\n"
+    text = f"{problem.title}\n\n{table.table(problem, finals)}\n"
     (archive.folder / f"{problem.name}.md").write_text(text)
     bar.write(f"\n{text}", file=sys.stdout)
     figures.save_curves(archive.folder / f"{problem.name}.png", problem.title, finals)
@@ -111,15 +113,6 @@ def _problem_names(options: argparse.Namespace) -> tuple[str, ...]:
     if options.problem:
         return tuple(options.problem)
     return problems.NAMES if options.data_dir else tuple(n for n in problems.NAMES if n != "california")
-
-
-def _check(options: argparse.Namespace) -> None:
-    if not 0 < options.seconds < float("inf"):
-        raise ValueError(f"seconds: expected a number above 0, got {options.seconds}")
-    if not 1 <= options.settings <= SETTINGS:
-        raise ValueError(f"settings: expected 1 to {SETTINGS}, got {options.settings}")
-    if options.threads < 1:
-        raise ValueError(f"threads: expected 1 or more, got {options.threads}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Finished runs on file, one JSON object a line; what is there is not run again."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -9,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bench import environment, record
-from bench.pinn.runs import Record, Run
+from bench.pinn.run import Record, Run
+from bench.tools import environment, jsonl
 
 History = list[Record]
 
@@ -36,7 +34,7 @@ class Archive:
                     ) from error
 
     def history(self, run: Run) -> History | None:
-        """What was recorded of `run`; None when it is not here."""
+        """Return what was recorded of `run`, None when it is not here."""
         return self._histories.get(_key(run))
 
     def add(self, run: Run, history: History, network: nn.Module) -> None:
@@ -49,11 +47,11 @@ class Archive:
             "history": [_rounded(entry) for entry in history],
             **environment.describe(torch.device("cpu")),
         }
-        record.append(self._path, [row])
+        jsonl.append(self._path, [row])
         self._histories[_key(run)] = history
 
     def network_path(self, run: Run) -> Path:
-        """File of the state of the network that `run` trained."""
+        """Return the file for the state of the network that `run` trained."""
         setting = "-".join(f"{name}{value:g}" for name, value in run.setting.items())
         return self.folder / "networks" / f"{run.problem}-{run.method}-{setting}-seed{run.seed}.pt"
 

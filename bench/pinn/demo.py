@@ -1,7 +1,5 @@
 """`python -m bench.pinn.demo`: the 2-d Poisson problem by Adam and by GaussNewton, side by side."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time
@@ -10,27 +8,29 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from bench.peers import PEERS
+from bench.peers.base import Setting
 from bench.pinn import figures, problems
 from bench.pinn.archive import History
-from bench.pinn.methods import METHODS, Setting, Task
-from bench.pinn.runs import Run, train
+from bench.pinn.run import Run, train
+from bench.pinn.task import Task
+from bench.tools.arguments import positive_float
 
 PROBLEM = "poisson-2d"
-# the settings that the comparison of `python -m bench.pinn` chooses for this problem
+# The settings that the comparison of `python -m bench.pinn` chooses for this problem.
 CONTENDERS: dict[str, Setting] = {"adam": {"lr": 1e-2}, "gauss-newton": {"damping": 1.0}}
 LOG_INTERVAL_S = 5.0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Train both in turns, showing their errors, and leave the picture; returns the exit status."""
+def main(argv: list[str] | None = None) -> int:
+    """Train both in turns, showing their errors, and leave the picture; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.pinn.demo", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=25.0, help="CPU seconds of each (default: 25)")
+    parser.add_argument(
+        "--seconds", type=positive_float, default=25.0, help="CPU seconds of each (default: 25)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="draws the points and the network (default: 1)")
     parser.add_argument("--output", type=Path, default=Path("runs/pinn-demo.png"), help="picture to write")
-    options = parser.parse_args(arguments)
-    if not 0 < options.seconds < float("inf"):
-        print(f"error: seconds: expected a number above 0, got {options.seconds}", file=sys.stderr)
-        return 2
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
     _compare(options)
     return 0
@@ -55,7 +55,7 @@ def _compare(options: argparse.Namespace) -> None:
     ) as bar:
         logged = time.monotonic()
         while running:
-            # whoever has trained less goes on to its next record
+            # Whoever has trained less goes on to its next record.
             name = min(running, key=lambda name: histories[name][-1].seconds if histories[name] else 0.0)
             entry = next(running[name], None)
             if entry is None:
@@ -76,7 +76,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _standing(histories: dict[str, History]) -> str:
     return ", ".join(
-        f"{METHODS[name].label} {history[-1].test_error:.2e} ({history[-1].step} steps)"
+        f"{PEERS[name].label} {history[-1].test_error:.2e} ({history[-1].step} steps)"
         for name, history in histories.items()
         if history
     )

@@ -1,7 +1,5 @@
 """Pictures: error and loss over seconds and steps; a solution, its prediction and the error of that."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,35 +7,25 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 from torch import nn
 
+from bench.peers import PEERS, pinn_of
 from bench.pinn.archive import History
-from bench.pinn.methods import METHODS
 from bench.pinn.problems import Equation
 from bench.pinn.study import Final, describe
+from bench.tools.figures import blank
 
-# Okabe and Ito's colours, told apart by every kind of colour vision; dashes tell them apart in print
-STYLES: dict[str, dict[str, Any]] = {
-    "adam": {"color": "#E69F00", "linestyle": "--"},
-    "adam-lbfgs": {"color": "#009E73", "linestyle": "-."},
-    "lbfgs": {"color": "#56B4E9", "linestyle": (0, (5, 1))},
-    "soap": {"color": "#CC79A7", "linestyle": ":"},
-    "levenberg-marquardt": {"color": "#000000", "linestyle": (0, (1, 1))},
-    "gauss-newton": {"color": "#D55E00", "linestyle": "-"},
-}
 GRID = 101
 PLOTTED_POINTS = 200
 
 
 def save_curves(path: Path, title: str, finals: Mapping[str, Final]) -> None:
     """Draw the final runs that did not diverge: line = median over the seeds, band = lowest to highest."""
-    figure = _figure(11, 7.5)
+    figure = blank(11, 7.5)
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
     for method, final in finals.items():
-        label = f"{METHODS[method].label} ({describe(final.setting)})"
+        label = f"{PEERS[method].label} ({describe(final.setting)})"
         for row, quantity in enumerate(("test_error", "loss")):
             for column, clock in enumerate(("seconds", "step")):
                 draw(axes[row, column], method, final.ended, clock, quantity, label)
@@ -53,7 +41,7 @@ def save_curves(path: Path, title: str, finals: Mapping[str, Final]) -> None:
 
 def save_fields(path: Path, title: str, problem: Equation, networks: Mapping[str, nn.Module]) -> None:
     """Draw a solution in two variables, the last network's prediction and every network's error."""
-    figure = _figure(3.6 * (len(networks) + 2), 3.6)
+    figure = blank(3.6 * (len(networks) + 2), 3.6)
     draw_fields(figure.subplots(1, len(networks) + 2), problem, networks)
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
@@ -67,12 +55,12 @@ def save_side_by_side(
     histories: Mapping[str, History],
 ) -> None:
     """Draw the error over seconds of one run of each method above the fields of `save_fields`."""
-    figure = _figure(3.6 * (len(networks) + 2), 7)
+    figure = blank(3.6 * (len(networks) + 2), 7)
     above, below = np.ravel(np.asarray(figure.subfigures(2, 1)))
     axes = above.subplots(1, 2, sharey=True)
     for axis, clock, name in zip(axes, ("seconds", "step"), ("CPU seconds", "steps"), strict=True):
         for method, history in histories.items():
-            draw(axis, method, (history,), clock, "test_error", METHODS[method].label)
+            draw(axis, method, (history,), clock, "test_error", PEERS[method].label)
         axis.set_xlabel(name)
     axes[0].set_ylabel("relative L2 error at fresh points")
     axes[0].legend()
@@ -92,7 +80,7 @@ def draw(
     curves = [np.array([getattr(entry, quantity) for entry in entries]) for entries in moving]
     shared = np.geomspace(max(c[0] for c in clocks), min(c[-1] for c in clocks), PLOTTED_POINTS)
     values = np.stack([np.interp(np.log(shared), np.log(c), v) for c, v in zip(clocks, curves, strict=True)])
-    style = STYLES[method]
+    style = pinn_of(method).style
     axis.plot(shared, np.median(values, axis=0), label=label, linewidth=1.8, **style)
     axis.fill_between(
         shared,
@@ -108,7 +96,7 @@ def draw(
 
 
 def draw_fields(axes: np.ndarray, problem: Equation, networks: Mapping[str, nn.Module]) -> None:
-    """Solution, prediction of the last network, and the errors of all on one scale."""
+    """Draw the solution, the prediction of the last network, and the errors of all on one scale."""
     (x0, x1), (y0, y1) = zip(problem.low, problem.high, strict=True)
     columns, rows = torch.meshgrid(
         torch.linspace(x0, x1, GRID, dtype=torch.float64),
@@ -123,13 +111,13 @@ def draw_fields(axes: np.ndarray, problem: Equation, networks: Mapping[str, nn.M
     highest = max(error.max().item() for error in errors.values())
     lowest = min(error.median().item() for error in errors.values()) / 10
     last = list(networks)[-1]
-    shown = [("solution", exact), (f"{METHODS[last].label}: prediction", predicted[last])]
+    shown = [("solution", exact), (f"{PEERS[last].label}: prediction", predicted[last])]
     colours = {"cmap": "viridis", "vmin": exact.min().item(), "vmax": exact.max().item()}
     error_colours = {"cmap": "magma", "norm": LogNorm(max(lowest, 1e-16), max(highest, 1e-15))}
     for axis, (title, field) in zip(axes, shown, strict=False):
         _field(axis, title, field, (x0, x1, y0, y1), colours)
     for axis, (name, error) in zip(axes[2:], errors.items(), strict=True):
-        _field(axis, f"{METHODS[name].label}: |error|", error, (x0, x1, y0, y1), error_colours)
+        _field(axis, f"{PEERS[name].label}: |error|", error, (x0, x1, y0, y1), error_colours)
 
 
 def _field(
@@ -142,9 +130,3 @@ def _field(
     image = axis.imshow(field.numpy(), origin="lower", extent=extent, aspect="auto", **colours)
     axis.figure.colorbar(image, ax=axis, shrink=0.8)
     axis.set_title(title, fontsize="medium")
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure

@@ -1,18 +1,18 @@
 """A comparison: tune every method on validation points, then train at the chosen settings over the seeds."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
+from bench.peers import PEERS, pinn_of
+from bench.peers.base import Setting
 from bench.pinn.archive import Archive, History
-from bench.pinn.methods import METHODS, Setting, Task
-from bench.pinn.problems import Problem
-from bench.pinn.runs import Record, Run, train
+from bench.pinn.problems import Problem, Regression
+from bench.pinn.run import Record, Run, train
+from bench.pinn.task import Task
 
-# tuning has a seed of its own: no final run was chosen by its own error
+# Tuning has a seed of its own: no final run was chosen by its own error.
 TUNING_SEED = 0
 
 
@@ -27,7 +27,7 @@ class Study:
 
     @property
     def seconds_per_problem(self) -> float:
-        """Training time of one problem, when all methods can run."""
+        """Return the training time of one problem, when all methods can run."""
         return self.seconds * len(self.methods) * (self.settings + len(self.seeds))
 
 
@@ -41,12 +41,12 @@ class Final:
 
     @property
     def setting(self) -> Setting:
-        """The tuned setting."""
+        """Return the tuned setting."""
         return self.runs[0].setting
 
     @property
     def ended(self) -> list[History]:
-        """Histories of the runs that did not diverge."""
+        """Return the histories of the runs that did not diverge."""
         pairs = zip(self.runs, self.histories, strict=True)
         return [history for run, history in pairs if not diverged(run, history)]
 
@@ -55,17 +55,26 @@ def conduct(study: Study, problem: Problem, archive: Archive, bar: tqdm) -> dict
     """Do what of the study is not yet in `archive`; methods that cannot run are named and left out."""
     finals = {}
     for name in study.methods:
-        final = METHODS[name].obstacle(problem) or _tune_and_train(study, problem, name, archive, bar)
+        final = obstacle(name, problem) or _tune_and_train(study, problem, name, archive, bar)
         if isinstance(final, str):
-            bar.write(f"{problem.name}: {METHODS[name].label} left out: {final}", file=sys.stderr)
+            bar.write(f"{problem.name}: {PEERS[name].label} left out: {final}", file=sys.stderr)
         else:
             finals[name] = final
     return finals
 
 
+def obstacle(name: str, problem: Problem) -> str | None:
+    """Return why the peer called `name` cannot run on `problem`, None when it can."""
+    if not PEERS[name].installed:
+        return f"{PEERS[name].module} is not installed"
+    if pinn_of(name).regression_only and not isinstance(problem, Regression):
+        return "it differentiates by torch.func, where autograd.grad inside the residuals is refused"
+    return None
+
+
 def _tune_and_train(study: Study, problem: Problem, method: str, archive: Archive, bar: tqdm) -> Final | str:
     first = Run(problem.name, method, {}, TUNING_SEED, study.seconds)
-    tried = METHODS[method].settings[: study.settings]
+    tried = pinn_of(method).settings[: study.settings]
     tuning = [replace(first, setting=setting) for setting in tried]
     errors = {
         number: outcome(problem, history).validation_error
@@ -80,8 +89,8 @@ def _tune_and_train(study: Study, problem: Problem, method: str, archive: Archiv
 
 
 def finished(run: Run, problem: Problem, archive: Archive, bar: tqdm) -> History:
-    """The history of `run`, from the archive or, when it is not there, by training."""
-    bar.set_description(f"{run.problem} {METHODS[run.method].label} {describe(run.setting)} seed {run.seed}")
+    """Return the history of `run`, from the archive or, when it is not there, by training."""
+    bar.set_description(f"{run.problem} {PEERS[run.method].label} {describe(run.setting)} seed {run.seed}")
     history = archive.history(run)
     if history is not None:
         bar.update(run.seconds)
@@ -101,17 +110,17 @@ def finished(run: Run, problem: Problem, archive: Archive, bar: tqdm) -> History
 
 
 def describe(setting: Setting) -> str:
-    """`lr 0.01, ...`."""
+    """Return the setting as `lr 0.01, ...`."""
     return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in setting.items())
 
 
 def diverged(run: Run, history: History) -> bool:
-    """A run whose loss was not finite ended before its time."""
+    """Return whether the loss was not finite at some point, where such a run ended before its time."""
     return history[-1].seconds < run.seconds
 
 
 def outcome(problem: Problem, history: History) -> Record:
-    """The record that counts: the last one, or with early stopping that of the lowest validation error."""
+    """Return the record that counts: the last, or with early stopping that of the lowest validation error."""
     if problem.early_stopping:
         return min(history, key=lambda entry: entry.validation_error)
     return history[-1]

@@ -1,7 +1,5 @@
 """Data sets as tensors: each module loads one family, `load` finds it by name."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bench.workloads import cifar, digits, multi30k
-from bench.workloads.common import Split, Workload
+from bench.workloads.images import Split, Workload
 
 __all__ = ["NAMES", "Split", "Task", "Workload", "load"]
 
@@ -24,46 +22,46 @@ class Task(Protocol):
 
     @property
     def title(self) -> str:
-        """Name for tables and pictures."""
+        """Return the name for tables and pictures."""
 
     @property
     def target(self) -> float:
-        """Validation accuracy whose first epoch is looked for."""
+        """Return the validation accuracy whose first epoch is looked for."""
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Number of samples by split."""
+        """Return the number of samples by split."""
 
     @property
     def device(self) -> torch.device:
-        """Where the data is."""
+        """Return where the data is."""
 
     @property
     def validation(self) -> Any:
-        """The split that decides."""
+        """Return the split that decides."""
 
     @property
     def test(self) -> Any:
-        """The split that is read once a final run."""
+        """Return the split that is read once a final run."""
 
     @property
     def replaced(self) -> Tensor | None:
-        """Mask of the training labels replaced at random, None where none was."""
+        """Return the mask of the training labels replaced at random, None where none was."""
 
     def model(self, name: str, width: int) -> nn.Module:
-        """Network called `name`."""
+        """Return the network called `name`."""
 
     def batches(self, batch_size: int, generator: torch.Generator) -> DataLoader:
-        """Training batches."""
+        """Return the training batches."""
 
     def loss(self, model: nn.Module, batch: Any, generator: torch.Generator) -> Tensor:
-        """Mean training loss of a batch."""
+        """Return the mean training loss of a batch."""
 
     def evaluate(self, model: nn.Module, split: Any) -> tuple[float, float]:
-        """Mean loss and accuracy."""
+        """Return mean loss and accuracy."""
 
     def score(self, model: nn.Module, split: Any) -> float:
-        """The metric."""
+        """Return the metric."""
 
 
 def load(
@@ -75,7 +73,7 @@ def load(
     label_noise: float = 0.0,
     device: torch.device | None = None,
 ) -> Task:
-    """Load the task called `name`; all but digits need `data_dir`.
+    """Return the task called `name`; all but digits need `data_dir`.
 
     label_noise: share of the training labels to replace at random, for images
 

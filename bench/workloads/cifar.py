@@ -1,7 +1,5 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009), read out of their archives without unpacking them to disk."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os
@@ -16,8 +14,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from bench.workloads.archive import members
-from bench.workloads.common import Workload, make_workload
+from bench.workloads.compressed import members
+from bench.workloads.images import Workload, make_workload
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MAX_JPEG_BYTES = 1 << 16
@@ -117,7 +115,7 @@ def _find(name: str, data_dir: Path) -> tuple[Path, str, Callable[[Path], Arrays
 
 
 def _cached(archive: Path, cache_dir: Path, read: Callable[[Path], Arrays]) -> Arrays:
-    # the hash in the name makes a changed archive a different cache entry
+    # The hash in the name makes a changed archive a different cache entry.
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     cache = cache_dir / f"{archive.name.split('.')[0]}-{digest[:16]}.npz"
     try:
@@ -195,7 +193,7 @@ def _read_pickles(
     for path, content in members(archive, wanted, MAX_PICKLE_BYTES):
         try:
             batches[path[1]] = _read_pickle(content, label_key)
-        except Exception as error:  # a damaged pickle may raise anything
+        except Exception as error:  # A damaged pickle may raise anything.
             raise ValueError(f"{archive.name}: {path[0]} is not a published batch ({error})") from error
     arrays: Arrays = {}
     for split, names in splits.items():

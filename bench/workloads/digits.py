@@ -1,15 +1,13 @@
 """scikit-learn's 1,797 handwritten digits, 8 x 8: comes with the library, nothing is downloaded."""
 
-from __future__ import annotations
-
 import numpy as np
 from sklearn.datasets import load_digits
 
-from bench.workloads.common import Workload, make_workload, stratified_split
+from bench.workloads.images import Workload, make_workload, stratified_split
 
 
 def load(*, train_size: int | None = None) -> Workload:
-    """Fixed stratified split: 60 % training, 20 % validation, 20 % test."""
+    """Return a fixed stratified split: 60 % training, 20 % validation, 20 % test."""
     pixels, labels = load_digits(return_X_y=True)
     images = pixels.astype(np.float32).reshape(-1, 1, 8, 8)
     rest, test = stratified_split(images, labels, fraction=0.2)

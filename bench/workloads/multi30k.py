@@ -1,7 +1,5 @@
 """Multi30k (Elliott et al. 2016): captions of photographs, German to English, in shared sub-word units."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os
@@ -16,10 +14,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from bench.beam import translate
-from bench.translator import LONGEST, Translator
-from bench.workloads.archive import read_gzip
-from bench.workloads.common import shuffled, to_device
+from bench.models.beam import translate
+from bench.models.translator import LONGEST, Translator
+from bench.workloads.compressed import read_gzip
+from bench.workloads.images import shuffled, to_device
 
 NAME = "multi30k"
 FILES = {"train": "train", "validation": "val", "test": "test_2016_flickr"}
@@ -29,7 +27,7 @@ PAD, START, END = 0, 1, 2
 SPECIAL = ["<pad>", "<s>", "</s>"]
 LABEL_SMOOTHING = 0.1
 EVALUATION_BATCH = 250
-# a target is searched up to this many times its source's length, plus a few
+# A target is searched up to this many times its source's length, plus a few.
 LENGTH_RATIO = 1.5
 
 
@@ -46,12 +44,12 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.source)
 
-    def to(self, device: torch.device) -> Pairs:
+    def to(self, device: torch.device) -> "Pairs":
         """Copy the ids to `device`."""
         return replace(self, source=self.source.to(device), target=self.target.to(device))
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Source and target ids of `rows` (CPU), no longer than the longest of them."""
+        """Return source and target ids of `rows` (CPU), no longer than the longest of them."""
         there = to_device(rows, self.source.device)
         return (
             self.source[there, : int(self.source_lengths[rows].max())],
@@ -88,20 +86,20 @@ class Translation:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Number of pairs by split."""
+        """Return the number of pairs by split."""
         return {name: len(getattr(self, name)) for name in FILES}
 
     @property
     def device(self) -> torch.device:
-        """Where the ids are."""
+        """Return where the ids are."""
         return self.train.source.device
 
-    def to(self, device: torch.device) -> Translation:
+    def to(self, device: torch.device) -> "Translation":
         """Copy every split to `device`."""
         return replace(self, **{name: getattr(self, name).to(device) for name in FILES})
 
     def model(self, name: str, width: int) -> nn.Module:
-        """Transformer with 3 + 3 layers of dimension 32 x width: base, d = 512, at width 16.
+        """Return a Transformer with 3 + 3 layers of dimension 32 x width: base, d = 512, at width 16.
 
         Raises: ValueError for another name.
         """
@@ -117,11 +115,11 @@ class Translation:
         )
 
     def batches(self, batch_size: int, generator: torch.Generator) -> DataLoader:
-        """Training batches in a new random order every epoch."""
+        """Return training batches in a new random order every epoch."""
         return shuffled(Fetched(self.train), batch_size, generator)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
-        """Mean over the batch's tokens, with smoothed labels."""
+        """Return the mean over the batch's tokens, with smoothed labels."""
         source, target = batch
         logits = model(source, target[:, :-1]).flatten(0, 1)
         return F.cross_entropy(
@@ -130,7 +128,7 @@ class Translation:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Pairs) -> tuple[float, float]:
-        """Mean loss per token, without smoothing, and share of tokens that come first."""
+        """Return the mean loss per token, without smoothing, and the share of tokens that come first."""
         model.eval()
         loss = correct = torch.zeros((), device=split.source.device)
         for rows in torch.arange(len(split)).split(EVALUATION_BATCH):
@@ -143,14 +141,14 @@ class Translation:
         return loss.item() / tokens, correct.item() / tokens
 
     def score(self, model: nn.Module, split: Pairs) -> float:
-        """BLEU of sacrebleu, with its default tokenisation, of a beam search with 4 hypotheses."""
+        """Return sacrebleu's BLEU, with its default tokenisation, of a beam search with 4 hypotheses."""
         return sacrebleu.corpus_bleu(self.translations(model, split), [split.references]).score
 
     def translations(self, model: nn.Module, split: Pairs) -> list[str]:
         """Translate the sources of `split`."""
         assert isinstance(model, Translator)
         model.eval()
-        # sentences of like length together: a batch takes as long as its longest
+        # Sentences of like length together: a batch takes as long as its longest.
         order = split.source_lengths.argsort(stable=True)
         texts = [""] * len(split)
         for rows in order.split(EVALUATION_BATCH):
@@ -197,10 +195,10 @@ def _lines(path: Path) -> list[str]:
 
 
 def _tokenizer(texts: list[list[str]], cache_dir: Path) -> Tokenizer:
-    """Byte-level BPE of both languages together, trained on the training split."""
+    """Return byte-level BPE of both languages together, trained on the training split."""
     digest = hashlib.sha256("\n".join(line for side in texts for line in side).encode()).hexdigest()
     cache = cache_dir / f"{NAME}-bpe{VOCABULARY}-{digest[:16]}.json"
-    # a damaged file is made anew; the package raises nothing narrower
+    # A damaged file is made anew; the package raises nothing narrower.
     with contextlib.suppress(Exception):
         return Tokenizer.from_file(str(cache))
     tokenizer = Tokenizer(models.BPE())

@@ -33,7 +33,11 @@ LIBRARY.define("rows(Tensor parameter, int samples, Tensor? scale) -> Tensor")
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None, sink: UseHandler | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None = None,
+    sink: UseHandler | None = None,
 ) -> Tensor:
     """Return x W^T + b.
 
@@ -93,7 +97,9 @@ def embedding(
     return torch.ops.fngd.embedding(ids, weight, scale, padding_idx)
 
 
-def rows(parameter: Tensor, samples: int, scale: Tensor | None = None, sink: UseHandler | None = None) -> Tensor:
+def rows(
+    parameter: Tensor, samples: int, scale: Tensor | None = None, sink: UseHandler | None = None
+) -> Tensor:
     """Return (samples, *parameter.shape), a copy for every sample; a sink receives (None, e)."""
     _check_scale(scale, (samples,))
     if not native.AVAILABLE:

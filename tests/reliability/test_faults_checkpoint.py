@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.checkpoint import load, save
+from bench.train.checkpoint import load, save
 
 AREA = "Checkpoints"
 FORKED = multiprocessing.get_context("fork")  # spares each writer the seconds that importing torch takes

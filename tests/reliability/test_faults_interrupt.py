@@ -10,7 +10,7 @@ import pytest
 import torch
 from faulty_run import Run
 
-from bench.checkpoint import load, save
+from bench.train.checkpoint import load, save
 
 STEPS = 20
 CASES = [("sample", "sgd"), ("none", "adamw"), ("position", "sgd"), ("GaussNewton", "sgd")]

@@ -22,9 +22,10 @@ from PIL import Image
 
 import fngd
 import fngd_kernels as fk
-from bench import checkpoint, runs, workloads
+from bench import workloads
 from bench.pinn import problems
-from bench.workloads import archive, cifar
+from bench.train import archive, checkpoint
+from bench.workloads import cifar, compressed
 from fngd_kernels.ops.scale_bias import scale_bias
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,7 +191,7 @@ HOSTILE_MEMBERS = {
 @pytest.mark.parametrize("what", HOSTILE_MEMBERS)
 def test_members_elsewhere_links_and_devices_are_passed_over(what, tmp_path, tally):
     path = tar_of(tmp_path / "a.tar.gz", HOSTILE_MEMBERS[what], ("cifar10-jpeg/test/cat/0001.jpg", jpeg()))
-    found = list(archive.members(path, cifar.JPEG_PATH, cifar.MAX_JPEG_BYTES))
+    found = list(compressed.members(path, cifar.JPEG_PATH, cifar.MAX_JPEG_BYTES))
     assert [match[0] for match, _ in found] == ["cifar10-jpeg/test/cat/0001.jpg"]
     assert [file.name for file in tmp_path.iterdir()] == ["a.tar.gz"]
     tally(AREA, "archive members outside their folder, links, devices", "passed over, nothing written")
@@ -214,7 +215,7 @@ def long_name(size):
 
 
 def test_bombs_end_at_a_bound(tmp_path, monkeypatch, tally):
-    monkeypatch.setattr(archive, "MAX_BYTES", 8 * MIB)
+    monkeypatch.setattr(compressed, "MAX_BYTES", 8 * MIB)
     tar = tmp_path / "cifar10-jpeg.tar.gz"
     zeros = bytes(32 * MIB)
     tar.write_bytes(long_name(32 * MIB))
@@ -269,7 +270,7 @@ def test_a_cache_with_objects_is_made_anew(tmp_path, tally):
     "text",
     ["", "{", "null", "[]", "7", "NaN", "{}", '{"config": {}}', '{"config": {"eval": "1"}}', "[" * 100_000],
 )
-@pytest.mark.parametrize("read", [runs.load_run, runs.recorded])
+@pytest.mark.parametrize("read", [archive.load_run, archive.recorded])
 def test_results_of_another_kind_are_refused(read, text, tmp_path, tally):
     path = tmp_path / "run.json"
     path.write_text(text + "\n")

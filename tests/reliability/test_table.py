@@ -1,6 +1,6 @@
 """The campaign's table: one per area, one line for what went in, with what became of its cases."""
 
-from bench.reliability import BEGIN, END, put, table
+from bench.reliability.table import BEGIN, END, put, table
 
 
 def test_a_line_tells_how_many_cases_came_to_what():

@@ -1,7 +1,5 @@
 """The problems by name, in the sizes that one CPU core can train in half a minute."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,7 +36,7 @@ NAMES = (*_EMBEDDED, "california")
 
 
 def load(name: str, *, data_dir: Path | None = None) -> Problem:
-    """The problem called `name`; only california reads `data_dir`.
+    """Return the problem called `name`; only california reads `data_dir`.
 
     Raises: ValueError for an unknown name or missing data.
     """

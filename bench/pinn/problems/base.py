@@ -1,7 +1,5 @@
 """What every problem is: training points, residuals at them, and pairs to measure the error on."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bench.pinn.networks import MLP
+from bench.models.perceptron import MLP
 
-# training points are drawn by the seed of the run; these two are far from any of those
+# Training points are drawn by the seed of the run; these two are far from any of those.
 VALIDATION_SEED, TEST_SEED = 1_000_001, 1_000_002
 
 Model = Callable[[Tensor], Tensor]
@@ -35,22 +33,22 @@ class Problem(ABC):
     widths: tuple[int, ...]
     validation: Pairs
     test: Pairs
-    # true value of the coefficient to be found, in inverse problems
+    # True value of the coefficient to be found, in inverse problems.
     coefficient: float | None = None
-    # noisy data: what counts is where the validation error was lowest, not the end
+    # Noisy data: what counts is where the validation error was lowest, not the end.
     early_stopping = False
 
     def network(self) -> nn.Module:
-        """A newly initialised network."""
+        """Return a newly initialised network."""
         return MLP(self.widths)
 
     @abstractmethod
     def points(self, seed: int) -> Points:
-        """Training points, and what is known at them."""
+        """Return training points, and what is known at them."""
 
     @abstractmethod
     def residuals(self, model: Model, points: Points) -> Residuals:
-        """{block: (residuals (N,), weight)} of `model` at `points`."""
+        """Return {block: (residuals (N,), weight)} of `model` at `points`."""
 
 
 class Equation(Problem):
@@ -64,49 +62,49 @@ class Equation(Problem):
 
     @abstractmethod
     def solution(self, x: Tensor) -> Tensor:
-        """(N,d) points -> (N,) exact solution."""
+        """Return the exact solution (N,) at points (N,d)."""
 
     def draw(self, count: int, seed: int) -> Tensor:
-        """(count,d) scrambled Sobol points in the box."""
+        """Return scrambled Sobol points (count,d) in the box."""
         low, high = (torch.tensor(corner, dtype=torch.float64) for corner in (self.low, self.high))
         engine = torch.quasirandom.SobolEngine(len(low), scramble=True, seed=seed)
         return low + (high - low) * engine.draw(count, dtype=torch.float64)
 
     def draw_walls(self, count: int, seed: int, axes: range) -> Tensor:
-        """(count,d) points, equally many on the lower and the upper wall of each of `axes`."""
+        """Return points (count,d), equally many on the lower and the upper wall of each of `axes`."""
         x = self.draw(count, seed)
-        # runs of Sobol points: every n-th of them would not spread over the wall
+        # Runs of Sobol points: every n-th of them would not spread over the wall.
         for wall, part in enumerate(x.tensor_split(2 * len(axes))):
             axis = axes[wall // 2]
             part[:, axis] = (self.low, self.high)[wall % 2][axis]
         return x
 
     def pairs(self, count: int, seed: int) -> Pairs:
-        """Fresh points and the solution there."""
+        """Return fresh points and the solution there."""
         x = self.draw(count, seed)
         return Pairs(x, self.solution(x))
 
 
 def gradient(u: Tensor, x: Tensor) -> Tensor:
-    """(N,) values at (N,d) points, row by row a function of the point -> (N,d) gradient, differentiable."""
+    """Return the gradient (N,d), differentiable, of values (N,) at points (N,d), row by row a function."""
     return torch.autograd.grad(u.sum(), x, create_graph=True)[0]
 
 
 def laplacian(u: Tensor, x: Tensor) -> Tensor:
-    """(N,) values at (N,d) points -> (N,) sum of the second derivatives along every axis."""
+    """Return the sum (N,) of the second derivatives along every axis, of values (N,) at points (N,d)."""
     first = gradient(u, x)
     second = [gradient(first[:, axis], x)[:, axis] for axis in range(x.shape[1])]
     return torch.stack(second).sum(dim=0)
 
 
 def mean_squares(residuals: Residuals) -> Tensor:
-    """Sum over blocks of weight * mean(r^2)."""
+    """Return the sum over blocks of weight * mean(r^2)."""
     terms = [weight * block.square().mean() for block, weight in residuals.values()]
     return torch.stack(terms).sum()
 
 
 def relative_error(model: Model, pairs: Pairs) -> float:
-    """||model(x) - u|| / ||u||."""
+    """Return ||model(x) - u|| / ||u||."""
     with torch.no_grad():
         difference = model(pairs.x).squeeze(-1) - pairs.u
     return (difference.norm() / pairs.u.norm()).item()

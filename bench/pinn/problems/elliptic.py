@@ -1,7 +1,5 @@
 """Steady equations: Poisson's in several dimensions, and Helmholtz'."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -23,7 +21,7 @@ class _Elliptic(Equation):
     """-Laplace u - k^2 u = f in a box, u given on its boundary."""
 
     squared_wave_number = 0.0
-    # of 1, 10, 100 and 1000 the one with which Adam does best, here and in evolution.py
+    # Of 1, 10, 100 and 1000 the one with which Adam does best, here and in evolution.py.
     boundary_weight = 1.0
 
     def __init__(self, *, interior: int, boundary: int) -> None:
@@ -32,7 +30,7 @@ class _Elliptic(Equation):
         self.test = self.pairs(4000, TEST_SEED)
 
     def forcing(self, x: Tensor) -> Tensor:
-        """(N,d) points -> (N,) right-hand side f."""
+        """Return the right-hand side f (N,) at points (N,d)."""
         raise NotImplementedError
 
     @override

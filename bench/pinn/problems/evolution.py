@@ -1,7 +1,5 @@
 """Equations in (x, t): heat, viscous Burgers, and diffusion with an unknown coefficient."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -9,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from bench.pinn.networks import MLP, WithCoefficient
+from bench.models.perceptron import MLP, WithCoefficient
 from bench.pinn.problems.base import (
     TEST_SEED,
     VALIDATION_SEED,
@@ -31,7 +29,7 @@ class _Evolution(Equation):
         self.test = self.pairs(4000, TEST_SEED)
 
     def equation(self, model: Any, u: Tensor, x: Tensor) -> Tensor:
-        """(N,) values u at (N,2) points -> (N,) residual of the equation."""
+        """Return the equation's residual (N,) of values u (N,) at points (N,2)."""
         raise NotImplementedError
 
     @override
@@ -59,7 +57,7 @@ class _Evolution(Equation):
 
 
 def _two_modes(x: Tensor, diffusivity: float) -> Tensor:
-    """Solution of u_t = diffusivity u_xx: two waves in x, the shorter one dying sooner."""
+    """Return the solution of u_t = diffusivity u_xx: two waves in x, the shorter one dying sooner."""
     return sum(
         amplitude * torch.sin(k * math.pi * x[:, 0]) * torch.exp(-diffusivity * (k * math.pi) ** 2 * x[:, 1])
         for k, amplitude in ((1, 1.0), (3, 0.5))
@@ -96,7 +94,7 @@ class Burgers(_Evolution):
     viscosity = 0.1 / math.pi
 
     def solution(self, x: Tensor) -> Tensor:
-        """Cole-Hopf transform, its Gaussian integrals by the trapezoidal rule, exact to rounding."""
+        """Return the Cole-Hopf transform, its integrals by the trapezoidal rule, exact to rounding."""
         z = torch.linspace(-12, 12, 601, dtype=x.dtype)
         y = x[:, :1] - z * (4 * self.viscosity * x[:, 1:]).sqrt()
         log_density = -z.square() - torch.cos(math.pi * y) / (2 * math.pi * self.viscosity)

@@ -1,7 +1,5 @@
 """Fits of known functions with several scales, and of tables; the residual is model(x) - y."""
 
-from __future__ import annotations
-
 import io
 import math
 import re
@@ -23,7 +21,7 @@ from bench.pinn.problems.base import (
     Problem,
     Residuals,
 )
-from bench.workloads.archive import members
+from bench.workloads.compressed import members
 
 SPLIT_SEED = 0
 CALIFORNIA_ARCHIVE = "cal_housing.tgz"
@@ -102,13 +100,13 @@ class Table(Regression):
 
 
 def diabetes() -> Table:
-    """The 442 patients of scikit-learn's diabetes table; comes with the library."""
+    """Return the 442 patients of scikit-learn's diabetes table, which comes with the library."""
     x, y = load_diabetes(return_X_y=True)
     return Table("diabetes", "Diabetes progression, 10 columns", x, y)
 
 
 def california(data_dir: Path) -> Table:
-    """Rows of the California housing table (Pace and Barry 1997), drawn once, out of its published archive.
+    """Return rows of the California housing table (Pace and Barry 1997), drawn once, out of its archive.
 
     Raises: ValueError when the archive is not in `data_dir` or does not hold the table.
     """
@@ -127,6 +125,6 @@ def california(data_dir: Path) -> Table:
         raise ValueError(f"{archive.name}: expected 9 columns, got {values.shape[1]}")
     rows = np.random.default_rng(SPLIT_SEED).permutation(len(values))[:CALIFORNIA_ROWS]
     x, y = values[rows, :-1], values[rows, -1]
-    # per household, as the table is usually prepared: rooms, bedrooms and people grow with the district
+    # Per household, as the table is usually prepared: rooms, bedrooms and people grow with the district.
     x[:, 3:6] /= x[:, 6:7]
     return Table("california", "California house values, 8 columns", x, y)

@@ -1,0 +1,1 @@
+"""The reliability campaign and training with faults: `python -m bench.reliability`."""

@@ -1,0 +1,1 @@
+"""From files of results to a page and to short tables: `python -m bench.report`."""

@@ -1,0 +1,1 @@
+"""What all rooms measure with: timing, memory, files of results, the environment, arguments."""

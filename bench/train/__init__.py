@@ -1,0 +1,1 @@
+"""Training studies: several optimizers tuned alike, then compared over seeds: `python -m bench.train`."""
