@@ -40,7 +40,7 @@ PROCESSORS = 132
 HALF = torch.bfloat16
 VOCABULARY = 10_000
 FUSED = ("gram", "gram_conv", "gram_embedding", "combine", "combine_conv", "combine_embedding")
-# How Python tells what a system is, with and without the program `file`: part of the launchers' keys.
+# Triton's platform_key() with and without the program `file`, which platform.architecture() asks.
 PLATFORMS = ("x86_64,Linux,64bit,ELF", "x86_64,Linux,64bit,")
 
 

@@ -13,13 +13,13 @@ from bench.kernels.conv import conv_cases
 from bench.kernels.embedding import embedding_cases
 from bench.kernels.linear import hadamard_case, linear_cases
 from bench.kernels.roofline import Work
-from bench.kernels.shapes import Conv, Embedding, Layer, Linear, Network
+from bench.kernels.shapes import Conv, Embedding, Layer, Linear, NetworkShapes
 
 DAMPING = 0.1
 
 
 def cases(
-    networks: Sequence[Network], dtypes: Sequence[torch.dtype], device: torch.device, *, quick: bool
+    networks: Sequence[NetworkShapes], dtypes: Sequence[torch.dtype], device: torch.device, *, quick: bool
 ) -> Iterator[Case]:
     """Yield the cases of all networks; `quick` takes the first batch size and a layer shape only once."""
     seen: set[tuple[str, torch.dtype]] = set()

@@ -17,7 +17,7 @@ def _accumulated(dtype: torch.dtype) -> torch.dtype:
 
 
 def gram_explicit(a: Tensor, e: Tensor, bias: bool) -> Tensor:
-    """Return K from per-sample gradients: one batched product forms them, one multiplies them, by outputs."""
+    """Return K from per-sample gradients, which a batched product forms in chunks of outputs."""
     n, _, inputs = a.shape
     k = a.new_zeros((n, n), dtype=_accumulated(a.dtype))
     for e_chunk in e.split(max(1, CHUNK_BYTES // (n * inputs * a.itemsize)), 2):
@@ -91,7 +91,7 @@ def unweighted(a: Tensor, e: Tensor, bias: bool) -> list[Tensor]:
 
 
 def scale_bias(e: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what two passes give: scale, then sum."""
+    """Return the scaled gradients and their sum, by two passes."""
     scaled = (e * s[:, None, None, None]).to(e.dtype)
     return scaled, scaled.sum((0, 2, 3))
 

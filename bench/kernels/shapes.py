@@ -71,7 +71,7 @@ Layer = Linear | Conv | Embedding
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkShapes:
     """Distinct layer shapes and the batch sizes they are timed at; --quick takes the first batch."""
 
     name: str
@@ -136,13 +136,17 @@ def _transformer(positions: int) -> tuple[Layer, ...]:
 
 
 NETWORKS = (
-    Network("ResNet-18 CIFAR", (128, 256), (Conv(3, 64, 3, 1, 32), *_resnet18(32), Linear(1, 512, 10))),
-    Network("ResNet-18 224", (64, 128), (Conv(3, 64, 7, 2, 224), *_resnet18(56), Linear(1, 512, 1000))),
-    Network("ResNet-50 CIFAR", (128, 256), (Conv(3, 64, 3, 1, 32), *_resnet50(32), Linear(1, 2048, 10))),
-    Network("ResNet-50 224", (32, 128), (Conv(3, 64, 7, 2, 224), *_resnet50(56), Linear(1, 2048, 1000))),
-    Network("Transformer 6+6 T=32", (128, 256), _transformer(32)),
-    Network("Transformer 6+6 T=128", (64, 128), _transformer(128)),
-    Network(
+    NetworkShapes("ResNet-18 CIFAR", (128, 256), (Conv(3, 64, 3, 1, 32), *_resnet18(32), Linear(1, 512, 10))),
+    NetworkShapes("ResNet-18 224", (64, 128), (Conv(3, 64, 7, 2, 224), *_resnet18(56), Linear(1, 512, 1000))),
+    NetworkShapes(
+        "ResNet-50 CIFAR", (128, 256), (Conv(3, 64, 3, 1, 32), *_resnet50(32), Linear(1, 2048, 10))
+    ),
+    NetworkShapes(
+        "ResNet-50 224", (32, 128), (Conv(3, 64, 7, 2, 224), *_resnet50(56), Linear(1, 2048, 1000))
+    ),
+    NetworkShapes("Transformer 6+6 T=32", (128, 256), _transformer(32)),
+    NetworkShapes("Transformer 6+6 T=128", (64, 128), _transformer(128)),
+    NetworkShapes(
         "ViT-S",
         (64, 256),
         (
@@ -154,7 +158,7 @@ NETWORKS = (
             Linear(1, 384, 1000),
         ),
     ),
-    Network(
+    NetworkShapes(
         "GPT-2 small",
         (32, 64),
         (
@@ -166,14 +170,14 @@ NETWORKS = (
         ),
     ),
     # Many layers of one position each: a list of them is one launch.
-    Network(
+    NetworkShapes(
         "MLP",
         (256, 128),
         (Linear(1, 784, 1024), Linear(1, 1024, 1024), Linear(1, 1024, 512), Linear(1, 512, 10)),
     ),
 )
 
-TINY = Network(
+TINY = NetworkShapes(
     "tiny",
     (3,),
     (

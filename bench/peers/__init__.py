@@ -27,7 +27,7 @@ MODULES = (
     "sgd",
     "adam",
     "lbfgs",
-    "natural",
+    "fngd",
     "muon",
     "soap",
     "shampoo",

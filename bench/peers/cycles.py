@@ -20,7 +20,7 @@ FEWEST_STEPS = 10
 
 
 def cycle_makers(network: Network, batch: Batch, names: list[str]) -> dict[str, Callable[[], Step]]:
-    """Return what makes each contender's cycle of steps; FNGD takes part once per phase."""
+    """Return a function for each contender that makes its cycle of steps; FNGD is one in each phase."""
     made: dict[str, Callable[[], Step]] = {}
     for name in names:
         method = training_of(name)

@@ -115,7 +115,7 @@ def describe(setting: Setting) -> str:
 
 
 def diverged(run: Run, history: History) -> bool:
-    """Return whether the loss was not finite at some point, where such a run ended before its time."""
+    """Return whether the run ended before its time, as it does once its loss is not finite."""
     return history[-1].seconds < run.seconds
 
 

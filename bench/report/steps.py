@@ -45,7 +45,7 @@ def step_sections(rows: list[Row], pictures: Path) -> Iterator[str]:
 
 
 def _latest(rows: list[Row]) -> list[list[Row]]:
-    """Return the rows of each process that has something which none after it timed again."""
+    """Return the rows of each process, without those whose contenders were all timed again later."""
     processes: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         processes.setdefault((row["network"], hardware(row), row["date"]), []).append(row)

@@ -72,7 +72,7 @@ def make_step(
         model.compile()
     elif mode == "graphed" and isinstance(optimizer, fngd.FNGD):
         step = fngd.GraphedStep(optimizer, step)
-        # The last of these captures.
+        # GraphedStep warms up first, and captures at the last of these calls.
         for _ in range(graphs.WARM_UP + 1):
             named(*batch)
     elif mode == "graphed":
@@ -124,7 +124,7 @@ def capture(step: Callable[..., Tensor | None], batch: Batch) -> Callable[..., T
 def step_makers(
     network: Network, batch: Batch, base: str, mode: str, phase: Phase = unmarked
 ) -> dict[str, Callable[[], Step]]:
-    """Return what makes each contender's step: FNGD's and the base optimizer's, this also with fused=True."""
+    """Return a function for each contender that makes its step; the base optimizer is one also when fused."""
     optimizers: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
         base: lambda model: base_optimizer(model, base, mode),
         f"{base} fused": lambda model: base_optimizer(model, base, mode, fused=True),

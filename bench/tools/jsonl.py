@@ -10,7 +10,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def append(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    """Add `rows` at the end of `path`, by one write: processes that append at a time tear no line.
+    """Add `rows` at the end of `path`, in one write, so that processes that append at once mix no lines.
 
     Raises: OSError where they do not fit.
     """

@@ -38,11 +38,11 @@ class Task(Protocol):
 
     @property
     def validation(self) -> Any:
-        """Return the split that decides."""
+        """Return the split on which settings are chosen."""
 
     @property
     def test(self) -> Any:
-        """Return the split that is read once a final run."""
+        """Return the split that every final run reads once."""
 
     @property
     def replaced(self) -> Tensor | None:

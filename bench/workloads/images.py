@@ -18,7 +18,7 @@ EVALUATION_BATCH = 500
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the CPU to `device`, for whose work the host does not wait."""
+    """Copy a tensor of the CPU to `device` without a wait for the work it was given before."""
     # A copy out of memory that is not pinned waits for all that the device was given before.
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
