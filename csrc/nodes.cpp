@@ -204,7 +204,7 @@ struct Linear : Function<Linear> {
 
 // ---- convolution, 1-3 d, transposed or not, or its adjoint with respect to the input ----------------------------
 
-// Its calls stay clear of torch's faults on a CPU (docs/reliability.md), as those of library/convolution.py do.
+// Its calls stay clear of torch's faults on a CPU (docs/reliability.md), as those of backends/torch/convolution.py do.
 struct ConvGeometry {
   std::vector<int64_t> stride, padding, dilation;
   bool transposed;

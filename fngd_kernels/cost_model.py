@@ -11,7 +11,7 @@ from math import ceil, prod
 from typing import Any
 
 from .arguments import convolution, flag, integer, integers, linear_shapes, sizes
-from .fused.tiles import Tile, tile
+from .backends.triton.tiles import Tile, tile
 from .geometry import PixelGrid, pixel_grids
 
 WORKSPACE = 64 << 20

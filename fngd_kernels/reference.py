@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .arguments import flag, integer
-from .library.ids import check_ids
+from .backends.torch.ids import check_ids
 from .ops import checks
 from .ops.coefficients import check_arguments
 

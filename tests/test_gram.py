@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 import fngd_kernels as fk
 import oracles
+from fngd_kernels.backends.torch.gram_conv_explicit import gram_conv_explicit
+from fngd_kernels.backends.torch.gram_conv_pairs import gram_conv_pairs
+from fngd_kernels.backends.torch.gram_explicit import gram_explicit
+from fngd_kernels.backends.torch.gram_pairs import gram_pairs
 from fngd_kernels.geometry import expand
-from fngd_kernels.library.gram_conv_explicit import gram_conv_explicit
-from fngd_kernels.library.gram_conv_pairs import gram_conv_pairs
-from fngd_kernels.library.gram_explicit import gram_explicit
-from fngd_kernels.library.gram_pairs import gram_pairs
 
 # K is accumulated in at least fp32 whatever the inputs are, and casts to it are exact: one bound for all.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}

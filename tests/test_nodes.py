@@ -10,7 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import oracles
 from fngd_kernels import native
-from fngd_kernels.library.convolution import Geometry
+from fngd_kernels.backends.torch.convolution import Geometry
 from fngd_kernels.ops import nodes
 
 CONVOLUTIONS = {

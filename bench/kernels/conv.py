@@ -53,7 +53,7 @@ def _gram(setting: Setting, layer: Conv, name: str, inputs: Inputs, moved: int) 
 
     contenders = {"fngd": Contender(gram, work), "plain unfold": Contender(unfolded, work, "plain")}
     if setting.fused:
-        from fngd_kernels.fused.gram_conv_explicit import gram_conv_explicit
+        from fngd_kernels.backends.triton.gram_conv_explicit import gram_conv_explicit
 
         stride, padding = [layer.stride] * 2, [layer.padding] * 2
         contenders["fused explicit"] = Contender(

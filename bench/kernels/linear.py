@@ -45,9 +45,9 @@ def _gram(setting: Setting, layer: Linear, inputs: Inputs, moved: int) -> Case:
         "plain explicit": Contender(lambda a, e: plain.gram_explicit(a, e, True), explicit, "plain"),
     }
     if setting.fused:
-        from fngd_kernels.fused.gram_explicit import gram_explicit
-        from fngd_kernels.fused.gram_hadamard import gram_hadamard
-        from fngd_kernels.fused.gram_pairs import gram_pairs
+        from fngd_kernels.backends.triton.gram_explicit import gram_explicit
+        from fngd_kernels.backends.triton.gram_hadamard import gram_hadamard
+        from fngd_kernels.backends.triton.gram_pairs import gram_pairs
 
         if t == 1:
             contenders["fused hadamard"] = Contender(lambda a, e: gram_hadamard([a], [e], [True])[0], pairs)
@@ -72,7 +72,7 @@ def _combine(setting: Setting, layer: Linear, inputs: Inputs, work: Work, bias: 
         "plain unweighted": Contender(lambda a, e, s: plain.unweighted(a, e, bias), work, "unweighted"),
     }
     if setting.fused:
-        from fngd_kernels.fused.combine import combine
+        from fngd_kernels.backends.triton.combine import combine
 
         contenders["fused"] = Contender(lambda a, e, s: combine(a, e, s, bias), work)
     op = "combine with bias" if bias else "combine"
@@ -99,7 +99,7 @@ def hadamard_case(setting: Setting, layers: Sequence[Linear]) -> Case:
         "plain loop": Contender(plain_loop, work, "plain"),
     }
     if setting.fused:
-        from fngd_kernels.fused.gram_hadamard import gram_hadamard
+        from fngd_kernels.backends.triton.gram_hadamard import gram_hadamard
 
         def one_launch(*rows: Tensor) -> Tensor:
             rows = tuple(t.unsqueeze(1) for t in rows)

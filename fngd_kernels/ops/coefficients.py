@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..arguments import choice, non_negative
 from .checks import check_matrices
-from .library import LIBRARY, call, register
+from .registration import LIBRARY, call, register
 from .solve import solve, suits_native
 
 DAMPING_MODES = ("trace", "mean_eig", "absolute")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..arguments import flag, integer
-from ..library import combine as library
+from ..backends.torch import combine as library
 from . import checks
-from .library import LIBRARY, call, register
+from .registration import LIBRARY, call, register
 
 LIBRARY.define("combine(Tensor a, Tensor e, Tensor s, bool bias) -> Tensor[]")
 LIBRARY.define(

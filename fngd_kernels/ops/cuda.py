@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from .. import cost_model
-from ..fused.combine import combine as fused_combine
-from ..fused.combine_embedding import combine_embedding as fused_combine_embedding
-from ..fused.common import capability
-from ..fused.gram_conv_explicit import gram_conv_explicit
-from ..fused.gram_embedding import gram_embedding as fused_gram_embedding
-from ..fused.gram_embedding import gram_embedding_diag as fused_gram_embedding_diag
-from ..fused.gram_explicit import gram_explicit
-from ..fused.gram_hadamard import gram_hadamard
-from ..fused.gram_pairs import gram_pairs, gram_pairs_diag
-from ..library import combine as library
+from ..backends.torch import combine as library
+from ..backends.triton.combine import combine as fused_combine
+from ..backends.triton.combine_embedding import combine_embedding as fused_combine_embedding
+from ..backends.triton.common import capability
+from ..backends.triton.gram_conv_explicit import gram_conv_explicit
+from ..backends.triton.gram_embedding import gram_embedding as fused_gram_embedding
+from ..backends.triton.gram_embedding import gram_embedding_diag as fused_gram_embedding_diag
+from ..backends.triton.gram_explicit import gram_explicit
+from ..backends.triton.gram_hadamard import gram_hadamard
+from ..backends.triton.gram_pairs import gram_pairs, gram_pairs_diag
 from .gram import library_gram, library_gram_conv, library_gram_embedding
 from .gram_diag import library_gram_diag, library_gram_embedding_diag
-from .library import LIBRARY
+from .registration import LIBRARY
 from .scale_bias import scale_bias
 
 

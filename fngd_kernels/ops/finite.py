@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from .library import LIBRARY, register
+from .registration import LIBRARY, register
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

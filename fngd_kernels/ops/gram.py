@@ -13,16 +13,16 @@ from torch import Tensor
 
 from .. import cost_model
 from ..arguments import flag
-from ..library.gram_conv_explicit import gram_conv_explicit
-from ..library.gram_conv_pairs import gram_conv_pairs
-from ..library.gram_embedding import gram_embedding as gram_embedding_sorted
-from ..library.gram_explicit import gram_explicit
-from ..library.gram_hadamard import gram_hadamard
-from ..library.gram_pairs import gram_pairs
-from ..library.gram_rows import gram_rows as gram_rows_chunked
-from ..library.products import accumulation_dtype
+from ..backends.torch.gram_conv_explicit import gram_conv_explicit
+from ..backends.torch.gram_conv_pairs import gram_conv_pairs
+from ..backends.torch.gram_embedding import gram_embedding as gram_embedding_sorted
+from ..backends.torch.gram_explicit import gram_explicit
+from ..backends.torch.gram_hadamard import gram_hadamard
+from ..backends.torch.gram_pairs import gram_pairs
+from ..backends.torch.gram_rows import gram_rows as gram_rows_chunked
+from ..backends.torch.products import accumulation_dtype
 from . import checks, gram_diag  # noqa: F401 - registers the operators of diag=True
-from .library import LIBRARY, call, register
+from .registration import LIBRARY, call, register
 
 LIBRARY.define("gram(Tensor a, Tensor e, bool bias, int workspace, str? precision=None) -> Tensor")
 LIBRARY.define(

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..library import squared_norms as library
-from ..library.ids import check_ids
-from ..library.products import accumulation_dtype
-from .library import LIBRARY, register
+from ..backends.torch import squared_norms as library
+from ..backends.torch.ids import check_ids
+from ..backends.torch.products import accumulation_dtype
+from .registration import LIBRARY, register
 
 LIBRARY.define("gram_diag(Tensor a, Tensor e, bool bias, int workspace, str? precision=None) -> Tensor")
 LIBRARY.define(

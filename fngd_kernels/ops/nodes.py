@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..library.convolution import Geometry
+from ..backends.torch.convolution import Geometry
 from . import nodes_python
-from .library import LIBRARY
+from .registration import LIBRARY
 
 Gradients = tuple[Tensor | None, Tensor | None]
 Sink = Callable[[Any, Tensor, bool, bool], Sequence[Tensor | None] | None]

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from ..library import convolution
-from ..library.convolution import Geometry
+from ..backends.torch import convolution
+from ..backends.torch.convolution import Geometry
 
 _EVERYTHING = torch.empty(0, device="cpu", requires_grad=True)
 """A leaf behind every captured use, and in nobody's list of inputs: asked for only where all leaves are.

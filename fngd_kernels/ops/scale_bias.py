@@ -7,9 +7,9 @@ from torch import Tensor
 
 from .. import native
 from ..arguments import flag, integer
-from ..library.products import accumulation_dtype
+from ..backends.torch.products import accumulation_dtype
 from .checks import check_coefficients, check_floating
-from .library import LIBRARY, register
+from .registration import LIBRARY, register
 
 LIBRARY.define("scale_bias(Tensor e, Tensor s, int channel, bool scaled, bool bias) -> (Tensor, Tensor)")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import native
 from ..arguments import flag
 from .checks import check_solve
-from .library import LIBRARY, call, register
+from .registration import LIBRARY, call, register
 
 NATIVE_MAX_ORDER = {"cpu": 2048, "cuda": 1024}
 """Larger matrices go to torch.linalg, which puts the whole device on one matrix; the native kernels put one

@@ -41,7 +41,7 @@ def meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def gram_pairs(dtype: torch.dtype, precision: str) -> None:
-    from fngd_kernels.fused.gram_pairs import gram_pairs, gram_pairs_diag
+    from fngd_kernels.backends.triton.gram_pairs import gram_pairs, gram_pairs_diag
 
     # Tiles of 2 positions, of some and of many; sizes that are multiples of 16 and that are not.
     for samples, positions, inputs, outputs in ((512, 2, 512, 2048), (63, 33, 513, 10), (32, 128, 768, 768)):
@@ -51,7 +51,7 @@ def gram_pairs(dtype: torch.dtype, precision: str) -> None:
 
 
 def gram_embedding(dtype: torch.dtype, precision: str) -> None:
-    from fngd_kernels.fused.gram_embedding import gram_embedding, gram_embedding_diag
+    from fngd_kernels.backends.triton.gram_embedding import gram_embedding, gram_embedding_diag
 
     for samples, positions, size in ((512, 2, 512), (63, 33, 513), (32, 128, 768)):
         ids, e = meta(samples, positions, dtype=torch.int64), meta(samples, positions, size, dtype=dtype)
@@ -60,7 +60,7 @@ def gram_embedding(dtype: torch.dtype, precision: str) -> None:
 
 
 def gram_hadamard(dtype: torch.dtype, precision: str) -> None:
-    from fngd_kernels.fused.gram_hadamard import gram_hadamard
+    from fngd_kernels.backends.triton.gram_hadamard import gram_hadamard
 
     layers = [(512, 512), (784, 512), (2048, 10), (513, 1000)] * 4
     for samples in (128, 2048):
@@ -75,7 +75,7 @@ def gram_hadamard(dtype: torch.dtype, precision: str) -> None:
 
 
 def gram_explicit(dtype: torch.dtype, precision: str) -> None:
-    from fngd_kernels.fused.gram_explicit import gram_explicit
+    from fngd_kernels.backends.triton.gram_explicit import gram_explicit
 
     precision = precision if dtype == FLOAT32 else "tf32"
     # Each in one chunk.
@@ -85,7 +85,7 @@ def gram_explicit(dtype: torch.dtype, precision: str) -> None:
 
 
 def combine(dtype: torch.dtype, precision: str) -> None:
-    from fngd_kernels.fused.combine import combine
+    from fngd_kernels.backends.triton.combine import combine
 
     s = meta(64, dtype=FLOAT32)
     combine(meta(64, 128, 512, dtype=dtype), meta(64, 128, 2048, dtype=dtype), s, True, precision)
@@ -95,7 +95,7 @@ def combine(dtype: torch.dtype, precision: str) -> None:
 
 
 def gram_conv_explicit(dtype: torch.dtype, precision: str) -> None:
-    from fngd_kernels.fused.gram_conv_explicit import gram_conv_explicit
+    from fngd_kernels.backends.triton.gram_conv_explicit import gram_conv_explicit
 
     precision = precision if dtype == FLOAT32 else "tf32"
     # First layers on images, in both layouts: columns of many kernel offsets, pixels and patches.
@@ -119,7 +119,7 @@ def gram_conv_explicit(dtype: torch.dtype, precision: str) -> None:
 
 
 def combine_embedding(dtype: torch.dtype, precision: str) -> None:
-    from fngd_kernels.fused.combine_embedding import combine_embedding
+    from fngd_kernels.backends.triton.combine_embedding import combine_embedding
 
     ids, s = meta(64, 128, dtype=torch.int64), meta(64, dtype=FLOAT32)
     combine_embedding(ids, meta(64, 128, 768, dtype=dtype), s, 50257, 0)

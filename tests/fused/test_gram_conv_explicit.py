@@ -7,10 +7,10 @@ from torch.nn import functional as F
 
 import fngd_kernels as fk
 import oracles
-from fngd_kernels.fused.contributions import default_precision
-from fngd_kernels.fused.gram_conv_explicit import _divided, gram_conv_explicit
+from fngd_kernels.backends.torch.gram_conv_explicit import gram_conv_explicit as library_gram_conv_explicit
+from fngd_kernels.backends.triton.contributions import default_precision
+from fngd_kernels.backends.triton.gram_conv_explicit import _divided, gram_conv_explicit
 from fngd_kernels.geometry import expand
-from fngd_kernels.library.gram_conv_explicit import gram_conv_explicit as library_gram_conv_explicit
 
 # On top of twice the library's error: rounding of sums, and of both factors to 10 bits in C C^T.
 TOLERANCE = {"ieee": 1e-6, "tf32x3": 1e-6, "tf32": 2**-10}

@@ -3,8 +3,8 @@ import torch
 from poison import poisoned
 
 import oracles
-from fngd_kernels.fused import gram_hadamard as fused
-from fngd_kernels.library.gram_hadamard import gram_hadamard as library_gram_hadamard
+from fngd_kernels.backends.torch.gram_hadamard import gram_hadamard as library_gram_hadamard
+from fngd_kernels.backends.triton import gram_hadamard as fused
 
 # On top of twice the library's error; products of 16-bit numbers are exact, tensor cores cut off their sums.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-6, torch.float16: 4e-6}

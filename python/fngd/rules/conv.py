@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fngd_kernels as fk
-from fngd_kernels.library.conv_contributions import conv_contributions
+from fngd_kernels.backends.torch.conv_contributions import conv_contributions
 from fngd_kernels.ops import nodes
 from fngd_kernels.ops.nodes import Gradients, Sink
 

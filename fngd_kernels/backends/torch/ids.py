@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..arguments import LIMIT
+from ...arguments import LIMIT
 
 
 def check_ids(ids: Tensor, num_embeddings: int | None = None) -> None:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..cost_model import WORKSPACE
+from ...cost_model import WORKSPACE
 from .common import capability, dot
 from .contributions import (
     Weight,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..workspace import default_workspace
+from ...workspace import default_workspace
 from .common import aligned, capability, dot, multiprocessors
 from .rounding import rounded
 from .tiles import tile

@@ -5,8 +5,8 @@ from itertools import product
 
 from torch import Tensor
 
-from ..cost_model import Plan
-from ..geometry import pixel_grids
+from ...cost_model import Plan
+from ...geometry import pixel_grids
 from .products import accumulation_dtype, mirror, rows_product
 
 _ALL: slice = slice(None)

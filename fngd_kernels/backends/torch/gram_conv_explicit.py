@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..cost_model import Plan
+from ...cost_model import Plan
 from .conv_contributions import conv_contributions
 from .products import accumulation_dtype, add_gram, mirror
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..cost_model import column_chunk
+from ...cost_model import column_chunk
 from .products import accumulation_dtype, add_gram, mirror
 
 

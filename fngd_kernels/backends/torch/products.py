@@ -5,7 +5,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from ..cost_model import row_block
+from ...cost_model import row_block
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 

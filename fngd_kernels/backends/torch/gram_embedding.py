@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..cost_model import embedding_chunk
+from ...cost_model import embedding_chunk
 from .products import accumulation_dtype, mirror
 
 
