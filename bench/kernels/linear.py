@@ -50,7 +50,7 @@ def _gram(setting: Setting, layer: Linear, inputs: Inputs, moved: int) -> Case:
         from fngd_kernels.backends.triton.gram_pairs import gram_pairs
 
         if t == 1:
-            contenders["fused hadamard"] = Contender(lambda a, e: gram_hadamard([a], [e], [True])[0], pairs)
+            contenders["fused hadamard"] = Contender(lambda a, e: gram_hadamard(a, e, True), pairs)
         else:
             contenders["fused pairs"] = Contender(lambda a, e: gram_pairs(a, e, True), pairs)
             contenders["fused explicit"] = Contender(lambda a, e: gram_explicit(a, e, True), explicit)
@@ -98,12 +98,4 @@ def hadamard_case(setting: Setting, layers: Sequence[Linear]) -> Case:
         "fngd": Contender(one_by_one, work),
         "plain loop": Contender(plain_loop, work, "plain"),
     }
-    if setting.fused:
-        from fngd_kernels.backends.triton.gram_hadamard import gram_hadamard
-
-        def one_launch(*rows: Tensor) -> Tensor:
-            rows = tuple(t.unsqueeze(1) for t in rows)
-            return gram_hadamard(rows[::2], rows[1::2], [True] * len(layers))
-
-        contenders["fused list"] = Contender(one_launch, work)
     return setting.case("gram_hadamard", f"{len(layers)} layers", inputs, plain_loop, contenders)

@@ -3,7 +3,7 @@ import torch
 from poison import poisoned
 
 import oracles
-from fngd_kernels.backends.torch.combine import combine_embedding as library_combine_embedding
+from fngd_kernels.backends.torch.combine_embedding import combine_embedding as library_combine_embedding
 from fngd_kernels.backends.triton.combine_embedding import combine_embedding
 
 # On top of twice the library's error: one rounding of the result.

@@ -1,1 +1,1 @@
-"""The algorithms on library matrix products: the production path on the CPU, the fallback elsewhere."""
+"""The algorithms on torch's matrix products: for the CPU, and for what Triton kernels do not support."""

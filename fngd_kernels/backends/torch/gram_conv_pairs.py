@@ -1,37 +1,28 @@
 """Gram matrix of a convolution from inner products of pixels, without patches."""
 
-from collections.abc import Sequence
 from itertools import product
 
 from torch import Tensor
 
-from ...cost_model import Plan
-from ...geometry import pixel_grids
+from ...geometry import ConvGeometry, pixel_grids
+from ...plans import Plan
 from .products import accumulation_dtype, mirror, rows_product
 
 _ALL: slice = slice(None)
 
 
-def gram_conv_pairs(
-    x: Tensor,
-    e: Tensor,
-    weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    bias: bool,
-    plan: Plan,
-) -> Tensor:
+def gram_conv_pairs(x: Tensor, e: Tensor, geometry: ConvGeometry, bias: bool, plan: Plan) -> Tensor:
     """Return K_ij = sum_{p,q} <patch_ip, patch_jq> <e_ip, e_jq>, for x (N,C,*space) and e (N,O,*space_out).
 
-    Both pixels of a term of <patch_ip, patch_jq> are shifted by the same kernel offset, so the patch products
-    are sums of shifted slices of the pixel Gram matrix, one such matrix for each residue of the stride.
+    In every term of <patch_ip, patch_jq>, both pixels are shifted by the same kernel offset. The products of
+    patches are therefore sums of shifted slices of the Gram matrix of all pixels; there is one such matrix
+    for each residue of the stride.
     """
     n = x.shape[0]
     dtype = accumulation_dtype(x.dtype)
     k = x.new_zeros((n, n), dtype=dtype)
-    grids = list(product(*map(pixel_grids, x.shape[2:], weight_shape[2:], stride, padding, dilation)))
+    _, stride, padding, dilation, groups = geometry
+    grids = list(product(*map(pixel_grids, x.shape[2:], geometry.kernel, stride, padding, dilation)))
 
     for x_g, e_g in zip(x.chunk(groups, 1), e.chunk(groups, 1), strict=True):
         blocks = []
@@ -63,5 +54,5 @@ def gram_conv_pairs(
 
 
 def _position_rows(t: Tensor) -> Tensor:
-    """Return t (n,C,*space) as rows (P n, C): with samples innermost the shifted slices have long runs."""
+    """Return t (n,C,*space) as rows (P n, C), samples innermost: slices then have long contiguous runs."""
     return t.flatten(2).permute(2, 0, 1).reshape(-1, t.shape[1])

@@ -3,15 +3,16 @@
 import torch
 from torch import Tensor
 
-from ...cost_model import embedding_chunk
+from .costs import embedding_chunk
 from .products import accumulation_dtype, mirror
 
 
 def gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int) -> Tensor:
     """Return K_ij = sum_{t,u} [ids_it = ids_ju] <e_it, e_ju> for ids (N,T) and e (N,T,D).
 
-    Positions of one sample with one id are summed first. Rows sorted by (id, sample) then meet the rows
-    1, 2, ... places further on while the id is the same: the cost follows the repeated ids, not (NT)^2.
+    First, the positions of a sample that have one id are summed to a row. Rows are sorted by (id, sample),
+    and each is multiplied with the rows 1, 2, ... places after it as long as their id is the same. The cost
+    is proportional to the number of pairs with equal ids, not to (NT)^2.
     """
     n, t, dim = e.shape
     dtype = accumulation_dtype(e.dtype)
@@ -24,7 +25,7 @@ def gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: i
         raise ValueError(f"ids: expected 0 to {largest}, got {low} to {high}")
     keys = (ids.long() * n + samples[:, None]).masked_fill(padding, -1)
     keys, row_of = keys.flatten().unique(return_inverse=True)
-    # All padding shares one row, the first.
+    # All padding is in one row, the first.
     first = int(keys[0] < 0)
     id_of, sample_of = keys[first:] // n, keys[first:] % n
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...cost_model import Plan
+from ...plans import Plan
 from .products import accumulation_dtype, add_gram, mirror
 
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ...cost_model import Plan
+from ...plans import Plan
 from .products import accumulation_dtype, mirror, rows_product
 
 

@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from ...cost_model import column_chunk
+from .costs import column_chunk
 from .products import accumulation_dtype, add_gram, mirror
 
 
 def gram_rows(g: Tensor, workspace: int) -> Tensor:
-    """Return K_ij = <g_i, g_j> for g (N,D), by chunks of columns where they have to be cast."""
+    """Return K_ij = <g_i, g_j> for g (N,D), in chunks of columns if they have to be cast."""
     n, columns = g.shape
     dtype = accumulation_dtype(g.dtype)
     k = g.new_zeros((n, n), dtype=dtype)

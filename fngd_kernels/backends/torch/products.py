@@ -1,11 +1,11 @@
-"""Matrix products that every Gram algorithm is made of."""
+"""The matrix products that all Gram algorithms consist of."""
 
 from math import ceil
 
 import torch
 from torch import Tensor
 
-from ...cost_model import row_block
+from .costs import row_block
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -18,13 +18,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def rows_product(x: Tensor, y: Tensor) -> Tensor:
     """Return x y^T for x (M,D) and y (N,D)."""
     if _HAS_ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and y.numel():
-        # torch's own fp32 product is MKL, which runs at half of oneDNN's speed on CPUs other than Intel's.
+        # torch's own product of float32 uses MKL, which has half of oneDNN's speed on CPUs that are not
+        # Intel's.
         return torch.ops.mkldnn._linear_pointwise(_untangled(x), _untangled(y), None, "none", [], "")
     return x @ y.T
 
 
 def _untangled(x: Tensor) -> Tensor:
-    """Return x (M,D), copied where rows and columns overlap or interleave, which oneDNN refuses."""
+    """Return x (M,D), copied if its rows or columns overlap or interleave, which oneDNN does not accept."""
     (m, d), (row, column) = x.shape, x.stride()
     return x if (column == 1 and row >= d) or (row == 1 and column >= m) else x.contiguous()
 

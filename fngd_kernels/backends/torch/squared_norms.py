@@ -1,17 +1,17 @@
-"""Squared norms ||C_n||^2 of the contributions, the diagonals of the Gram matrices, by samples."""
+"""Squared norms ||C_n||^2, the diagonals of the Gram matrices, computed for some samples at a time."""
 
-from collections.abc import Sequence
 from math import prod
 
 import torch
 from torch import Tensor
 
+from ...geometry import ConvGeometry
 from .conv_contributions import conv_contributions
 from .products import accumulation_dtype
 
 
 def linear_norms(a: Tensor, e: Tensor, bias: bool, workspace: int) -> Tensor:
-    """Return ||C_n||^2 for a (N,T,I) and e (N,T,O): from pairs of positions or, if less, from C_n."""
+    """Return ||C_n||^2 for a (N,T,I) and e (N,T,O): from pairs of positions or, if cheaper, from C_n."""
     t, inputs, outputs = a.shape[1], a.shape[2], e.shape[2]
     dtype = accumulation_dtype(a.dtype)
     pairs = t * (inputs + outputs) < inputs * outputs
@@ -27,26 +27,16 @@ def linear_norms(a: Tensor, e: Tensor, bias: bool, workspace: int) -> Tensor:
     return torch.cat(norms)
 
 
-def conv_norms(
-    x: Tensor,
-    e: Tensor,
-    weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    bias: bool,
-    workspace: int,
-) -> Tensor:
+def conv_norms(x: Tensor, e: Tensor, geometry: ConvGeometry, bias: bool, workspace: int) -> Tensor:
     """Return ||C_n||^2 for x (N,C,*space) and e (N,O,*space_out), from C_n."""
     dtype = accumulation_dtype(x.dtype)
-    # Twice: the library keeps copies in a layout of its own.
-    elements = 2 * (prod(weight_shape) + prod(x.shape[1:]) + prod(e.shape[1:]))
-    chunk, kernel = _samples(elements, dtype, workspace), weight_shape[2:]
-    x_chunks, e_chunks = (t.unflatten(1, (groups, -1)).split(chunk) for t in (x, e))
+    # Twice, because the library makes copies in a layout of its own.
+    elements = 2 * (prod(geometry.weight_shape) + prod(x.shape[1:]) + prod(e.shape[1:]))
+    chunk = _samples(elements, dtype, workspace)
+    x_chunks, e_chunks = (t.unflatten(1, (geometry.groups, -1)).split(chunk) for t in (x, e))
     norms = []
     for x_n, e_n in zip(x_chunks, e_chunks, strict=True):
-        norms.append(_squares(conv_contributions(x_n, e_n, kernel, stride, padding, dilation, dtype)))
+        norms.append(_squares(conv_contributions(x_n, e_n, geometry, dtype)))
     total = torch.cat(norms)
     return total + _squares(e.flatten(2).sum(2, dtype=dtype)) if bias else total
 
@@ -59,7 +49,8 @@ def embedding_norms(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: 
     chunk = _samples(t * (t + 2 * dim), dtype, workspace)
     for ids_n, e_n in zip(ids.split(chunk), e.split(chunk), strict=True):
         equal, e_n = ids_n.unsqueeze(2) == ids_n.unsqueeze(1), e_n.to(dtype)
-        if padding_idx is not None:  # not in `equal`: 0 times NaN is NaN
+        # Zeros in `equal` would not do: 0 times NaN is NaN.
+        if padding_idx is not None:
             e_n = e_n.masked_fill((ids_n == padding_idx).unsqueeze(2), 0)
         # sum_t <e_t, sum_{u: id_u = id_t} e_u>
         norms.append((e_n * (equal.to(dtype) @ e_n)).sum((1, 2)))
@@ -76,5 +67,5 @@ def _squares(c: Tensor) -> Tensor:
 
 
 def _samples(elements: int, dtype: torch.dtype, workspace: int) -> int:
-    """Return how many samples are taken at a time, each with so many elements of scratch."""
+    """Return how many samples are taken at a time if each needs that many elements of scratch memory."""
     return max(1, workspace // max(1, elements * dtype.itemsize))

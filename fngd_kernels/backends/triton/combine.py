@@ -1,4 +1,4 @@
-"""Weighted gradient of a linear layer: one matrix product over all positions, its rows scaled on the way."""
+"""Weighted gradient of a linear layer: a product over all positions, with rows scaled as they are read."""
 
 from functools import lru_cache
 
@@ -13,7 +13,7 @@ from .rounding import rounded
 from .tiles import tile
 
 PART_STEPS = 16
-"""Price of a partial tile, in steps of the product: 8 for traffic, 8 for the launch that sums; not timed."""
+"""Cost of a partial tile, in steps of the product: 8 for traffic, 8 for the launch that sums; an estimate."""
 
 
 @triton.jit(do_not_specialize=["rows", "part_rows"], do_not_specialize_on_alignment=["positions"])
@@ -52,7 +52,7 @@ def _combine_kernel(
     last = tl.minimum(first + part_rows, rows)
 
     acc = tl.zeros([BO, BI], dtype=tl.float32)
-    # Summed over its rows once, after the loop: no exchange between threads in each step.
+    # Summed over its rows only after the loop, so that threads do not exchange sums in each step.
     acc_b = tl.zeros([BK, BO], dtype=tl.float32)
     for start in range(first, last, BK):
         offs_r = start + offs_k
@@ -68,7 +68,7 @@ def _combine_kernel(
         scaled = e.to(tl.float32) * s[:, None]  # [BK, BO]
         if WITH_BIAS:
             acc_b += scaled
-        # Rounded once: an error of 2^-9 (bf16) or 2^-12 (fp16) of each term, none where s is a power of two.
+        # Rounded once: a relative error of 2^-9 (bf16) or 2^-12 (fp16) per term, none if s is a power of two.
         acc = dot(tl.trans(rounded(scaled, e.dtype)), a, acc, PRECISION)  # [BO, BI]
 
     tile_w = W + pid_p * stride_p + offs_o[:, None] * stride_wo + offs_i[None, :]
@@ -95,7 +95,7 @@ def _sum_parts_kernel(
 
 @lru_cache(maxsize=4096)
 def parts_of(steps: int, tiles: int, processors: int, limit: int) -> int:
-    """Return in how many parts, `limit` at most, a product of `steps` steps and `tiles` tiles runs fastest.
+    """Return in how many parts, at most `limit`, a product of `steps` steps and `tiles` tiles is fastest.
 
     parts programs for each tile run in ceil(tiles parts / processors) waves of ceil(steps / parts) steps.
     """
@@ -110,8 +110,8 @@ def parts_of(steps: int, tiles: int, processors: int, limit: int) -> int:
 def combine(a: Tensor, e: Tensor, s: Tensor, bias: bool, precision: str = "ieee") -> list[Tensor]:
     """Return [sum_n s_n E_n^T A_n (O,I)] and with bias sum_n s_n sum_t E_nt (O,), for a, e of 2 or 3 axes.
 
-    NTIO MACs; the rows are split over programs where tiles alone would not fill the device, the partial sums
-    (parts,O,I) summed in order.
+    Costs NTIO MACs. If there are too few tiles to fill the device, several programs share the rows of one,
+    and their partial sums (parts,O,I) are summed in order.
     """
     a, e = (t if t.ndim == 3 else t.unsqueeze(1) for t in (a, e))
     (n, t, inputs), outputs = a.shape, e.shape[2]
@@ -122,7 +122,7 @@ def combine(a: Tensor, e: Tensor, s: Tensor, bias: bool, precision: str = "ieee"
     chosen = tile(kernel, capability(a.device), a.itemsize)
     bo, bi, bk = (chosen.blocks[name] for name in ("BO", "BI", "BK"))
     grid_i, grid_o = max(1, triton.cdiv(inputs, bi)), triton.cdiv(outputs, bo)
-    # Weight and bias of a part lie side by side, so that one launch sums both.
+    # Weight and bias of a part are neighbours in memory, so that one launch sums both.
     weights, biases = outputs * inputs, outputs if bias else 0
     limit = default_workspace() // max(1, 4 * (weights + biases))
     parts = parts_of(triton.cdiv(rows, bk), grid_i * grid_o, multiprocessors(a.device), limit)

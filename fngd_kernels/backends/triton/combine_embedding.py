@@ -1,4 +1,4 @@
-"""Weighted gradient of an embedding: sums over the runs of equal ids, without atomics."""
+"""Weighted gradient of an embedding: sums over runs of equal ids, without atomic operations."""
 
 import torch
 import triton
@@ -52,7 +52,8 @@ def _sum_chunks_kernel(
     mask_e = kept[:, None] & mask_d[None, :]
     e = tl.load(row_e[:, None] + offs_d[None, :] * stride_ed, mask=mask_e, other=0)  # [BR, BD]
     scaled = e.to(tl.float32) * s[:, None]
-    # Each row of the product is the sum over the rows of its id; 0 and 1 are exact in tf32, three terms of e.
+    # Each row of the product is the sum over all rows with the same id. It is as exact as in float32: 0 and 1
+    # are exact in tf32, and tf32x3 splits the other factor into three terms.
     same = (ids[:, None] == ids[None, :]).to(tl.float32)  # [BR, BR]
     sums = dot(same, scaled, tl.zeros([BR, BD], dtype=tl.float32), "tf32x3")  # [BR, BD]
 
@@ -61,7 +62,8 @@ def _sum_chunks_kernel(
     row_w = W + ids.to(tl.int64) * dim
     mask_w = (head & ~begun & ~continued)[:, None] & mask_d[None, :]
     tl.store(row_w[:, None] + offs_d[None, :], rounded(sums, W.dtype.element_ty), mask=mask_w)
-    # A run over the chunk's end leaves its sum in the chunk's first row, in its second one if begun here.
+    # The sum of a run that continues outside the chunk goes to ENDS: row 0 if it began before, row 1 if it
+    # begins here.
     row_p = ENDS + (2 * pid_c + tl.where(begun, 0, 1)) * dim
     mask_p = (head & (begun | continued))[:, None] & mask_d[None, :]
     tl.store(row_p[:, None] + offs_d[None, :], sums, mask=mask_p)
@@ -88,7 +90,7 @@ def _join_chunks_kernel(
     last = tl.load(IDS + first + BR - 1, mask=first + BR < rows, other=-1)
     after = tl.load(IDS + first + BR, mask=first + BR < rows, other=-1)
     kept = (last >= 0) & (last < num_embeddings) & (last != padding_idx)
-    # The program of the chunk in which a run begins sums it, in the order of the chunks.
+    # A run is summed by the program of the chunk in which it begins, in the order of the chunks.
     if kept & (last == after) & (last != before):
         acc = tl.load(ENDS + (2 * pid_c + 1) * dim + offs_d, mask=mask_d, other=0)  # [BD]
         chunk = pid_c + 1
@@ -107,13 +109,14 @@ def combine_embedding(
 ) -> Tensor:
     """Return W_v = sum over the positions with id v of s_n e_nt, (num_embeddings,D), and 0 for padding_idx.
 
-    Positions sorted by id are summed in chunks, then the runs that reach over several chunks: no program has
-    more work than another. A gradient that is not finite spoils the ids of its chunk.
+    Positions are sorted by id and summed in chunks of equal size; then runs of equal ids that extend over
+    several chunks are joined. A gradient that is not finite makes the sums of all ids in its chunk not
+    finite.
     """
     if ids.ndim == 1:
         ids, e = ids.unsqueeze(1), e.unsqueeze(1)
     dim = e.shape[2]
-    # Half the passes of a radix sort over 64 bits.
+    # Sorting 32 bits takes half the passes of sorting 64.
     sorted_ids, order = ids.flatten().to(torch.int32).sort(stable=True)
     rows = len(sorted_ids)
     chosen = tile("combine_embedding", capability(e.device), e.itemsize)

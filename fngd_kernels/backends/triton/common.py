@@ -1,4 +1,4 @@
-"""What every fused kernel shares."""
+"""What all kernels share."""
 
 import torch
 import triton
@@ -12,17 +12,17 @@ _INTERPRET = tl.constexpr(INTERPRET)
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Return the compute capability of a device, (0, 0) of the interpreter's CPU."""
+    """Return the compute capability of a device, (0, 0) for the interpreter's CPU."""
     return (0, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Return how many programs a device runs at a time at least, 4 of the interpreter's CPU."""
+    """Return the number of multiprocessors of a device, 4 for the interpreter's CPU."""
     return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def aligned(*tensors: Tensor) -> bool:
-    """Return whether Triton knows that every row starts at a multiple of 16 elements: few, wide loads."""
+    """Return whether Triton sees that every row starts at a multiple of 16 elements, for wide loads."""
     return all(
         t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in t.stride()[:-1])
         for t in tensors
@@ -69,8 +69,8 @@ def rows_product(
 
 @triton.jit
 def lower_block(pid, num_blocks):
-    """Return block row and column of place `pid` in the lower triangle of num_blocks (num_blocks + 1) / 2."""
-    # The triangle folded into a rectangle: each of its rows is a long block row and the short one that fits.
+    """Return row and column of block number `pid` in the lower triangle of num_blocks x num_blocks."""
+    # The triangle is folded to a rectangle: a row of the rectangle is a long row of blocks and a short one.
     odd = num_blocks % 2
     width = num_blocks + 1 - odd
     fold = pid // width
@@ -91,8 +91,8 @@ def sample_sums(x, SAMPLES: tl.constexpr, POSITIONS: tl.constexpr):
 
 @triton.jit
 def store_symmetric(K, k, offs_i, offs_j, n, stride_ki, stride_kj):
-    """Store what is lower of the block k at rows offs_i and columns offs_j of K (n,n), and its mirror."""
-    # The triangles of a block on the diagonal may be summed in different orders: only one is taken.
+    """Store the lower triangle of K (n,n) in block k, at rows offs_i and columns offs_j, and its mirror."""
+    # In a block on the diagonal the two triangles may be summed in different orders, so only one is used.
     mask = (offs_j[None, :] <= offs_i[:, None]) & (offs_i[:, None] < n)
     offs_i = offs_i.to(tl.int64)[:, None]
     offs_j = offs_j.to(tl.int64)[None, :]

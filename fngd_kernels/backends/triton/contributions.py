@@ -1,9 +1,10 @@
 """Gram matrix by chunks of contributions: what the explicit kernels of linear layers and convolutions share.
 
-C_n = E_n^T A_n of a chunk of weight tiles is written to a scratch of N rows, then C C^T is added to partial
-sums, one for each range of columns; reduce.py sums those. Two kernels alternate instead of one that does
-both: a kernel that keeps its own tile of C for all samples needs N BO BI floats for each multiprocessor (128
-samples, 64x64 tiles: 2 MiB, 264 MiB on 132 of them), and has no more programs than the weight has tiles.
+C_n = E_n^T A_n of a chunk of weight tiles is written to scratch memory of N rows. Then C C^T is added to
+partial sums, one for each range of columns, which reduce.py sums at the end. Two kernels alternate, because
+one kernel that did both would have to keep its tile of C for all samples: N BO BI floats for each
+multiprocessor (with 128 samples and 64x64 tiles 2 MiB, or 264 MiB on 132 multiprocessors). It would also have
+no more programs than the weight has tiles.
 """
 
 from collections.abc import Callable
@@ -19,13 +20,16 @@ from .reduce import sum_partials
 from .tiles import Tile, tile
 
 MIN_STEPS = 4
-"""Fewest steps of a program of the product C C^T; fewer do not pay for one more partial sum."""
+"""Least steps of a program of the product C C^T; with fewer, one more partial sum does not pay."""
 
 
 class Weight(NamedTuple):
-    """A weight cut into tiles of equal extent, and the launch that forms C of a range of its tiles.
+    """A weight divided into tiles of equal size, and the launch that forms C of a range of its tiles.
 
-    form: called with (scratch (N, count area), first tile, count of tiles)
+    Attributes:
+        tiles: How many tiles there are.
+        area: Elements of a tile.
+        form: Called with scratch memory (N, count * area), the first tile and the count of tiles.
     """
 
     tiles: int
@@ -33,27 +37,27 @@ class Weight(NamedTuple):
     form: Callable[[Tensor, int, int], None]
 
     def tiles_at_once(self, columns: int) -> int:
-        """Return the tiles of even chunks of `columns` columns at most, or of one tile."""
+        """Return how many tiles make a chunk of at most `columns` columns, of equal chunks; at least one."""
         chunks = triton.cdiv(self.tiles, max(1, columns // self.area))
         return triton.cdiv(self.tiles, chunks)
 
 
 def extent(size: int, block: int) -> int:
-    """Return the common extent, `block` at most, of the fewest tiles that cover `size`."""
+    """Return the common size, at most `block`, of the fewest equal tiles that cover `size`."""
     return triton.cdiv(size, triton.cdiv(size, block))
 
 
 def block_size(size: int, limit: int) -> int:
-    """Return the smallest block that a product takes and that holds `size`, `limit` at most."""
+    """Return the smallest block that a matrix product accepts and that holds `size`; at most `limit`."""
     return min(limit, max(16, triton.next_power_of_2(size)))
 
 
 def launch_options(
     chosen: Tile, samples: int, outputs: int, inputs: int, positions: int, workspace: int
 ) -> dict[str, int]:
-    """Return blocks and launch options for C of a layer: the tile, clipped to the layer and to the workspace.
+    """Return blocks and launch options for C of a layer: the tile, reduced to fit layer and workspace.
 
-    One tile of all samples fits into what the partial sums leave of the workspace.
+    One tile of all samples fits into the part of the workspace that partial sums leave.
     """
     bo, bi = block_size(outputs, chosen.blocks["BO"]), block_size(inputs, chosen.blocks["BI"])
     while 4 * samples * bo * bi > workspace - workspace // 4 and max(bo, bi) > 16:
@@ -85,9 +89,9 @@ def store_contributions(
     BO: tl.constexpr,
     BI: tl.constexpr,
 ):
-    """Store tile pid_w of sample pid_n, its extent_o x extent_i elements side by side."""
+    """Store tile pid_w of sample pid_n: its extent_o x extent_i elements, without gaps."""
     if PRECISION == "tf32":
-        # To nearest, here: the product would cut the low bits off, and K would come out 7e-4 too small.
+        # Rounded to nearest here, because the product truncates: K would be 7e-4 too small.
         bits = (c.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
         c = tl.where(c == c, bits.to(tl.float32, bitcast=True), c)
     offs_o, offs_i = tl.arange(0, BO), tl.arange(0, BI)
@@ -159,16 +163,17 @@ def _add_gram_kernel(
 def gram_by_chunks(weights: list[Weight], inputs: Tensor, precision: str, workspace: int) -> Tensor:
     """Return K = sum of C C^T over all tiles of all weights; scratch and partial sums fit into `workspace`.
 
-    N^2/2 MACs, one store and about one load of 4 bytes for each contribution beside what forming it costs.
+    For each contribution, costs N^2/2 MACs, one store and about one load of 4 bytes beside what forming it
+    costs.
     """
     n = inputs.shape[0]
     chosen = tile("add_gram", capability(inputs.device), 4)
     bn = block_size(n, chosen.blocks["BN"])
-    # Fewer rows are read in longer runs: about the same bytes are on their way in each step.
+    # With fewer rows, longer pieces of each are read, so that a step loads about as many bytes.
     bk = chosen.blocks["BK"] * min(2, chosen.blocks["BN"] // bn)
     grid = triton.cdiv(n, bn)
     widest = max(weight.tiles * weight.area for weight in weights)
-    # Programs of few rows have few bytes on their way: several for each multiprocessor.
+    # Programs of few rows load few bytes at a time, so each multiprocessor gets several of them.
     programs = multiprocessors(inputs.device) * max(1, 64 // bn)
     parts = min(
         programs // (grid * (grid + 1) // 2),
@@ -178,7 +183,8 @@ def gram_by_chunks(weights: list[Weight], inputs: Tensor, precision: str, worksp
     parts = max(1, parts)
     partial = inputs.new_empty((parts, n, n), dtype=torch.float32)
 
-    # A single partial sum becomes K, which is no scratch. Rows start at multiples of 64 bytes.
+    # A single partial sum becomes K and is not counted as scratch memory. Rows start at multiples of 64
+    # bytes.
     room = (workspace - (partial.nbytes if parts > 1 else 0)) // (64 * n) * 16
     steps = [weight.tiles_at_once(room) for weight in weights]
     widest = max(step * weight.area for step, weight in zip(steps, weights, strict=True))

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...cost_model import WORKSPACE
+from ...geometry import ConvGeometry
+from ...workspace import WORKSPACE
 from .common import capability, dot
 from .contributions import (
     Weight,
@@ -21,10 +22,10 @@ from .contributions import (
 from .tiles import tile
 
 TAP_CHANNELS = 32
-"""Channels per group from which a tile holds channels of one kernel offset only, with one mask for all."""
+"""From this many channels per group on, a tile holds channels of one kernel offset, with one mask."""
 
-# Knowing that one of these is 1 or a multiple of 16 makes no load wider: all layers share what is compiled.
-GEOMETRY = [
+# Code that knows that one of these is 1 or a multiple of 16 has no wider loads. All layers share one version.
+NOT_SPECIALIZED = [
     "first_tile",
     "tiles_o",
     "tiles_i",
@@ -39,18 +40,18 @@ def _divided(x, divisor, reciprocal):
     """Return x // divisor and x % divisor of 0 <= x < 2^31; reciprocal is (2^31 - 1) // divisor."""
     quotient = tl.umulhi(2 * x.to(tl.uint32), reciprocal.to(tl.uint32)).to(tl.int32)
     rest = x - quotient * divisor
-    # What the reciprocal lacks makes the quotient too small by one at most.
+    # The rounded reciprocal makes the quotient too small by at most one.
     short = rest >= divisor
     return tl.where(short, quotient + 1, quotient), tl.where(short, rest - divisor, rest)
 
 
 @triton.jit
 def _inside(offs, corner, size):
-    """Return whether 0 <= offs + corner < size for all pairs; as unsigned one comparison."""
+    """Return whether 0 <= offs + corner < size for all pairs; on unsigned numbers this is one comparison."""
     return (offs[:, None] + corner[None, :]).to(tl.uint32) < size.to(tl.uint32)
 
 
-@triton.jit(do_not_specialize=GEOMETRY)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _contributions_conv_kernel(
     X,
     E,
@@ -114,7 +115,7 @@ def _contributions_conv_kernel(
         offs_i = pid_i * extent_i + tl.arange(0, BI)
         tap, offs_c = offs_i // channels, offs_i % channels  # [BI]
     mask_o, mask_i = offs_o < outputs, (offs_c < channels) & (tap < taps)
-    # Pixel of output position 0 under each kernel offset.
+    # The pixel that output position 0 reads for each kernel offset.
     corner_d = tap // (kernel_h * kernel_w) * dilation_d - padding_d
     corner_h = tap // kernel_w % kernel_h * dilation_h - padding_h
     corner_w = tap % kernel_w * dilation_w - padding_w
@@ -125,7 +126,7 @@ def _contributions_conv_kernel(
     column_x = X + pid_n * stride_xn + offs_xc * stride_xc + corner  # [BI]
     column_e = E + pid_n * stride_en + offs_eo * stride_eo  # [BO]
 
-    # Two divisions of each position, by what is known only here, would be most of the loop's integer work.
+    # With a hardware division by these sizes, two for each position, most of the loop would be integer work.
     reciprocal_h, reciprocal_w = 0x7FFFFFFF // out_h, 0x7FFFFFFF // out_w
     c = tl.zeros([BO, BI], dtype=tl.float32)
     for start in range(0, positions, BT):
@@ -140,11 +141,11 @@ def _contributions_conv_kernel(
                 offs_e += at_d.to(tl.int64) * stride_ed
         else:
             offs_e = offs_t.to(tl.int64) * stride_et
-        # From the pixel of output position 0; what that one is under each kernel offset is in column_x.
+        # Relative to the pixel that output position 0 reads, which column_x contains for each kernel offset.
         h, w = at_h * step_h, at_w * step_w
         pixel = h.to(tl.int64) * stride_xh + w.to(tl.int64) * stride_xw
         if IN_PAIRS:
-            # A warp then reads along positions.
+            # Makes a warp read along positions.
             pixel = tl.max_contiguous(pixel, 2)
         inside = _inside(h, corner_h, size_h) & _inside(w, corner_w, size_w)  # [BT, 1 or BI]
         if HAS_DEPTH:
@@ -159,7 +160,7 @@ def _contributions_conv_kernel(
 
 
 def _position_stride(e: Tensor) -> int | None:
-    """Return the stride of the positions of e (N,O,D,H,W) as one axis, None if they are no regular axis."""
+    """Return the stride of the positions of e (N,O,D,H,W) if they can be read as one axis, else None."""
     axes = [axis for axis in zip(e.shape[2:], e.stride()[2:], strict=True) if axis[0] > 1]
     if any(outer[1] != inner[0] * inner[1] for outer, inner in pairwise(axes)):
         return None
@@ -170,17 +171,9 @@ def _axes(name: str, values: Sequence[int | None]) -> dict[str, int | None]:
     return {f"{name}{axis}": value for axis, value in zip("dhw", values, strict=True)}
 
 
-def _form(
-    x: Tensor,
-    e: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    precision: str,
-    workspace: int,
-) -> Weight:
+def _form(x: Tensor, e: Tensor, geometry: ConvGeometry, precision: str, workspace: int) -> Weight:
+    _, stride, padding, dilation, groups = geometry
+    kernel = geometry.kernel
     channels, outputs = x.shape[1] // groups, e.shape[1] // groups
     taps, positions = prod(kernel), prod(e.shape[2:])
     one_tap = channels >= TAP_CHANNELS
@@ -189,13 +182,13 @@ def _form(
     chosen = tile(kernel_tile, capability(x.device), x.itemsize)
     options = launch_options(chosen, len(x), outputs, inputs, positions, workspace)
     if not one_tap:
-        # Each column then has an offset and a mask of its own: more of them do not fit into registers.
+        # Each column then has its own offset and mask, and more columns would not fit into registers.
         options["BI"] = min(options["BI"], 16 * options["num_warps"])
     extent_o, extent_i = extent(outputs, options["BO"]), extent(inputs, options["BI"])
     tiles_o = triton.cdiv(outputs, extent_o)
     tiles_i = triton.cdiv(inputs, extent_i) * (taps if one_tap else 1)
     stride_et = _position_stride(e)
-    # Whether every even position and the next one read neighbours: they lie in one row.
+    # Whether an even position and the next one always read neighbouring pixels, because they are in one row.
     in_pairs = x.stride(4) == stride[2] == 1 and e.shape[4] % 2 == 0
     has_depth = any(sizes[0] > 1 for sizes in (x.shape[2:], e.shape[2:], kernel)) or padding[0] > 0
 
@@ -237,33 +230,44 @@ def _form(
     return Weight(groups * tiles_o * tiles_i, extent_o * extent_i, form)
 
 
+def _in_three_dimensions(geometry: ConvGeometry) -> ConvGeometry:
+    """Return the geometry of the same convolution with leading dimensions of size 1."""
+    (outputs, inputs, *kernel), stride, padding, dilation, groups = geometry
+    ones, zeros = (1,) * (3 - len(kernel)), (0,) * (3 - len(kernel))
+    return ConvGeometry(
+        (outputs, inputs, *ones, *kernel), (*ones, *stride), (*zeros, *padding), (*ones, *dilation), groups
+    )
+
+
 def gram_conv_explicit(
     x: Tensor,
     e: Tensor,
-    weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: ConvGeometry,
     bias: bool,
     precision: str | None = None,
     workspace: int = WORKSPACE,
 ) -> Tensor:
     """Return K = sum over tiles of the weight of C C^T, for x (N,C,*space) and e (N,O,*space_out).
 
-    N P O (C/groups) prod(kernel) MACs form C, P output positions, and N^2/2 for each weight contract it.
-    precision: of both products of float32 inputs; of the second one of bfloat16 and float16 inputs; by
-    default "ieee" for float32 and "tf32" for the others.
+    Forming C costs N P O (C/groups) prod(kernel) MACs, with P output positions, and the product N^2/2 MACs
+    for each weight.
+
+    Args:
+        x: Input of the convolution.
+        e: Gradient at its output.
+        geometry: The convolution.
+        bias: Whether the bias belongs to the block.
+        precision: For float32 inputs, how both products are computed; for others, how the second one is. By
+            default "ieee" for float32 and "tf32" for the others.
+        workspace: Upper bound of scratch memory in bytes.
     """
     precision = precision or default_precision(x.dtype)
-    # One and two dimensions are three, the first ones of size 1.
-    missing = 5 - x.ndim
-    x, e = x[(slice(None),) * 2 + (None,) * missing], e[(slice(None),) * 2 + (None,) * missing]
-    ones, zeros = (1,) * missing, (0,) * missing
-    kernel = (*ones, *weight_shape[2:])
-    geometry = (*ones, *stride), (*zeros, *padding), (*ones, *dilation)
-    weights = [_form(x, e, kernel, *geometry, groups, precision, workspace)]
+    missing = (slice(None),) * 2 + (None,) * (5 - x.ndim)
+    x, e = x[missing], e[missing]
+    weights = [_form(x, e, _in_three_dimensions(geometry), precision, workspace)]
     if bias:
+        # A convolution of an image of ones with kernels of one pixel.
         pixel = x.new_ones(()).expand(len(x), 1, *e.shape[2:])
-        weights.append(_form(pixel, e, (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 1, 1), 1, precision, workspace))
+        ones = ConvGeometry((e.shape[1], 1, 1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 1, 1), 1)
+        weights.append(_form(pixel, e, ones, precision, workspace))
     return gram_by_chunks(weights, x, precision, workspace)

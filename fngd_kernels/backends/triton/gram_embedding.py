@@ -1,7 +1,7 @@
 """Gram matrix of an embedding from all pairs of positions that hold the same id.
 
-K_ij = sum_{t,u} [ids_it = ids_ju] <e_it, e_ju>. Rows of a tile are a few samples times a chunk of their
-positions; a pair of tiles without a common id costs no product.
+K_ij = sum_{t,u} [ids_it = ids_ju] <e_it, e_ju>. The rows of a tile are a chunk of
+the positions of a few samples. For a pair of tiles without a common id no product is computed.
 """
 
 import torch
@@ -92,10 +92,14 @@ def _gram_embedding_kernel(
 def gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, precision: str = "ieee") -> Tensor:
     """Return K_ij = sum_{t,u} [ids_it = ids_ju] <e_it, e_ju> for ids (N,T) and e (N,T,D).
 
-    At most N^2 T^2 D / 2 MACs, only in pairs of tiles that share an id; partial sums as in `gram_pairs`.
+    Costs at most N^2 T^2 D / 2 MACs, only in pairs of tiles that share an id. Partial sums are as in
+    `gram_pairs`.
 
-    padding_idx: id that contributes nothing
-    precision: "ieee", "tf32" or "tf32x3", of products of float32
+    Args:
+        ids: Ids of the positions.
+        e: Gradient at the layer's output.
+        padding_idx: Id that contributes nothing.
+        precision: "ieee", "tf32" or "tf32x3": how float32 is multiplied.
     """
     n, positions = ids.shape
     chosen = tile("gram_embedding", capability(e.device), e.itemsize)
@@ -108,7 +112,7 @@ def gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, precision: s
 def gram_embedding_diag(ids: Tensor, e: Tensor, padding_idx: int | None, precision: str = "ieee") -> Tensor:
     """Return the diagonal (N,) of `gram_embedding`: squared norms of the samples' contributions.
 
-    At most N T^2 D / 2 MACs.
+    Costs at most N T^2 D / 2 MACs.
     """
     n, positions = ids.shape
     chosen = tile("gram_embedding", capability(e.device), e.itemsize)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...cost_model import WORKSPACE
+from ...workspace import WORKSPACE
 from .common import capability, dot
 from .contributions import (
     Weight,
@@ -98,8 +98,15 @@ def gram_explicit(
 ) -> Tensor:
     """Return K = sum over tiles of the weight of C C^T with C_n = E_n^T A_n, for a (N,T,I) and e (N,T,O).
 
-    NTIO MACs form C and N^2 IO/2 contract it. precision: of both products of float32 inputs; of the second
-    one of bfloat16 and float16 inputs; by default "ieee" for float32 and "tf32" for the others.
+    Forming C costs NTIO MACs, and the product N^2 IO/2.
+
+    Args:
+        a: Input of the layer.
+        e: Gradient at its output.
+        bias: Whether the bias belongs to the block.
+        precision: For float32 inputs, how both products are computed; for others, how the second one is. By
+            default "ieee" for float32 and "tf32" for the others.
+        workspace: Upper bound of scratch memory in bytes.
     """
     precision = precision or default_precision(a.dtype)
     weights = [_form(a, e, precision, workspace)]

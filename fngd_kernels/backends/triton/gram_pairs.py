@@ -1,7 +1,8 @@
 """Gram matrix of a linear layer from all pairs of positions.
 
-K_ij = sum_{t,u} (<a_it, a_ju> + bias) <e_it, e_ju>. Rows of a tile are a few samples times a chunk of their
-positions; the two products of a pair of tiles stay in registers until they are summed to pairs of samples.
+K_ij = sum_{t,u} (<a_it, a_ju> + bias) <e_it, e_ju>. The rows of a tile are a chunk of
+the positions of a few samples. Both products of a pair of tiles stay in registers until they are summed over
+positions.
 """
 
 import torch
@@ -112,10 +113,15 @@ def _tile(a: Tensor, e: Tensor) -> Tile:
 def gram_pairs(a: Tensor, e: Tensor, bias: bool, precision: str = "ieee") -> Tensor:
     """Return K_ij = sum_{t,u} (<a_it, a_ju> + bias) <e_it, e_ju> for a (N,T,I) and e (N,T,O).
 
-    N^2 T^2 (I + O) / 2 MACs and the padding of tiles. Where pairs of blocks are few, programs share the pairs
-    of positions of one, and their partial sums take at most 64 KiB for each multiprocessor beside K's size.
+    Costs N^2 T^2 (I + O) / 2 MACs and the padding of tiles. If there are few pairs of blocks, several
+    programs share the pairs of positions of one. Their partial sums take at most 64 KiB for each
+    multiprocessor, beside K's size.
 
-    precision: "ieee", "tf32" or "tf32x3", of products of float32
+    Args:
+        a: Input of the layer.
+        e: Gradient at its output.
+        bias: Whether the bias belongs to the block.
+        precision: "ieee", "tf32" or "tf32x3": how float32 is multiplied.
     """
     n, positions, _ = a.shape
     chosen = _tile(a, e)
@@ -128,7 +134,7 @@ def gram_pairs(a: Tensor, e: Tensor, bias: bool, precision: str = "ieee") -> Ten
 def gram_pairs_diag(a: Tensor, e: Tensor, bias: bool, precision: str = "ieee") -> Tensor:
     """Return the diagonal (N,) of `gram_pairs`: squared norms of the samples' contributions.
 
-    N T^2 (I + O) / 2 MACs and the padding of tiles.
+    Costs N T^2 (I + O) / 2 MACs and the padding of tiles.
     """
     n, positions, _ = a.shape
     chosen = _tile(a, e)

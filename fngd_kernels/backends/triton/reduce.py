@@ -17,7 +17,7 @@ def _sum_partials_kernel(
         return
     offs_i = (pid_i * BN + tl.arange(0, BN)).to(tl.int64)
     offs_j = (pid_j * BN + tl.arange(0, BN)).to(tl.int64)
-    # What lies above the diagonal is undefined, or rounded otherwise.
+    # Above the diagonal, numbers are undefined or were rounded differently.
     lower = (offs_i[:, None] >= offs_j[None, :]) & (offs_i < n)[:, None]
     block = PARTIAL + offs_i[:, None] * stride_pn + offs_j[None, :]
     acc = tl.zeros([BN, BN], dtype=tl.float32)
@@ -35,7 +35,7 @@ def _sum_partials_kernel(
 def sum_partials(partial: Tensor) -> Tensor:
     """Return the symmetric K (N,N) = sum_p partial_p for the lower triangles of partial (P,N,N) float32.
 
-    4 P N^2 / 2 bytes read; a single partial sum is completed in place.
+    Reads 4 P N^2 / 2 bytes. A single partial sum is made symmetric in place.
     """
     parts, n = partial.shape[:2]
     k = partial[0] if parts == 1 else partial.new_empty((n, n))

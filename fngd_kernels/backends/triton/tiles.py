@@ -1,4 +1,4 @@
-"""Tile sizes of the fused kernels, by kernel, architecture and dtype; standard library only."""
+"""Tile sizes of the kernels, by kernel, architecture and dtype; standard library only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from math import ceil
 
 @dataclass(frozen=True)
 class Tile:
-    """Block sizes under the names of the kernel's constexpr arguments, launch options, and their evidence."""
+    """Block sizes by the kernel's constexpr arguments, launch options, and why they were chosen."""
 
     blocks: Mapping[str, int]
     num_warps: int
@@ -36,7 +36,7 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
         (80, 4): Tile({"ROWS": 64, "BK": 16}, 8, 2, _COMPILED),
         (100, 4): Tile({"ROWS": 64, "BK": 16}, 8, 3, _COMPILED),
     },
-    # Small: fewer pairs of tiles then share an id.
+    # Small tiles: fewer pairs of them then share an id.
     "gram_embedding": {
         (80, 2): Tile({"ROWS": 32, "BK": 64}, 4, 3, _COMPILED),
         (80, 4): Tile({"ROWS": 32, "BK": 16}, 2, 3, _COMPILED),
@@ -85,7 +85,7 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
         (80, 4): Tile({"BO": 64, "BI": 64, "BT": 16}, 4, 3, _COMPILED),
         (100, 4): Tile({"BO": 64, "BI": 64, "BT": 16}, 4, 2, _COMPILED),
     },
-    # Of several kernel offsets: every column has addresses and masks of its own.
+    # Tiles of several kernel offsets: every column has its own addresses and masks.
     "contributions_conv_taps": {
         (80, 2): Tile({"BO": 128, "BI": 128, "BT": 32}, 8, 4, _COMPILED),
         (80, 4): Tile({"BO": 128, "BI": 32, "BT": 16}, 4, 2, _COMPILED),
@@ -101,9 +101,12 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
 
 
 def tile(kernel: str, capability: tuple[int, int], itemsize: int) -> Tile:
-    """Return the tile of the newest architecture up to `capability`, of the oldest one if there is none.
+    """Return the tile for the newest architecture up to `capability`, or for the oldest one if there is none.
 
-    itemsize: bytes of an element of the kernel's input
+    Args:
+        kernel: Name of the kernel.
+        capability: Compute capability of the GPU.
+        itemsize: Bytes of an element of the kernel's input.
     """
     arch = 10 * capability[0] + capability[1]
     rows = {row[0]: chosen for row, chosen in TILES[kernel].items() if row[1] == itemsize}
@@ -112,12 +115,14 @@ def tile(kernel: str, capability: tuple[int, int], itemsize: int) -> Tile:
 
 @dataclass(frozen=True)
 class PairGrid:
-    """How all pairs of positions of all pairs of samples are shared out among programs.
+    """How all pairs of positions of all pairs of samples are divided among programs.
 
-    samples, positions: of the rows of a tile
-    blocks: pairs of blocks of samples
-    pairs: pairs of chunks of positions that one program takes
-    parts: programs for one pair of blocks, each with a partial sum
+    Attributes:
+        samples: Samples in the rows of a tile.
+        positions: Positions of each sample in the rows of a tile.
+        blocks: Pairs of blocks of samples.
+        pairs: Pairs of chunks of positions that one program takes.
+        parts: Programs that share a pair of blocks, each with a partial sum.
     """
 
     samples: int
@@ -129,22 +134,22 @@ class PairGrid:
 
 @lru_cache(maxsize=1024)
 def pair_grid(n: int, positions: int, rows: int, programs: int) -> PairGrid:
-    """Choose tiles of `rows` rows that waste the fewest, and parts that make about `programs` programs."""
+    """Choose how a tile of `rows` rows wastes fewest, and parts for about `programs` programs."""
 
     def blocks(chunk: int) -> int:
         return lower_blocks(n, rows // chunk)
 
-    # Of equal ones the longest: more pairs of blocks, which need no partial sums.
+    # Of equally good chunks take the longest: more blocks are then independent, with fewer partial sums.
     chunks = (1 << bit for bit in range(rows.bit_length() - 1, 0, -1))
     chunk = min(chunks, key=lambda chunk: blocks(chunk) * ceil(positions / chunk) ** 2)
-    return _shared_out(rows // chunk, chunk, blocks(chunk), ceil(positions / chunk) ** 2, programs)
+    return _divided(rows // chunk, chunk, blocks(chunk), ceil(positions / chunk) ** 2, programs)
 
 
 def diagonal_grid(n: int, positions: int, rows: int, programs: int) -> PairGrid:
-    """As `pair_grid` for the pairs of each sample with itself, half of them by symmetry."""
-    # 16 is the least that a matrix product takes.
+    """Do as `pair_grid` for the pairs of positions within each sample, of which symmetry leaves half."""
+    # A matrix product needs 16 rows at least.
     chunk = min(rows, max(16, 1 << (positions - 1).bit_length()))
-    return _shared_out(1, chunk, n, _pairs(ceil(positions / chunk)), programs)
+    return _divided(1, chunk, n, _pairs(ceil(positions / chunk)), programs)
 
 
 def lower_blocks(n: int, block: int) -> int:
@@ -156,6 +161,6 @@ def _pairs(count: int) -> int:
     return count * (count + 1) // 2
 
 
-def _shared_out(samples: int, positions: int, blocks: int, chunk_pairs: int, programs: int) -> PairGrid:
+def _divided(samples: int, positions: int, blocks: int, chunk_pairs: int, programs: int) -> PairGrid:
     pairs = ceil(chunk_pairs / min(chunk_pairs, ceil(programs / blocks)))
     return PairGrid(samples, positions, blocks, pairs, ceil(chunk_pairs / pairs))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fngd_kernels as fk
 from fngd_kernels.ops import nodes
-from fngd_kernels.ops.nodes import Gradients, Sink
+from fngd_kernels.ops.nodes import Gradients, UseHandler
 
 from .base import Use, trainable_bias
 
@@ -25,7 +25,7 @@ class AffineRule:
     def batched(self, module: Any, x: Tensor) -> bool:
         return x.ndim > (1 if isinstance(module, nn.GroupNorm) else len(module.normalized_shape))
 
-    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
+    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: UseHandler | None) -> Tensor:
         x_hat, shape = _normalised(module, x)
         weight, bias = sample_parameters(module, x.shape[0], scale, sink)
         y = x_hat * weight.view(-1, *shape)
@@ -44,7 +44,7 @@ class AffineRule:
 
 
 def sample_parameters(
-    module: Any, samples: int, scale: Tensor | None, sink: Sink | None
+    module: Any, samples: int, scale: Tensor | None, sink: UseHandler | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return (weight, bias) with a copy per sample each, (samples, *shape); one copy of a frozen bias."""
     if not trainable_bias(module):
@@ -55,7 +55,7 @@ def sample_parameters(
     return weight, bias
 
 
-def _stacked(sink: Sink) -> Sink:
+def _stacked(sink: UseHandler) -> UseHandler:
     """Return a sink for the stacked parameters (2, *shape) from one that answers with two gradients."""
 
     def stacked(a: Tensor, e: Tensor, biased: bool, selective: bool) -> Gradients | None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fngd_kernels.ops import nodes
-from fngd_kernels.ops.nodes import Gradients, Sink
+from fngd_kernels.ops.nodes import Gradients, UseHandler
 
 from .linear import LinearRule
 
@@ -66,14 +66,14 @@ class ProjectionRule(LinearRule):
         return x.ndim == 3
 
     def forward(
-        self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None, rows: slice = ALL
+        self, module: Any, x: Tensor, scale: Tensor | None, sink: UseHandler | None, rows: slice = ALL
     ) -> Tensor:
         bias = None if module.bias is None else module.bias[rows]
         rows_sink = sink and _padded(sink, rows, len(module.weight))
         return nodes.linear(x, module.weight[rows], bias, scale, rows_sink)
 
 
-def _padded(sink: Sink, rows: slice, outputs: int) -> Sink:
+def _padded(sink: UseHandler, rows: slice, outputs: int) -> UseHandler:
     """Return a sink for some rows of the weight from one for all of them."""
 
     def padded(a: Tensor, e: Tensor, biased: bool, selective: bool) -> Gradients | None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import fngd_kernels as fk
-from fngd_kernels.ops.nodes import Gradients, Sink
+from fngd_kernels.ops.nodes import Gradients, UseHandler
 
 
 class Use(NamedTuple):
@@ -36,7 +36,7 @@ class Rule(Protocol):
         """Return whether dimension 0 of the input counts samples."""
 
     def forward(
-        self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None, *arguments: Any
+        self, module: Any, x: Tensor, scale: Tensor | None, sink: UseHandler | None, *arguments: Any
     ) -> Tensor:
         """Return the module's training-mode output, its parameter gradients weighted or given to sink."""
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from fngd_kernels.ops.nodes import Sink
+from fngd_kernels.ops.nodes import UseHandler
 
 from .affine import AffineRule, sample_parameters
 
@@ -18,7 +18,7 @@ class BatchNormRule(AffineRule):
     def batched(self, module: Any, x: Tensor) -> bool:
         return x.ndim > 1
 
-    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
+    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: UseHandler | None) -> Tensor:
         weight, bias = sample_parameters(module, x.shape[0], scale, sink)
         assert bias is not None  # batch normalisation has both or neither
         momentum = module.momentum or 0.0

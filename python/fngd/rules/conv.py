@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 import fngd_kernels as fk
 from fngd_kernels.backends.torch.conv_contributions import conv_contributions
+from fngd_kernels.geometry import ConvGeometry
 from fngd_kernels.ops import nodes
-from fngd_kernels.ops.nodes import Gradients, Sink
+from fngd_kernels.ops.nodes import Gradients, UseHandler
 
 from .base import Use, added, bias_rows, biased, combined_bias, pair, with_bias
 
@@ -30,7 +31,7 @@ class ConvRule:
     def batched(self, module: Any, x: Tensor) -> bool:
         return x.ndim == len(module.kernel_size) + 2
 
-    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
+    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: UseHandler | None) -> Tensor:
         before, _ = split_padding(module)
         if before is not None:
             x = F.pad(x, before, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
@@ -47,18 +48,10 @@ class ConvRule:
         return with_bias(fk.gram_rows(weight), bias)
 
     def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
-        groups, kernel = module.groups, module.kernel_size
-        stride, padding, dilation = (geometry(module)[name] for name in ("stride", "padding", "dilation"))
+        groups = (module.groups, -1)
+        sizes = ConvGeometry(tuple(module.weight.shape), **geometry(module))
         weight = [
-            conv_contributions(
-                use.a.unflatten(1, (groups, -1)),
-                use.e.unflatten(1, (groups, -1)),
-                kernel,
-                stride,
-                padding,
-                dilation,
-                use.e.dtype,
-            )
+            conv_contributions(use.a.unflatten(1, groups), use.e.unflatten(1, groups), sizes, use.e.dtype)
             for use in uses
         ]
         return torch.stack(weight).sum(0).view(-1, *module.weight.shape), bias_rows(module, uses, 1)
@@ -88,7 +81,7 @@ class ConvTransposeRule(ConvRule):
         module: Any,
         x: Tensor,
         scale: Tensor | None,
-        sink: Sink | None,
+        sink: UseHandler | None,
         output_size: list[int] | None = None,
     ) -> Tensor:
         sizes = (module.stride, module.padding, module.kernel_size, len(module.kernel_size), module.dilation)

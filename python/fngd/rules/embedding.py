@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fngd_kernels as fk
 from fngd_kernels.ops import nodes
-from fngd_kernels.ops.nodes import Gradients, Sink
+from fngd_kernels.ops.nodes import Gradients, UseHandler
 
 from .base import Use
 
@@ -30,7 +30,7 @@ class EmbeddingRule:
     def batched(self, module: Any, x: Tensor) -> bool:
         return x.ndim >= 1
 
-    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
+    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: UseHandler | None) -> Tensor:
         padding_idx = -1 if module.padding_idx is None else module.padding_idx
         return nodes.embedding(x, module.weight, scale, sink, padding_idx=padding_idx)
 
@@ -58,7 +58,7 @@ class ScaledEmbeddingRule(EmbeddingRule):
 
     name = "scaled embedding"
 
-    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
+    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: UseHandler | None) -> Tensor:
         factor = module.embed_scale
         y = super().forward(module, x, scale, sink)
         return y * (factor.to(module.weight.dtype) if isinstance(factor, Tensor) else factor)

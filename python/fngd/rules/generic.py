@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import fngd_kernels as fk
 from fngd_kernels.ops import nodes
-from fngd_kernels.ops.nodes import Sink
+from fngd_kernels.ops.nodes import UseHandler
 
 from .base import Use
 from .call import Call, gradients_by
@@ -60,7 +60,7 @@ class GenericRule:
         module: Opaque,
         x: Tensor,
         scale: Tensor | None,
-        sink: Sink | None,
+        sink: UseHandler | None,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
@@ -175,7 +175,7 @@ class _Cotangents:
         self.arrived[index] = gradient.detach()
 
 
-def _captured(module: Opaque, call: Call, tensors: Sequence[Tensor], sink: Sink) -> Any:
+def _captured(module: Opaque, call: Call, tensors: Sequence[Tensor], sink: UseHandler) -> Any:
     """Return the module's output; its parameters' ordinary gradient is taken, and sink answers instead.
 
     The parameters enter as one vector through a node, which hears when all of it has arrived.

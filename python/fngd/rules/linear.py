@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fngd_kernels as fk
 from fngd_kernels.ops import nodes
-from fngd_kernels.ops.nodes import Gradients, Sink
+from fngd_kernels.ops.nodes import Gradients, UseHandler
 
 from .base import Use, bias_rows, biased, combined_bias, pair, with_bias
 
@@ -24,7 +24,7 @@ class LinearRule:
     def batched(self, module: Any, x: Tensor) -> bool:
         return x.ndim >= 2
 
-    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
+    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: UseHandler | None) -> Tensor:
         return nodes.linear(x, module.weight, module.bias, scale, sink)
 
     def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
@@ -50,7 +50,7 @@ class TransposedLinearRule(LinearRule):
 
     name = "transposed linear"
 
-    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: Sink | None) -> Tensor:
+    def forward(self, module: Any, x: Tensor, scale: Tensor | None, sink: UseHandler | None) -> Tensor:
         return nodes.linear(x, module.weight.T, module.bias, scale, sink)
 
     def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:

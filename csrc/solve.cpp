@@ -1,14 +1,13 @@
-// Checks, dispatch on dtype, and registration of the native kernels; the schemas are defined in fngd_kernels/ops.
+// The damped solve and the coefficients: checks, and dispatch on device and dtype.
 #include <ATen/Parallel.h>
-#include <torch/extension.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <iterator>
 #include <optional>
 #include <string_view>
 #include <tuple>
 
+#include "bindings.h"
 #include "solve_params.h"
 
 #ifdef FNGD_WITH_CUDA
@@ -19,8 +18,7 @@
 #include "solve_cuda.h"
 #endif
 
-void bind_nodes(pybind11::module_& module);
-
+namespace fngd {
 namespace {
 
 using at::Tensor;
@@ -31,7 +29,7 @@ void run_cuda(const Tensor& k, const Params& params) {
   const c10::cuda::CUDAGuard guard(k.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   int64_t bytes = 0;
-  C10_CUDA_CHECK(fngd::cuda_scratch_bytes<T>(params, k.get_device(), &bytes));
+  C10_CUDA_CHECK(cuda_scratch_bytes<T>(params, k.get_device(), &bytes));
   const Tensor scratch = at::empty({bytes}, k.options().dtype(at::kByte));
   void* memory = bytes > 0 ? scratch.mutable_data_ptr() : nullptr;
   C10_CUDA_CHECK(fngd::run_cuda<T>(params, memory, k.get_device(), stream.stream()));
@@ -58,7 +56,7 @@ void run(const Tensor& k, const Tensor& out, const Tensor& info, Params& params)
     if (k.is_cuda()) return run_cuda<scalar_t>(k, params);
 #endif
     const int64_t available = at::in_parallel_region() ? 1 : at::get_num_threads();
-    fngd::run_cpu<scalar_t>(params, static_cast<int>(std::min(available, params.size)));
+    run_cpu<scalar_t>(params, static_cast<int>(std::min(available, params.size)));
   });
 }
 
@@ -75,8 +73,7 @@ void check_solve(const Tensor& k, const Tensor& damping, const std::optional<Ten
   }
 }
 
-std::tuple<Tensor, Tensor> solve(const Tensor& k, const Tensor& damping, const std::optional<Tensor>& rhs,
-                                 bool refine) {
+std::tuple<Tensor, Tensor> solve_batch(const Tensor& k, const Tensor& damping, const std::optional<Tensor>& rhs) {
   check_solve(k, damping, rhs);
   const int64_t n = k.size(-1), size = damping.numel();
   const Tensor x = at::empty(k.sizes().slice(0, k.dim() - 1), k.options());
@@ -85,7 +82,7 @@ std::tuple<Tensor, Tensor> solve(const Tensor& k, const Tensor& damping, const s
 
   // Views unless the batch dimensions cannot be merged.
   const Tensor dampings = damping.reshape({size}), targets = rhs ? rhs->reshape({size, n}) : Tensor();
-  fngd::SolveParams params{};
+  SolveParams params{};
   params.damping = dampings.const_data_ptr();
   params.damping_stride = dampings.stride(0);
   if (rhs) {
@@ -93,29 +90,23 @@ std::tuple<Tensor, Tensor> solve(const Tensor& k, const Tensor& damping, const s
     params.rhs_batch_stride = targets.stride(0);
     params.rhs_row_stride = targets.stride(1);
   }
-  params.refine = refine;
   run(k.reshape({size, n, n}), x, info, params);
   return {x, info};
 }
 
-// In the order of the enumerations.
-constexpr std::string_view kDampingModes[] = {"trace", "mean_eig", "absolute"};
-constexpr std::string_view kNormalizations[] = {"mean", "lambda", "raw", "graft"};
-
-template <typename Enum, size_t COUNT>
-Enum parse(const char* argument, std::string_view name, const std::string_view (&names)[COUNT]) {
-  const auto* found = std::find(std::begin(names), std::end(names), name);
-  TORCH_CHECK_VALUE(found != std::end(names), argument, ": expected a known name, got ", name);
-  return static_cast<Enum>(found - std::begin(names));
+Normalization normalization_named(std::string_view name) {
+  if (name == "mean") return Normalization::mean;
+  if (name == "lambda") return Normalization::lambda;
+  if (name == "raw") return Normalization::raw;
+  if (name == "graft") return Normalization::graft;
+  TORCH_CHECK_VALUE(false, "normalize: expected a known name, got ", name);
 }
 
-std::tuple<Tensor, Tensor> coefficients(const Tensor& k, double damping, std::string_view damping_mode,
-                                        std::string_view normalize) {
+std::tuple<Tensor, Tensor> coefficients_batch(const Tensor& k, double alpha, double beta, std::string_view normalize) {
   TORCH_CHECK_VALUE(k.dim() == 3 && k.size(1) == k.size(2), "k: expected shape (L, N, N), got ", k.sizes());
-  fngd::CoefficientsParams params{};
-  params.damping = damping;
-  params.mode = parse<fngd::DampingMode>("damping_mode", damping_mode, kDampingModes);
-  params.normalization = parse<fngd::Normalization>("normalize", normalize, kNormalizations);
+  CoefficientsParams params{};
+  params.damping = {alpha, beta};
+  params.normalization = normalization_named(normalize);
   const Tensor s = at::empty({k.size(0), k.size(1)}, k.options());
   const Tensor info = at::empty({k.size(0)}, k.options().dtype(at::kInt));
   if (s.numel() == 0) return {s, info.zero_()};
@@ -125,16 +116,9 @@ std::tuple<Tensor, Tensor> coefficients(const Tensor& k, double damping, std::st
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fngd, CPU, m) {
-  m.impl("solve", &solve);
-  m.impl("coefficients", &coefficients);
+void bind_solve(pybind11::module_& m) {
+  m.def("solve", torch::wrap_pybind_function_no_gil(solve_batch));
+  m.def("coefficients", torch::wrap_pybind_function_no_gil(coefficients_batch));
 }
 
-#ifdef FNGD_WITH_CUDA
-TORCH_LIBRARY_IMPL(fngd, CUDA, m) {
-  m.impl("solve", &solve);
-  m.impl("coefficients", &coefficients);
-}
-#endif
-
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { bind_nodes(m); }
+}  // namespace fngd

@@ -1,6 +1,6 @@
-// csrc/scale.h, every thread of the grid in turn, against loops in double: layouts, dtypes, odd sizes, starts that are
+// csrc/scale_bias.h, every thread of the grid in turn, against loops in double: layouts, dtypes, odd sizes, starts that are
 // not aligned, one part and many. Prints one line per failure; the exit status is the number of failures, at most 1.
-#include "../../csrc/scale.h"
+#include "../../csrc/scale_bias.h"
 
 #include <cmath>
 #include <cstdio>
@@ -36,34 +36,34 @@ struct Number<BFloat16> {
 
 namespace {
 
-using fngd::kScaleThreads, fngd::Number, fngd::ScaleParams, fngd::ScaleThread;
+using fngd::kScaleBiasThreads, fngd::Number, fngd::ScaleBiasParams, fngd::ScaleBiasThread;
 
 int failures = 0, vector_plans = 0, scalar_plans = 0, one_part = 0, many_parts = 0;
 
 template <typename In, typename Out, int VECTOR, bool CHANNELS_INSIDE>
-void run_grid(const ScaleParams& p) {
-  using Thread = ScaleThread<In, Out, VECTOR, CHANNELS_INSIDE>;
+void run_grid(const ScaleBiasParams& p) {
+  using Thread = ScaleBiasThread<In, Out, VECTOR, CHANNELS_INSIDE>;
   using Sum = typename Thread::Sum;
   for (uint32_t tile = 0; tile < p.tiles; ++tile) {
     for (uint32_t part = 0; part < p.parts; ++part) {
-      std::vector<Sum> block(Thread::kSums * kScaleThreads);
-      for (uint32_t thread = 0; thread < kScaleThreads; ++thread) {
+      std::vector<Sum> block(Thread::kSums * kScaleBiasThreads);
+      for (uint32_t thread = 0; thread < kScaleBiasThreads; ++thread) {
         Sum sums[Thread::kSums] = {};
         const Thread worker{p, tile, part, thread};
         worker.scale(sums);
         worker.put(block.data(), sums);
       }
       if (!p.bias) continue;
-      for (uint32_t half = kScaleThreads / 2; half >= p.columns; half /= 2) {
-        for (uint32_t thread = 0; thread < kScaleThreads; ++thread) Thread{p, tile, part, thread}.fold(block.data(), half);
+      for (uint32_t half = kScaleBiasThreads / 2; half >= p.columns; half /= 2) {
+        for (uint32_t thread = 0; thread < kScaleBiasThreads; ++thread) Thread{p, tile, part, thread}.fold(block.data(), half);
       }
-      for (uint32_t thread = 0; thread < kScaleThreads; ++thread) Thread{p, tile, part, thread}.write(block.data());
+      for (uint32_t thread = 0; thread < kScaleBiasThreads; ++thread) Thread{p, tile, part, thread}.write(block.data());
     }
   }
 }
 
 template <typename T>
-void run(const ScaleParams& p) {
+void run(const ScaleBiasParams& p) {
   constexpr int kVector = 16 / sizeof(T);
   if (p.channels_inside) {
     p.vector == 1 ? run_grid<T, T, 1, true>(p) : run_grid<T, T, kVector, true>(p);
@@ -83,7 +83,7 @@ template <typename T>
 void check(Shape shape, Layout layout, int64_t start, bool scaled, bool bias, uint32_t multiprocessors) {
   using Sum = typename Number<T>::Sum;
   const auto [n, o, t] = shape;
-  ScaleParams p{};
+  ScaleBiasParams p{};
   p.samples = n, p.channels = o, p.positions = t, p.stride_s = 2;
   p.stride_sample = layout == Layout::kSamplesBetween ? o : int64_t{o} * t;
   p.stride_channel = layout == Layout::kPositionsInside ? t : 1;
@@ -102,7 +102,7 @@ void check(Shape shape, Layout layout, int64_t start, bool scaled, bool bias, ui
   p.s = s.data();
   p.scaled = scaled ? out.data() + start : nullptr;
   p.bias = bias ? sums.data() : nullptr;
-  const bool planned = fngd::plan_scale(p, sizeof(T), multiprocessors);
+  const bool planned = fngd::plan_scale_bias(p, sizeof(T), multiprocessors);
   partial.resize(size_t{p.parts} * o, std::numeric_limits<Sum>::quiet_NaN());
   p.partial = partial.data();
   ++(p.vector == 1 ? scalar_plans : vector_plans);

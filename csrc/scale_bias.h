@@ -1,8 +1,8 @@
 // s_n e_n and sum_n s_n sum_p e_np of a tensor e with samples n, channels and positions p, in one pass over e.
 //
-// A thread block takes a tile of channels and a part of the items of all samples. Where the channels are innermost
-// in memory, an item is a position, and a thread reads VECTOR channels of it; where the positions are, an item is
-// VECTOR positions of the tile's one channel. Sums of threads and of parts are added in a fixed order.
+// A thread block takes a tile of channels, and one part of the items of all samples. Where channels are contiguous in
+// memory, an item is a position, of which a thread reads VECTOR channels. Where positions are contiguous, a tile has one
+// channel, and an item is VECTOR of its positions. Threads and parts are summed in a fixed order.
 // Host and device share this file.
 #pragma once
 
@@ -17,9 +17,9 @@
 
 namespace fngd {
 
-constexpr uint32_t kScaleThreads = 256;
+constexpr uint32_t kScaleBiasThreads = 256;
 
-struct ScaleParams {
+struct ScaleBiasParams {
   const void* e;
   const void* s;  // (samples,), of the type that is summed in; null for ones
   void* scaled;   // with the strides of e, or null
@@ -29,13 +29,13 @@ struct ScaleParams {
   uint32_t samples, channels, positions;
   int64_t stride_sample, stride_channel, stride_position, stride_s;  // in elements
 
-  // The rest is set by plan_scale.
+  // The rest is set by plan_scale_bias.
   bool channels_inside;
-  uint32_t vector, columns, tiles, parts, part_items;  // columns: threads of a block side by side along the channels
+  uint32_t vector, columns, tiles, parts, part_items;  // columns: how many threads of a block lie along the channels
 };
 
-// Whether a vector of so many elements never straddles two items and always has an aligned address.
-inline bool fits_vector(const ScaleParams& p, int64_t vector, int64_t itemsize) {
+// Whether a vector of that many elements always has an aligned address and never extends over two items.
+inline bool fits_vector(const ScaleBiasParams& p, int64_t vector, int64_t itemsize) {
   const uintptr_t addresses = reinterpret_cast<uintptr_t>(p.e) | reinterpret_cast<uintptr_t>(p.scaled);
   const int64_t length = p.channels_inside ? p.channels : p.positions;
   const int64_t outer = p.channels_inside ? (p.positions > 1 ? p.stride_position : 0) : p.stride_channel;
@@ -43,9 +43,9 @@ inline bool fits_vector(const ScaleParams& p, int64_t vector, int64_t itemsize) 
          p.stride_sample % vector == 0;
 }
 
-// Shares the work out among thread blocks. Returns false where neither channels nor positions are innermost, or where
-// there are too many of them to count in 32 bits.
-inline bool plan_scale(ScaleParams& p, int64_t itemsize, uint32_t multiprocessors) {
+// Divides the work among thread blocks. Returns false where neither channels nor positions are contiguous, or where
+// there are too many items to count in 32 bits.
+inline bool plan_scale_bias(ScaleBiasParams& p, int64_t itemsize, uint32_t multiprocessors) {
   p.channels_inside = p.stride_channel == 1 && (p.channels > 1 || p.stride_position != 1);
   if (!p.channels_inside && p.stride_position != 1) return false;
   p.vector = static_cast<uint32_t>(16 / itemsize);
@@ -55,14 +55,14 @@ inline bool plan_scale(ScaleParams& p, int64_t itemsize, uint32_t multiprocessor
 
   p.columns = 1;
   if (p.channels_inside) {
-    // Along the channels at least a cache line; sums want few columns, so that few parts keep all blocks busy.
-    const uint32_t most = !p.bias ? kScaleThreads : p.vector == 1 ? 32 : 8;
+    // At least a cache line of channels. A sum wants few columns: then few parts are enough to keep all blocks busy.
+    const uint32_t most = !p.bias ? kScaleBiasThreads : p.vector == 1 ? 32 : 8;
     while (p.columns < most && p.columns * p.vector < p.channels) p.columns *= 2;
   }
   const uint32_t width = p.channels_inside ? p.columns * p.vector : 1;
   p.tiles = (p.channels + width - 1) / width;
   // A thread keeps several vectors in flight. One part needs no second launch, which costs more than a short loop.
-  const int64_t in_flight = int64_t{kScaleThreads} / p.columns * (p.vector == 1 ? 8 : 4);
+  const int64_t in_flight = int64_t{kScaleBiasThreads} / p.columns * (p.vector == 1 ? 8 : 4);
   const int64_t wanted = (int64_t{16} * multiprocessors + p.tiles - 1) / p.tiles;
   const int64_t useful = p.bias && items <= 4 * in_flight ? 1 : (items + in_flight - 1) / in_flight;
   const int64_t parts = wanted < useful ? wanted : useful;
@@ -71,7 +71,7 @@ inline bool plan_scale(ScaleParams& p, int64_t itemsize, uint32_t multiprocessor
   return true;
 }
 
-// How numbers of type T are summed; specialised for half precision where its types are known.
+// How numbers of type T are summed. Specialised for half precision where the device's types are known.
 template <typename T>
 struct Number {
   using Sum = T;
@@ -81,12 +81,12 @@ struct Number {
 
 // The work of one thread of a block. What is summed is rounded to Out.
 template <typename In, typename Out, int VECTOR, bool CHANNELS_INSIDE>
-struct ScaleThread {
+struct ScaleBiasThread {
   using Sum = typename Number<In>::Sum;
   static constexpr int kSums = CHANNELS_INSIDE ? VECTOR : 1;
   static constexpr int kUnroll = VECTOR == 1 ? 8 : 4;
 
-  const ScaleParams& p;
+  const ScaleBiasParams& p;
   uint32_t tile, part, thread;
 
   FNGD_INLINE uint32_t channel() const {
@@ -96,7 +96,7 @@ struct ScaleThread {
   // Scales this thread's items and adds them up.
   FNGD_INLINE void scale(Sum (&sums)[kSums]) const {
     if (channel() >= p.channels) return;
-    const uint32_t rows = kScaleThreads / p.columns;
+    const uint32_t rows = kScaleBiasThreads / p.columns;
     const uint32_t per_sample = CHANNELS_INSIDE ? p.positions : p.positions / VECTOR;
     const int64_t stride_item = CHANNELS_INSIDE ? p.stride_position : VECTOR;
     const uint32_t first = part * p.part_items, items = p.samples * per_sample;
@@ -110,16 +110,16 @@ struct ScaleThread {
     const uint32_t next_sample = rows / per_sample, next_position = rows % per_sample;
     for (; item < end; item += kUnroll * rows) {
       Pack packs[kUnroll];
-      Sum weights[kUnroll];
+      Sum coefficients[kUnroll];
       int64_t offsets[kUnroll];
-      // Past the end the first item is read again: without a branch all loads are under way at once.
+      // Past the end the first item is read again. Without a branch, all loads are issued at once.
       const int64_t start = offset + sample * p.stride_sample + position * stride_item;
       FNGD_UNROLL
       for (uint32_t u = 0; u < kUnroll; ++u) {
         const bool inside = item + u * rows < end;
         offsets[u] = inside ? offset + sample * p.stride_sample + position * stride_item : start;
         packs[u] = *reinterpret_cast<const Pack*>(e + offsets[u]);
-        weights[u] = s ? s[inside ? sample * p.stride_s : 0] : Sum(1);
+        coefficients[u] = s ? s[inside ? sample * p.stride_s : 0] : Sum(1);
         sample += next_sample;
         position += next_position;
         if (position >= per_sample) {
@@ -132,7 +132,7 @@ struct ScaleThread {
         if (item + u * rows < end) {
           FNGD_UNROLL
           for (int l = 0; l < VECTOR; ++l) {
-            const Sum product = weights[u] * Number<In>::widen(packs[u].lanes[l]);
+            const Sum product = coefficients[u] * Number<In>::widen(packs[u].lanes[l]);
             sums[CHANNELS_INSIDE ? l : 0] += product;
             packs[u].lanes[l] = Number<In>::round(product);
           }
@@ -142,25 +142,26 @@ struct ScaleThread {
     }
   }
 
-  // A block's sums lie lane by lane: no two threads meet in a bank.
+  // A block's sums are stored lane by lane, so that no two threads access one bank.
   FNGD_INLINE void put(Sum* block, const Sum (&sums)[kSums]) const {
     FNGD_UNROLL
-    for (int l = 0; l < kSums; ++l) block[l * kScaleThreads + thread] = sums[l];
+    for (int l = 0; l < kSums; ++l) block[l * kScaleBiasThreads + thread] = sums[l];
   }
 
-  // Halves the threads that hold sums; done for half = kScaleThreads / 2, ... columns, with a barrier before each.
+  // Halves the number of threads that hold sums. Called for half = kScaleBiasThreads / 2, ..., columns, each time after
+  // a barrier.
   FNGD_INLINE void fold(Sum* block, uint32_t half) const {
     if (thread >= half) return;
     FNGD_UNROLL
-    for (int l = 0; l < kSums; ++l) block[l * kScaleThreads + thread] += block[l * kScaleThreads + thread + half];
+    for (int l = 0; l < kSums; ++l) block[l * kScaleBiasThreads + thread] += block[l * kScaleBiasThreads + thread + half];
   }
 
-  // Reads only what the same thread folded.
+  // Needs no barrier: a thread reads only what it folded itself.
   FNGD_INLINE void write(const Sum* block) const {
     if (thread >= p.columns || channel() >= p.channels) return;
     FNGD_UNROLL
     for (int l = 0; l < kSums; ++l) {
-      const Sum sum = block[l * kScaleThreads + thread];
+      const Sum sum = block[l * kScaleBiasThreads + thread];
       if (p.parts == 1) {
         static_cast<Out*>(p.bias)[channel() + l] = Number<Out>::round(sum);
       } else {
@@ -175,9 +176,9 @@ struct ScaleThread {
   };
 };
 
-// The sum over parts is a bias again: parts are samples of weight 1, summed by one block for each tile.
-inline ScaleParams sum_of_parts(const ScaleParams& p) {
-  ScaleParams sum{};
+// The sum over parts is a bias again: the parts are its samples, with coefficients 1, and one block sums each tile.
+inline ScaleBiasParams sum_of_parts(const ScaleBiasParams& p) {
+  ScaleBiasParams sum{};
   sum.e = p.partial;
   sum.bias = p.bias;
   sum.samples = p.parts;
@@ -195,10 +196,10 @@ inline ScaleParams sum_of_parts(const ScaleParams& p) {
 }
 
 #if defined(FNGD_WITH_CUDA)
-enum class ScaleType { kDouble, kFloat, kBFloat16, kHalf };
+enum class ScaleBiasType { kDouble, kFloat, kBFloat16, kHalf };
 
-// p as planned.
-cudaError_t launch_scale_bias(const ScaleParams& p, ScaleType type, cudaStream_t stream);
+// Expects parameters that plan_scale_bias filled in.
+cudaError_t launch_scale_bias(const ScaleBiasParams& p, ScaleBiasType type, cudaStream_t stream);
 #endif
 
 }  // namespace fngd

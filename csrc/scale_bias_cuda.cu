@@ -1,5 +1,5 @@
-// The kernels of scale.h: one launch, and a second one where a bias has several parts.
-#include "scale.h"
+// The kernels of scale_bias.h: one launch, and a second one where a bias has several parts.
+#include "scale_bias.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -23,16 +23,16 @@ struct Number<__half> {
 namespace {
 
 template <typename In, typename Out, int VECTOR, bool CHANNELS_INSIDE>
-__global__ void __launch_bounds__(kScaleThreads) scale_bias_kernel(const __grid_constant__ ScaleParams p) {
-  using Thread = ScaleThread<In, Out, VECTOR, CHANNELS_INSIDE>;
+__global__ void __launch_bounds__(kScaleBiasThreads) scale_bias_kernel(const __grid_constant__ ScaleBiasParams p) {
+  using Thread = ScaleBiasThread<In, Out, VECTOR, CHANNELS_INSIDE>;
   using Sum = typename Thread::Sum;
   const Thread thread{p, blockIdx.x, blockIdx.y, threadIdx.x};
   Sum sums[Thread::kSums] = {};
   thread.scale(sums);
   if (p.bias == nullptr) return;
-  __shared__ Sum block[Thread::kSums * kScaleThreads];
+  __shared__ Sum block[Thread::kSums * kScaleBiasThreads];
   thread.put(block, sums);
-  for (uint32_t half = kScaleThreads / 2; half >= p.columns; half /= 2) {
+  for (uint32_t half = kScaleBiasThreads / 2; half >= p.columns; half /= 2) {
     __syncthreads();
     thread.fold(block, half);
   }
@@ -40,13 +40,13 @@ __global__ void __launch_bounds__(kScaleThreads) scale_bias_kernel(const __grid_
 }
 
 template <typename In, typename Out, int VECTOR, bool CHANNELS_INSIDE>
-cudaError_t launch(const ScaleParams& p, cudaStream_t stream) {
-  scale_bias_kernel<In, Out, VECTOR, CHANNELS_INSIDE><<<dim3(p.tiles, p.parts), kScaleThreads, 0, stream>>>(p);
+cudaError_t launch(const ScaleBiasParams& p, cudaStream_t stream) {
+  scale_bias_kernel<In, Out, VECTOR, CHANNELS_INSIDE><<<dim3(p.tiles, p.parts), kScaleBiasThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
 template <typename T>
-cudaError_t scale_bias(const ScaleParams& p, cudaStream_t stream) {
+cudaError_t scale_bias(const ScaleBiasParams& p, cudaStream_t stream) {
   constexpr int kVector = 16 / sizeof(T);
   const cudaError_t error = p.channels_inside ? (p.vector == 1 ? launch<T, T, 1, true>(p, stream)
                                                                : launch<T, T, kVector, true>(p, stream))
@@ -58,12 +58,12 @@ cudaError_t scale_bias(const ScaleParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t launch_scale_bias(const ScaleParams& p, ScaleType type, cudaStream_t stream) {
+cudaError_t launch_scale_bias(const ScaleBiasParams& p, ScaleBiasType type, cudaStream_t stream) {
   switch (type) {
-    case ScaleType::kDouble: return scale_bias<double>(p, stream);
-    case ScaleType::kFloat: return scale_bias<float>(p, stream);
-    case ScaleType::kBFloat16: return scale_bias<__nv_bfloat16>(p, stream);
-    case ScaleType::kHalf: return scale_bias<__half>(p, stream);
+    case ScaleBiasType::kDouble: return scale_bias<double>(p, stream);
+    case ScaleBiasType::kFloat: return scale_bias<float>(p, stream);
+    case ScaleBiasType::kBFloat16: return scale_bias<__nv_bfloat16>(p, stream);
+    case ScaleBiasType::kHalf: return scale_bias<__half>(p, stream);
   }
   return cudaErrorInvalidValue;
 }

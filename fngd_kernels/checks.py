@@ -1,18 +1,23 @@
-"""Argument checks of the public operators; each message names the argument, what was expected, what came."""
+"""Checks of tensors among arguments; each message names the argument, what was expected and what came."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..arguments import Convolution, choice, convolution, integer, linear_shapes, non_negative
-from ..workspace import default_workspace
+from .arguments import choice, convolution, integer, linear_shapes, non_negative
+from .damping import MODES
+from .geometry import ConvGeometry
+from .workspace import default_workspace
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Dtypes that activations, gradients and coefficients may have."""
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 """Ways to multiply float32 on a GPU."""
+
+NORMALIZATIONS = ("mean", "lambda", "raw", "graft")
+"""Ways to scale the solution of the damped system to coefficients."""
 
 
 def check_tensor(name: str, tensor: Any) -> None:
@@ -74,6 +79,16 @@ def check_solve(k: Tensor, damping: float | Tensor, rhs: Tensor | None) -> Tenso
     return damping
 
 
+def check_coefficients_of(
+    k: Tensor, damping: float, damping_mode: str, normalize: str, shape: str = "(..., N, N)"
+) -> float:
+    """Require Gram matrices k and how coefficients follow from them; return the damping."""
+    check_matrices(k, shape)
+    choice("damping_mode", damping_mode, MODES)
+    choice("normalize", normalize, NORMALIZATIONS)
+    return non_negative("damping", damping, torch.finfo(k.dtype).max)
+
+
 def check_linear(a: Tensor, e: Tensor) -> None:
     """Require a (N,I) and e (N,O), or a (N,T,I) and e (N,T,O)."""
     check_floating("a", a)
@@ -121,10 +136,16 @@ def check_coefficients(s: Tensor, name: str, like: Tensor) -> None:
         raise ValueError(f"s: expected shape ({like.shape[0]},), got {tuple(s.shape)}")
 
 
-def check_conv(x: Tensor, e: Tensor, *geometry: Any) -> Convolution:
-    """Require x (N,C,*space) and e (N,O,*space_out) of a 1- to 3-d convolution with that weight; return it.
+def check_conv(x: Tensor, e: Tensor, *geometry: Any) -> ConvGeometry:
+    """Require x (N,C,*space) and e (N,O,*space_out) of a 1- to 3-d convolution.
 
-    geometry: weight_shape, stride, padding, dilation, groups
+    Args:
+        x: Input of the convolution.
+        e: Gradient at its output.
+        *geometry: weight_shape, stride, padding, dilation and groups, as a caller gave them.
+
+    Returns:
+        The checked geometry.
     """
     check_floating("x", x)
     check_same("e", e, "x", x)
