@@ -57,7 +57,7 @@ def flag(name: str, value: Any) -> None:
 
 
 def non_negative(name: str, value: Any, largest: float = sys.float_info.max) -> float:
-    """Require a finite number >= 0 that a dtype ending at `largest` holds; return it as a float."""
+    """Require a finite number >= 0, and not above `largest`, the largest of a dtype; return it as a float."""
     if not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {value!r:.80}")
     try:

@@ -41,7 +41,7 @@ class ConvGeometry(NamedTuple):
 
     @property
     def is_pointwise(self) -> bool:
-        """Return whether an output pixel depends on the input pixel at its own place alone."""
+        """Return whether each output pixel depends only on the input pixel at the same place."""
         return prod(self.kernel) == prod(self.stride) == self.groups == 1 and not any(self.padding)
 
 

@@ -5,22 +5,24 @@ the operator; `fngd_kernels.plan` asks the same functions. Two facts about tenso
 the functions know no tensors: `triton`, whether Triton kernels serve them (`devices.triton_serves`), and
 `native`, whether the compiled extension has kernels for their device (`native.serves`).
 
-The nodes and `found_non_finite` run in every step of a training loop, so they must not cost a detour through
-Python. The extension registers their kernels with torch's dispatcher itself; nothing but its presence
-decides.
+The nodes and `found_non_finite` run in every step of a training loop, where a detour through Python would
+cost some microseconds. The extension registers their kernels with torch's dispatcher itself; nothing but its
+presence decides. Inside their backward, csrc/scale_bias_op.h tells whether the kernel behind `scale_bias` can
+be used.
 """
 
 from ..cost_model import plan_conv, plan_linear
 
 NATIVE_MAX_ORDER = {"cpu": 2048, "cuda": 1024}
 """Larger matrices go to torch.linalg, which uses the whole device for one. The native kernels use one core or
-one thread block for a matrix."""
+one thread block for a matrix.
+"""
 
 gram = plan_linear
-"""The plan names backend and algorithm."""
+"""Returns a plan, which names backend and algorithm."""
 
 gram_conv = plan_conv
-"""The plan names backend and algorithm, and tells whether the convolution is treated as a linear layer."""
+"""Returns a plan, which also tells whether the convolution is treated as a linear layer."""
 
 
 def gram_diag(a_shape: tuple[int, ...], e_shape: tuple[int, ...], triton: bool) -> str:

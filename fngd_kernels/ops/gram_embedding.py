@@ -54,7 +54,7 @@ def gram_embedding(
 
     Args:
         ids: (N,) or (N,T) int64 or int32, 0 or more and below 2**63 / N. Not checked on a GPU, because the
-            host would have to wait for it; there, equal ids meet whatever they are.
+            host would have to wait for it; there, ids out of range count like all others.
         e: (N,D) or (N,T,D) float, gradient at the layer output.
         padding_idx: Id that contributes nothing.
         diag: Whether to return only the diagonal, the squared norms ||C_n||^2.

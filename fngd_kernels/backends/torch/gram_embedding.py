@@ -1,4 +1,4 @@
-"""Gram matrix of an embedding: only positions with the same id meet."""
+"""Gram matrix of an embedding: only positions with the same id are multiplied."""
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: i
         while len(left):
             products = (sums[left] * sums[right]).sum(1)
             k.view(-1).index_add_(0, sample_of[left] * n + sample_of[right], products)
-            # Only the last row can run off the end.
+            # Only the last row has no row after it.
             left, right = left[right < len(sums) - 1], right[right < len(sums) - 1] + 1
             same = id_of[left] == id_of[right]
             left, right = left[same], right[same]

@@ -20,7 +20,7 @@ from .reduce import sum_partials
 from .tiles import Tile, tile
 
 MIN_STEPS = 4
-"""Least steps of a program of the product C C^T; with fewer, one more partial sum does not pay."""
+"""Minimum steps of a program of the product C C^T; for fewer, one more partial sum is not worth its cost."""
 
 
 class Weight(NamedTuple):

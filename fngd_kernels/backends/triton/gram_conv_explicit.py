@@ -24,7 +24,7 @@ from .tiles import tile
 TAP_CHANNELS = 32
 """From this many channels per group on, a tile holds channels of one kernel offset, with one mask."""
 
-# Code that knows that one of these is 1 or a multiple of 16 has no wider loads. All layers share one version.
+# Specialized code (for 1 or multiples of 16) would not load wider, so all layers share one version.
 NOT_SPECIALIZED = [
     "first_tile",
     "tiles_o",
@@ -126,7 +126,7 @@ def _contributions_conv_kernel(
     column_x = X + pid_n * stride_xn + offs_xc * stride_xc + corner  # [BI]
     column_e = E + pid_n * stride_en + offs_eo * stride_eo  # [BO]
 
-    # With a hardware division by these sizes, two for each position, most of the loop would be integer work.
+    # Two plain divisions for each position would be most of the integer work of the loop.
     reciprocal_h, reciprocal_w = 0x7FFFFFFF // out_h, 0x7FFFFFFF // out_w
     c = tl.zeros([BO, BI], dtype=tl.float32)
     for start in range(0, positions, BT):

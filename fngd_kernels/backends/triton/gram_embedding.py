@@ -1,7 +1,7 @@
 """Gram matrix of an embedding from all pairs of positions that hold the same id.
 
-K_ij = sum_{t,u} [ids_it = ids_ju] <e_it, e_ju>. The rows of a tile are a chunk of
-the positions of a few samples. For a pair of tiles without a common id no product is computed.
+K_ij = sum_{t,u} [ids_it = ids_ju] <e_it, e_ju>. The rows of a tile are a
+chunk of the positions of a few samples. For a pair of tiles without a common id no product is computed.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """Gram matrix of a linear layer from all pairs of positions.
 
-K_ij = sum_{t,u} (<a_it, a_ju> + bias) <e_it, e_ju>. The rows of a tile are a chunk of
-the positions of a few samples. Both products of a pair of tiles stay in registers until they are summed over
-positions.
+K_ij = sum_{t,u} (<a_it, a_ju> + bias) <e_it, e_ju>. The rows of a tile are a
+chunk of the positions of a few samples. Both products of a pair of tiles stay in registers until they are
+summed over positions.
 """
 
 import torch

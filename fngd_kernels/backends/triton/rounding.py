@@ -12,7 +12,7 @@ _INTERPRET = tl.constexpr(INTERPRET)
 def rounded(x, TO: tl.constexpr):
     """Return the float32 tile x in TO, rounded to nearest."""
     if _INTERPRET and tl.bfloat16 == TO:
-        # The interpreter truncates. Rounded to even before, the number loses nothing by that.
+        # The interpreter truncates, so the number is rounded to even before.
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = bits.to(tl.float32, bitcast=True)

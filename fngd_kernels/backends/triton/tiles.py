@@ -134,7 +134,7 @@ class PairGrid:
 
 @lru_cache(maxsize=1024)
 def pair_grid(n: int, positions: int, rows: int, programs: int) -> PairGrid:
-    """Choose how a tile of `rows` rows wastes fewest, and parts for about `programs` programs."""
+    """Choose the samples and positions of a tile that waste fewest rows, and parts for so many programs."""
 
     def blocks(chunk: int) -> int:
         return lower_blocks(n, rows // chunk)
@@ -146,7 +146,7 @@ def pair_grid(n: int, positions: int, rows: int, programs: int) -> PairGrid:
 
 
 def diagonal_grid(n: int, positions: int, rows: int, programs: int) -> PairGrid:
-    """Do as `pair_grid` for the pairs of positions within each sample, of which symmetry leaves half."""
+    """Return the grid for pairs of positions within each sample, of which symmetry leaves half."""
     # A matrix product needs 16 rows at least.
     chunk = min(rows, max(16, 1 << (positions - 1).bit_length()))
     return _divided(1, chunk, n, _pairs(ceil(positions / chunk)), programs)
