@@ -98,4 +98,13 @@ def hadamard_case(setting: Setting, layers: Sequence[Linear]) -> Case:
         "fngd": Contender(one_by_one, work),
         "plain loop": Contender(plain_loop, work, "plain"),
     }
+    if setting.fused:
+        from fngd_kernels.backends.triton.gram_hadamard import gram_hadamard
+
+        def fused_loop(*rows: Tensor) -> Tensor:
+            layers = [t.unsqueeze(1) for t in rows]
+            pairs = zip(layers[::2], layers[1::2], strict=True)
+            return torch.stack([gram_hadamard(a, e, True) for a, e in pairs])
+
+        contenders["fused loop"] = Contender(fused_loop, work)
     return setting.case("gram_hadamard", f"{len(layers)} layers", inputs, plain_loop, contenders)
