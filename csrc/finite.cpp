@@ -1,4 +1,4 @@
-// One test of many tensors for NaN and infinity; the schema stands in fngd_kernels/ops/finite.py.
+// One test of many tensors for NaN and infinity. The schema is in fngd_kernels/ops/finite.py.
 #include "finite.h"
 
 #include <ATen/Parallel.h>
@@ -36,12 +36,12 @@ fngd::Exponents exponents_of(const Tensor& tensor) {
   }
 }
 
-// Every number once, in whatever order the memory has.
+// The same numbers without gaps between them, in any order.
 Tensor dense(const Tensor& tensor) {
   return tensor.is_non_overlapping_and_dense() ? tensor : tensor.contiguous();
 }
 
-// Without an early exit: the compiler vectorises it.
+// Without an early exit, so that the compiler vectorises the loop.
 FNGD_VECTOR_CLONES uint64_t carries(const char* bytes, int64_t count, fngd::Exponents exponents) {
   uint64_t found = 0, word = 0;
   const int64_t words = count / 8;
@@ -73,7 +73,7 @@ Tensor found_non_finite_cpu(at::TensorList tensors) {
 Tensor found_non_finite_device(at::TensorList tensors) {
   const c10::cuda::CUDAGuard guard(tensors[0].device());
   const Tensor found = at::zeros({1}, tensors[0].options().dtype(at::kFloat));
-  std::vector<Tensor> copies;  // live until their launch
+  std::vector<Tensor> copies;  // Must live until their launch.
   fngd::FiniteLaunch launch;
   const auto flush = [&] {
     if (launch.tensors == 0) return;

@@ -12,8 +12,8 @@
 
 namespace fngd {
 
-// The exponent bits of all numbers in a word of 8 bytes. Adding the lowest of them to a number's exponent carries into
-// its sign bit if all are ones, and never further: one test for all numbers of a word, whatever their width.
+// The exponent bits of all numbers in a word of 8 bytes. Adding 1 to the exponent of a number carries into its sign bit
+// if all exponent bits are ones, and never further. So one addition tests all numbers of a word, whatever their width.
 struct Exponents {
   uint64_t bits;
 
@@ -25,13 +25,13 @@ struct Exponents {
 constexpr Exponents kDoubleExponents{0x7FF0000000000000}, kFloatExponents{0x7F8000007F800000},
     kBFloat16Exponents{0x7F807F807F807F80}, kHalfExponents{0x7C007C007C007C00};
 
-// A tensor without gaps: the bytes in [begin, end).
+// A tensor whose memory has no gaps: the bytes in [begin, end).
 struct FiniteInput {
   const char *begin, *end;
   Exponents exponents;
 };
 
-// The tensors of one launch, cut into pieces for the thread blocks; small enough for a kernel's 4 KB of parameters.
+// The tensors of one launch, divided into pieces, one for each thread block. Fits into a kernel's 4 KB of parameters.
 struct FiniteLaunch {
   static constexpr int kTensors = 128, kThreads = 256, kUnroll = 8, kVector = 16;
   static constexpr int64_t kPiece = int64_t{kThreads} * kUnroll * kVector;
@@ -47,7 +47,7 @@ struct FiniteLaunch {
     ++tensors;
   }
 
-  // Whether one thread of the block that has this piece meets NaN or infinity.
+  // Whether one thread of the block that has this piece finds NaN or infinity.
   FNGD_INLINE bool found(uint32_t piece, int thread) const {
     int tensor = 0, next = tensors;
     while (next - tensor > 1) {
@@ -85,7 +85,7 @@ struct FiniteLaunch {
 #endif
   }
 
-  // Carries of a vector that the tensor may share with its neighbours, whose bytes are not read.
+  // Carries of a vector that lies partly outside of the tensor; the bytes outside are not read.
   static FNGD_INLINE uint64_t edge(const FiniteInput& input, const char* vector) {
     uint64_t words[2] = {0, 0};
     FNGD_UNROLL

@@ -1,4 +1,4 @@
-// Functions that host and device share, loops that are to be unrolled, and those whose body a device holds once.
+// Macros: a function that host and device share, a loop to unroll, and a loop that a device must not unroll.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -10,7 +10,7 @@
 #define FNGD_UNROLL _Pragma("unroll")
 #define FNGD_ROLLED
 #elif defined(__GNUC__)
-// Forced, because only inlined code takes on the instruction set of the function that calls it.
+// Forced, because only inlined code is compiled for the instruction set of the calling function.
 #define FNGD_INLINE inline __attribute__((always_inline))
 #define FNGD_UNROLL _Pragma("GCC unroll 16")
 #define FNGD_ROLLED

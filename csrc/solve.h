@@ -1,12 +1,14 @@
-// (scale K + damping I) x = rhs for one symmetric positive definite matrix, by a team of threads: L L^T = scale K +
-// damping I, left-looking in panels of COLS columns, forward substitution on the way.
+// Solves (scale K + damping I) x = rhs for one symmetric positive definite matrix, by a team of threads: a left-looking
+// Cholesky factorisation L L^T = scale K + damping I in panels of COLS columns, which does the forward substitution on
+// the way.
 //
 // Host and device share this file. On a CPU the team is one thread and Pack a SIMD vector of T; on a GPU the team is
 // a thread block and Pack is T itself.
 //
-// L lies in tiles of TILE rows; a tile holds its columns 0 .. up to the diagonal one after the other. Walking along k
-// then reads contiguous memory for the rows being updated and for the panel's rows alike, and nothing is stored for
-// the upper triangle but the diagonal tiles' own. Rows past n are rows of the identity, so no loop has a remainder.
+// L is stored in tiles of TILE rows. A tile holds its columns one after the other, from 0 up to the diagonal. A loop
+// over columns then reads contiguous memory, both for the rows being updated and for the panel's rows, and of the upper
+// triangle only the part inside the diagonal tiles is stored. Rows past n are rows of the identity matrix, so no loop
+// has a remainder.
 #pragma once
 
 #include <cmath>
@@ -30,9 +32,9 @@ struct System {
 template <typename T, typename Pack, int TILE, int COLS>
 class DampedCholesky {
   static constexpr int LANES = sizeof(Pack) / sizeof(T);
-  // Products are added up over this many columns before they are subtracted, which halves the rounding error.
+  // Products are summed over this many columns before they are subtracted, which halves the rounding error.
   static constexpr int BLOCK = 64;
-  // Substitution goes by blocks of this many rows, which every thread solves for itself.
+  // Substitution takes this many rows at a time; every thread solves their diagonal block for itself.
   static constexpr int ROWS = LANES > 1 ? TILE : COLS;
   static_assert(TILE % COLS == 0, "a panel's rows lie in one tile");
   static_assert(TILE % LANES == 0, "a pack's rows lie in one tile");
@@ -41,7 +43,7 @@ class DampedCholesky {
   // Number of T that the caller provides as scratch memory for order n, aligned to 16 bytes and to Pack.
   static FNGD_INLINE int64_t scratch_size(int n) { return tile_offset(tiles(n)) + 3 * int64_t{tiles(n)} * TILE; }
 
-  // n rounded up to whole tiles: more threads than this have nothing to do.
+  // n rounded up to whole tiles. More threads than this would have nothing to do.
   static FNGD_INLINE int padded_order(int n) { return tiles(n) * TILE; }
 
   FNGD_INLINE DampedCholesky(int order, T* scratch)
@@ -52,29 +54,18 @@ class DampedCholesky {
         solution(right + padded),
         inverse_diagonal(solution + padded) {}
 
-  // Memory for n numbers, free before and after a solve.
+  // Memory for n numbers that the caller may use before and after a solve.
   FNGD_INLINE T* workspace() const { return right; }
 
   // Returns 0 and writes x, or returns j > 0 and fills x with NaN when the leading minor of order j is not positive
-  // definite or not finite. `refine` adds one step of iterative refinement, its residual summed in double.
+  // definite or not finite.
   template <typename Team>
-  FNGD_INLINE int solve(const Team& team, const System<T>& system, bool refine, T* x) const {
+  FNGD_INLINE int solve(const Team& team, const System<T>& system, T* x) const {
     load(team, system);
     team.sync();
     const int info = factor(team);
     if (info == 0) back_substitute(team);
     for (int i = team.rank(); i < n; i += team.size()) x[i] = info == 0 ? right[i] : static_cast<T>(NAN);
-    if (refine && info == 0) {
-      team.sync();
-      multiply(team, system.k, x, [&](int i, double sum) {
-        const double product = double(system.scale) * sum + double(system.damping) * double(x[i]);
-        right[i] = static_cast<T>(double(system.right(i)) - product);
-      });
-      team.sync();
-      forward_substitute(team);
-      back_substitute(team);
-      for (int i = team.rank(); i < n; i += team.size()) x[i] += right[i];
-    }
     return info;
   }
 
@@ -85,7 +76,7 @@ class DampedCholesky {
   // Element (i, j) is at row(i)[j * TILE]; the next row of the same tile is next to it.
   FNGD_INLINE T* row(int i) const { return lower + tile_offset(i / TILE) + i % TILE; }
 
-  // A single T is not copied by memcpy, which would go byte by byte where the compiler cannot see the alignment.
+  // Without memcpy for a single T: the compiler, which does not know the alignment, would copy byte by byte.
   static FNGD_INLINE void read(Pack& pack, const T* from) {
     if constexpr (LANES == 1) {
       pack = *from;
@@ -155,7 +146,7 @@ class DampedCholesky {
 
   static FNGD_INLINE T inverse_sqrt(T value) {
 #if defined(__CUDA_ARCH__)
-    // The processor's estimate and a Newton step: a square root and a division would hold up every panel.
+    // The processor's estimate and a Newton step, because every panel would wait for a square root and a division.
     const T estimate = rsqrt(value);
     return estimate + T(0.5) * estimate * (T(1) - value * estimate * estimate);
 #else
@@ -165,8 +156,8 @@ class DampedCholesky {
 
   template <typename Team>
   FNGD_INLINE void load(const Team& team, const System<T>& system) const {
-    // A group takes a row of a tile. In a warp of 8 groups of 4, a load then touches 8 cache lines and a store meets
-    // 4-way bank conflicts, where whole rows or whole columns would cost 32 of one or the other.
+    // A group of threads takes a row of a tile. In a warp of 8 groups of 4, a load then touches 8 cache lines and a
+    // store has 4-way bank conflicts. A warp that takes whole rows or whole columns would have 32 of one or the other.
     constexpr int GROUP = Team::GROUP;
     const Symmetric<T>& k = system.k;
     for (int top = 0; top < padded; top += TILE) {
@@ -206,7 +197,7 @@ class DampedCholesky {
       for (int pack = first; pack < last; pack += team.size()) update(pack * LANES, j);
       team.sync();
 
-      // Every thread factors the diagonal block for itself, which is quicker than waiting for one that does.
+      // Every thread factors the diagonal block for itself, which takes less time than waiting for one thread.
       const T* diagonal = row(j) + int64_t{j} * TILE;
       FNGD_UNROLL
       for (int r = 0; r < COLS; ++r) {
@@ -246,7 +237,7 @@ class DampedCholesky {
     return 0;
   }
 
-  // Columns j .. j + COLS of LANES rows, minus what the columns before j contribute.
+  // Subtracts from columns j .. j + COLS of LANES rows what the columns before j contribute.
   FNGD_INLINE void update(int i, int j) const {
     T* rows = row(i);
     T* target = rows + int64_t{j} * TILE;
@@ -271,7 +262,8 @@ class DampedCholesky {
     for (int c = 0; c < COLS; ++c) write(target + c * TILE, columns[c]);
   }
 
-  // The same columns and rows times the inverse of the panel's diagonal block; their share leaves `right`.
+  // Multiplies the same columns and rows by the inverse of the panel's diagonal block, and subtracts their contribution
+  // from `right`.
   FNGD_INLINE void finish(int i, int j, const T (&block)[COLS][COLS], const T (&inverse)[COLS],
                           const T (&forward)[COLS]) const {
     T* target = row(i) + int64_t{j} * TILE;
@@ -291,40 +283,11 @@ class DampedCholesky {
     write(right + i, rest);
   }
 
-  // solution = L^-1 right, block by block from the first; uses `right` up.
-  template <typename Team>
-  FNGD_INLINE void forward_substitute(const Team& team) const {
-    for (int begin = 0; begin < padded; begin += ROWS) {
-      const T* diagonal = row(begin) + int64_t{begin} * TILE;
-      T y[ROWS];
-      copy(y, right + begin);
-      FNGD_UNROLL
-      for (int c = 0; c < ROWS; ++c) {
-        y[c] *= inverse_diagonal[begin + c];
-        FNGD_UNROLL
-        for (int r = c + 1; r < ROWS; ++r) y[r] -= diagonal[c * TILE + r] * y[c];
-      }
-      if (team.rank() == 0) copy(solution + begin, y);
-      for (int i = begin + ROWS + team.rank() * LANES; i < padded; i += team.size() * LANES) {
-        const T* columns = row(i) + int64_t{begin} * TILE;
-        Pack rest, column;
-        read(rest, right + i);
-        FNGD_UNROLL
-        for (int c = 0; c < ROWS; ++c) {
-          read(column, columns + c * TILE);
-          rest -= column * y[c];
-        }
-        write(right + i, rest);
-      }
-      team.sync();
-    }
-  }
-
-  // right = L^-T solution, block by block from the last; uses `solution` up.
+  // right = L^-T solution, block by block from the last one. Overwrites `solution`.
   template <typename Team>
   FNGD_INLINE void back_substitute(const Team& team) const {
     for (int begin = padded - ROWS; begin >= 0; begin -= ROWS) {
-      // The other threads have no column left to subtract from.
+      // Other threads have no columns left in this step.
       if (team.rank() == 0 || team.rank() < begin) {
         const T *rows = row(begin), *diagonal = rows + int64_t{begin} * TILE;
         T x[ROWS];

@@ -9,11 +9,11 @@ namespace {
 
 constexpr int PANEL_COLUMNS = 8;
 constexpr int WARP = 32;
-// As many as leave a thread the registers that its copy of the diagonal block takes.
+// More threads would leave each of them too few registers for its copy of the diagonal block.
 template <typename T>
 constexpr int MAX_THREADS = sizeof(T) == 4 ? 512 : 256;
 
-// A column of a tile lies across all 32 banks of shared memory.
+// Tiles whose columns extend over all 32 banks of shared memory.
 template <typename T>
 using Solver = DampedCholesky<T, T, 128 / sizeof(T), PANEL_COLUMNS>;
 
@@ -28,8 +28,8 @@ struct ThreadBlock {
   }
 };
 
-// Without memory of the grid, the factor lies in shared memory. One block at least shall fit a multiprocessor: it may
-// take all registers.
+// SHARED: the factor is in shared memory, otherwise in `scratch`. The second launch bound is 1: one resident block per
+// multiprocessor is enough, so it may use all registers.
 template <typename T, typename Params, bool SHARED>
 __global__ void __launch_bounds__(MAX_THREADS<T>, 1) run_kernel(Params params, T* scratch, int64_t scratch_size) {
   extern __shared__ double2 shared[];
@@ -46,7 +46,7 @@ cudaError_t shared_memory_limit(int device, int* bytes) {
   return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
-// Opens all shared memory of the device to a kernel, the first time that it runs there.
+// Allows a kernel to use all shared memory of the device, the first time that it runs there.
 template <typename T, typename Params>
 cudaError_t allow_shared_memory(int device, int bytes) {
   static std::atomic<uint64_t> allowed{0};
@@ -71,7 +71,7 @@ cudaError_t cuda_scratch_bytes(const Batch& batch, int device, int64_t* bytes) {
 
 template <typename T, typename Params>
 cudaError_t run_cuda(const Params& params, void* scratch, int device, cudaStream_t stream) {
-  // Every thread has a row; more of them would idle.
+  // One thread for each row; more would have nothing to do.
   const int rows = Solver<T>::padded_order(params.n);
   const int threads = std::min((rows + WARP - 1) / WARP * WARP, MAX_THREADS<T>);
   const int64_t size = Solver<T>::scratch_size(params.n);

@@ -1,4 +1,4 @@
-// Launchers of the batched solve on CUDA; no torch types, so that nvcc alone compiles them.
+// Launchers of the batched solve on CUDA. They use no torch types, so that nvcc compiles them without torch.
 #pragma once
 
 #include <cuda_runtime_api.h>

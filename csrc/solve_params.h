@@ -1,4 +1,4 @@
-// What a batch of solves needs, in pointers, sizes and strides (in elements); shared by every backend's launcher.
+// The arguments of a batch of solves: pointers, sizes and strides (in elements). CPU and CUDA launchers share them.
 #pragma once
 
 #include <cstdint>
@@ -21,12 +21,10 @@ struct SolveParams : Batch {
   const void* rhs;      // (size, n), or null for ones
   int64_t damping_stride;
   int64_t rhs_batch_stride, rhs_row_stride;
-  bool refine;
 };
 
 struct CoefficientsParams : Batch {
-  double damping;
-  DampingMode mode;
+  Damping damping;
   Normalization normalization;
 };
 
@@ -37,14 +35,14 @@ FNGD_INLINE void run(const Team& team, const SolveParams& p, int64_t b, T* scrat
   const T* rhs = p.rhs ? static_cast<const T*>(p.rhs) + b * p.rhs_batch_stride : nullptr;
   const T damping = static_cast<const T*>(p.damping)[b * p.damping_stride];
   const System<T> system{k, T(1), damping, rhs, p.rhs_row_stride};
-  const int info = Solver(p.n, scratch).solve(team, system, p.refine, static_cast<T*>(p.out) + b * p.n);
+  const int info = Solver(p.n, scratch).solve(team, system, static_cast<T*>(p.out) + b * p.n);
   if (team.rank() == 0) p.info[b] = info;
 }
 
 template <typename Solver, typename Team, typename T>
 FNGD_INLINE void run(const Team& team, const CoefficientsParams& p, int64_t b, T* scratch) {
   const Symmetric<T> k{static_cast<const T*>(p.k) + b * p.k_batch_stride, p.k_row_stride, p.k_col_stride, p.n};
-  const int info = coefficients(team, Solver(p.n, scratch), k, p.damping, p.mode, p.normalization,
+  const int info = coefficients(team, Solver(p.n, scratch), k, p.damping, p.normalization,
                                 static_cast<T*>(p.out) + b * p.n);
   if (team.rank() == 0) p.info[b] = info;
 }

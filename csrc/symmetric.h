@@ -1,7 +1,7 @@
 // A symmetric matrix, and its product with a vector by a team of threads; host and device share this file.
 //
-// A team has rank(), size() and sync(), and groups of GROUP neighbouring threads that walk along a row together: add(v)
-// is the sum of v over the group. On a CPU it is one thread, on a GPU a thread block.
+// A team of threads has rank(), size() and sync(). GROUP neighbouring threads read a row together, and add(v) is the
+// sum of v over such a group. On a CPU a team is one thread, on a GPU a thread block.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace fngd {
 
-// A symmetric matrix of which the lower triangle alone is read.
+// A symmetric matrix of which only the lower triangle is read.
 template <typename T>
 struct Symmetric {
   const T* data;
@@ -21,10 +21,10 @@ struct Symmetric {
   FNGD_INLINE const T& operator()(int i, int j) const { return data[i * row_stride + j * col_stride]; }
 };
 
-// write(i, sum_j K_ij x_j) for every row, summed in double; without x for a vector of ones.
+// Calls write(i, sum_j K_ij x_j) for every row i, summed in double. Where x is null, it is a vector of ones.
 template <typename Team, typename T, typename Write>
 FNGD_INLINE void multiply(const Team& team, const Symmetric<T>& k, const T* x, Write write) {
-  // A thread alone takes several rows, so that it walks down a column in whole cache lines.
+  // A thread that has no group takes several rows, so that it reads whole cache lines of a column.
   constexpr int GROUP = Team::GROUP, ROWS = GROUP == 1 ? 8 : 1;
   const int group = team.rank() / GROUP, groups = team.size() / GROUP, last = k.n - 1;
   for (int begin = 0; begin < k.n; begin += groups * ROWS) {

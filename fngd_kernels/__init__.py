@@ -1,23 +1,32 @@
 """Kernels of fast natural gradients: Gram matrices of per-sample contributions, solves, weighted sums.
 
-Tensors in, tensors out; no modules and no optimizer. `plan` tells how a Gram matrix is formed, `reference`
-what each function computes.
+Tensors in, tensors out; no modules and no optimizer. In the formulas, e is the gradient at a layer's output
+(grad_output), and the contribution C_n of a sample is its share in the gradient of the layer's parameters.
+`plan` tells how a Gram matrix is formed, and `reference` defines what each function computes.
 """
 
 import importlib
-import importlib.util
 import warnings
 
 import torch
 
 from . import reference
-from .cost_model import Plan, plan
-from .ops.combine import combine, combine_conv, combine_embedding, combine_rows
-from .ops.gram import gram, gram_conv, gram_embedding, gram_rows
+from .cost_model import plan
+from .ops import devices
+from .ops.combine import combine
+from .ops.combine_conv import combine_conv
+from .ops.combine_embedding import combine_embedding
+from .ops.combine_rows import combine_rows
+from .ops.gram import gram
+from .ops.gram_conv import gram_conv
+from .ops.gram_embedding import gram_embedding
+from .ops.gram_rows import gram_rows
 from .ops.solve import solve
+from .plans import Plan
 
-if torch.version.cuda is not None and importlib.util.find_spec("triton") is not None:
-    importlib.import_module("fngd_kernels.ops.cuda")  # registers the fused kernels
+if devices.HAS_TRITON:
+    # Adds the Triton kernels to the operators' tables.
+    importlib.import_module("fngd_kernels.ops.triton")
 elif torch.version.cuda is not None:
     warnings.warn(
         "fngd_kernels works without triton, but Gram matrices and weighted sums of CUDA tensors go through "

@@ -1,18 +1,18 @@
-"""Checks of the numbers and shapes among a function's arguments; standard library only.
+"""Checks of numbers and shapes among a function's arguments; standard library only.
 
-Each message names the argument, what was expected, what came.
+Each message names the argument, what was expected and what came.
 """
 
 import math
 import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any
 
-from .geometry import output_size
+from .geometry import ConvGeometry, output_size
 
 LIMIT = 2**63
-"""Integers from here on do not fit the operators' arguments."""
+"""The operators' arguments have 64 bits: integers must be smaller than this."""
 
 
 def integer(name: str, value: Any, least: int) -> int:
@@ -26,7 +26,7 @@ def integer(name: str, value: Any, least: int) -> int:
 
 
 def integers(name: str, value: Any, count: int, least: int) -> tuple[int, ...]:
-    """Require one integer, or `count` of them, of at least `least` and of 31 bits; return `count`."""
+    """Require one or `count` integers, each at least `least` and below 2**31; return `count` of them."""
     expected = f"{name}: expected an int or {count} ints, {least} or more"
     numbers = (value,) * count if isinstance(value, Integral) else value
     if not _is_sequence(numbers) or not all(isinstance(number, Integral) for number in numbers):
@@ -46,7 +46,7 @@ def sizes(name: str, value: Any, least: int) -> tuple[int, ...]:
 
 
 def _is_sequence(value: Any) -> bool:
-    """Return whether the value is a sequence, of which bytes are no example."""
+    """Return whether the value is a sequence of separate things, unlike a string."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
@@ -57,7 +57,7 @@ def flag(name: str, value: Any) -> None:
 
 
 def non_negative(name: str, value: Any, largest: float = sys.float_info.max) -> float:
-    """Require a finite number >= 0 that a dtype ending at `largest` holds; return it as a float."""
+    """Require a finite number >= 0, and not above `largest`, the largest of a dtype; return it as a float."""
     if not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {value!r:.80}")
     try:
@@ -91,16 +91,6 @@ def linear_shapes(names: tuple[str, str], a_shape: Sequence[int], e_shape: Seque
         )
 
 
-class Convolution(NamedTuple):
-    """Sizes of a convolution, in the order of the operators' arguments."""
-
-    weight_shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-
 def convolution(
     names: tuple[str, str],
     x_shape: Sequence[int],
@@ -110,8 +100,12 @@ def convolution(
     padding: Any,
     dilation: Any,
     groups: Any,
-) -> Convolution:
-    """Require (N,C,*space) and (N,O,*space_out) of a 1- to 3-d convolution with that weight; return it."""
+) -> ConvGeometry:
+    """Require the shapes of input (N,C,*space) and output (N,O,*space_out) of a 1- to 3-d convolution.
+
+    Returns:
+        The geometry, with one number for each dimension where one was given for all.
+    """
     weight_shape = sizes("weight_shape", weight_shape, 1)
     dims = len(weight_shape) - 2
     if dims not in (1, 2, 3):
@@ -136,4 +130,4 @@ def convolution(
         raise ValueError(f"{names[0]}: expected space that the kernel fits into, got {x_shape}")
     if e_shape != (x_shape[0], outputs, *space):
         raise ValueError(f"{names[1]}: expected shape {(x_shape[0], outputs, *space)}, got {e_shape}")
-    return Convolution(weight_shape, stride, padding, dilation, groups)
+    return ConvGeometry(weight_shape, stride, padding, dilation, groups)

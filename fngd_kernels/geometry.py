@@ -1,27 +1,63 @@
-"""Index arithmetic of convolutions, one dimension at a time; standard library only."""
+"""Index arithmetic of convolutions; standard library only."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 
+class ConvGeometry(NamedTuple):
+    """The numbers that describe a convolution beside its input: hashable, in the order of the operators.
+
+    Attributes:
+        weight_shape: (O, C/groups, *kernel).
+        stride: One number for each dimension of space, as the next two.
+        padding: How many zeros are added on either side.
+        dilation: Distance of neighbouring kernel offsets in pixels.
+        groups: Into how many groups the channels are divided.
+    """
+
+    weight_shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @classmethod
+    def from_schema(
+        cls,
+        weight_shape: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> "ConvGeometry":
+        """Return the geometry from an operator's arguments, which are lists; `*geometry` is the inverse."""
+        return cls(tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Return the sizes of the kernel."""
+        return self.weight_shape[2:]
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Return whether each output pixel depends only on the input pixel at the same place."""
+        return prod(self.kernel) == prod(self.stride) == self.groups == 1 and not any(self.padding)
+
+
 class Tap(NamedTuple):
-    """One kernel offset: the output positions it serves and the grid pixels they read."""
+    """One kernel offset: the output positions that use it, and the grid pixels that these read."""
 
     outputs: slice
     pixels: slice
 
 
 class PixelGrid(NamedTuple):
-    """The input pixels that one residue of the stride reads, and the kernel offsets that read them."""
+    """The input pixels that belong to one residue of the stride, and the kernel offsets that read them."""
 
     pixels: slice
     size: int
     taps: tuple[Tap, ...]
-
-
-def expand(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
-    """Return a stride, padding or dilation as one number per dimension."""
-    return (value,) * dims if isinstance(value, int) else tuple(value)
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -32,8 +68,9 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
 def pixel_grids(size: int, kernel: int, stride: int, padding: int, dilation: int) -> list[PixelGrid]:
     """Split a strided convolution along one dimension into stride-1 correlations on pixel subgrids.
 
-    Offset k of output p reads pixel `stride p + dilation k - padding`. Offsets with the same residue
-    `dilation k mod stride` read one regular grid, on which they are plain shifts; padding is in no grid.
+    Kernel offset k of output p reads pixel `stride p + dilation k - padding`. All offsets with the same
+    residue `dilation k mod stride` read one regular grid of pixels, and on that grid they are shifts of one
+    another. Padding belongs to no grid.
     """
     outputs = output_size(size, kernel, stride, padding, dilation)
     shifts: dict[int, list[int]] = {}
@@ -43,7 +80,7 @@ def pixel_grids(size: int, kernel: int, stride: int, padding: int, dilation: int
 
     grids = []
     for residue, ms in shifts.items():
-        # Grid index u is the pixel stride u + residue - padding.
+        # Grid index u stands for the pixel stride u + residue - padding.
         low = max(-((residue - padding) // stride), min(ms))
         high = min((size - 1 + padding - residue) // stride, outputs - 1 + max(ms)) + 1
         taps = []

@@ -1,4 +1,4 @@
-"""The compiled extension, when there is one: importing it registers its kernels with torch."""
+"""The compiled extension, if there is one: importing it registers its kernels with torch."""
 
 import functools
 import importlib
@@ -6,7 +6,7 @@ import os
 import warnings
 from typing import Any
 
-import torch  # noqa: F401 - loads the libraries that the extension links to
+from torch import Tensor  # Importing torch loads the libraries that the extension is linked to.
 
 extension: Any = None
 try:
@@ -23,10 +23,22 @@ except ImportError as error:
         stacklevel=2,
     )
 
+HAS_CUDA = AVAILABLE and extension.has_cuda
+"""Whether the extension has kernels for CUDA tensors."""
+
+
+def serves(tensor: Tensor) -> bool:
+    """Return whether the extension has kernels for the device of this tensor; warn once if it should have."""
+    if tensor.is_cuda:
+        if not HAS_CUDA:
+            warn_of_missing_cuda()
+        return HAS_CUDA
+    return AVAILABLE and tensor.device.type == "cpu"
+
 
 @functools.cache
 def warn_of_missing_cuda() -> None:
-    """Say once what is slower where the extension lacks its CUDA part, when a CUDA tensor asks for it."""
+    """Say once what is slower if the extension lacks its CUDA part, when a CUDA tensor needs it."""
     if AVAILABLE:
         warnings.warn(
             "fngd_kernels works without the CUDA part of its native extension: results are the same, but "

@@ -1,4 +1,4 @@
-"""What every operator computes, in plain torch of any dtype, differentiable: its definition."""
+"""What every operator computes: its definition, in plain torch of any dtype and differentiable."""
 
 from collections.abc import Sequence
 from math import prod
@@ -6,10 +6,10 @@ from math import prod
 import torch
 from torch import Tensor
 
+from . import checks
 from .arguments import flag, integer
-from .library.ids import check_ids
-from .ops import checks
-from .ops.coefficients import check_arguments
+from .backends.torch.ids import check_ids
+from .damping import alpha_beta
 
 
 def contributions(a: Tensor, e: Tensor, *, bias: bool = False) -> Tensor:
@@ -36,7 +36,8 @@ def contributions_conv(
     """Return C_n of a convolution as rows (N, O C/groups prod(kernel) + bias O), in at least float32."""
     geometry = checks.check_conv(x, e, weight_shape, stride, padding, dilation, groups)
     flag("bias", bias)
-    (_, _, *kernel), stride, padding, dilation, groups = geometry
+    _, stride, padding, dilation, groups = geometry
+    kernel = geometry.kernel
     x, e = _wide(x), _wide(e).unflatten(1, (groups, -1)).flatten(3)
     dims = len(kernel)
     patches = torch.constant_pad_nd(x, [p for pad in reversed(padding) for p in (pad, pad)])
@@ -158,11 +159,11 @@ def solve(k: Tensor, damping: float | Tensor, rhs: Tensor | None = None) -> Tens
 
 
 def coefficients(k: Tensor, damping: float, damping_mode: str = "trace", normalize: str = "mean") -> Tensor:
-    """Return the weights s (..., N) of the samples for k (..., N, N): v from (lam I + N K) v = 1, scaled."""
-    damping = check_arguments(k, damping, damping_mode, normalize)
+    """Return the coefficients s (..., N) for k (..., N, N): v from (lam I + N K) v = 1, scaled."""
+    damping = checks.check_coefficients_of(k, damping, damping_mode, normalize)
     n, trace = k.shape[-1], k.diagonal(dim1=-2, dim2=-1).sum(-1)
-    unit = {"trace": n * trace, "mean_eig": trace, "absolute": torch.ones_like(trace)}[damping_mode]
-    lam = damping * unit
+    alpha, beta = alpha_beta(damping, damping_mode, n)
+    lam = n * (alpha * trace + beta)
     v = solve(n * k, lam)
     if normalize == "mean":
         return v / v.mean(-1, keepdim=True)

@@ -1,10 +1,11 @@
-"""How much scratch memory a kernel may take where its caller does not say."""
+"""How much scratch memory a kernel may take if its caller does not say; standard library only."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .cost_model import WORKSPACE
+WORKSPACE = 64 << 20
+"""Default upper bound of scratch memory, in bytes."""
 
 
 class _Limit(threading.local):
@@ -15,13 +16,13 @@ _limit = _Limit()
 
 
 def default_workspace() -> int:
-    """Return the bytes of scratch memory that a kernel may take in this thread."""
+    """Return how many bytes of scratch memory a kernel may take in this thread."""
     return _limit.workspace
 
 
 @contextmanager
 def limited(workspace: int) -> Iterator[None]:
-    """Let kernels that this thread calls inside take no more than `workspace` bytes of scratch memory."""
+    """Allow kernels that this thread calls inside the context at most `workspace` bytes of scratch memory."""
     before, _limit.workspace = _limit.workspace, workspace
     try:
         yield

@@ -32,10 +32,10 @@ def route(request, monkeypatch):
     """Run the test through the native kernel, then through torch.linalg."""
     # Here, because tests/fused chooses how Triton runs before the kernels are imported.
     from fngd_kernels import native
-    from fngd_kernels.ops import solve as solve_module
+    from fngd_kernels.ops import choose
 
     if request.param == "library":
-        monkeypatch.setattr(solve_module, "NATIVE_MAX_ORDER", {})
+        monkeypatch.setattr(choose, "NATIVE_MAX_ORDER", {})
     elif not native.AVAILABLE:
         pytest.skip("the native extension is not built")
     return request.param

@@ -19,7 +19,8 @@ from torch.utils import cpp_extension
 
 import fngd_kernels as fk
 from fngd_kernels import native
-from fngd_kernels.ops import finite, scale_bias, solve
+from fngd_kernels.ops import coefficients, finite  # noqa: F401 - registers their operators
+from fngd_kernels.ops.registration import OPERATORS
 
 BLOCK = """
 import json, sys, warnings
@@ -209,14 +210,16 @@ class OnCuda(torch.Tensor):
 @pytest.mark.parametrize(
     "fallback",
     [
-        lambda k: finite._found_non_finite([k]),
-        lambda k: scale_bias._scale_bias(k, k[:, 0, 0], 1, True, True),
-        lambda k: solve._solve_library(k, k[:, 0, 0], None),
+        lambda k: OPERATORS["found_non_finite"]([k]),
+        lambda k: OPERATORS["scale_bias"](k, k[:, 0, 0], 1, True, True),
+        lambda k: OPERATORS["solve"](k, k[:, 0, 0], None),
+        lambda k: OPERATORS["coefficients"](k, 0.1, 0.0, "mean"),
     ],
 )
 def test_cuda_tensors_without_the_cuda_part_are_named_once(fallback, monkeypatch):
     native.warn_of_missing_cuda.cache_clear()
     monkeypatch.setattr(native, "AVAILABLE", True)
+    monkeypatch.setattr(native, "HAS_CUDA", False)
     k = torch.eye(3).expand(2, 3, 3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

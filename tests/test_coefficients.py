@@ -1,4 +1,4 @@
-"""The weights of the samples, against a float64 solve, on the native and the library route."""
+"""The coefficients of the samples, against a float64 solve, on the native and the library route."""
 
 import math
 
@@ -8,7 +8,8 @@ from torch import Tensor
 
 import fngd_kernels as fk
 from fngd_kernels import native
-from fngd_kernels.ops import coefficients as module
+from fngd_kernels.backends.torch.coefficients import coefficients as torch_coefficients
+from fngd_kernels.damping import alpha_beta
 from fngd_kernels.ops.coefficients import DAMPING_MODES, NORMALIZATIONS, coefficients
 
 DTYPES = (torch.float32, torch.float64)
@@ -51,6 +52,27 @@ def test_every_mode_and_normalization(route, damping_mode, normalize, dtype):
         assert info.tolist() == [0, 0, 0]
         expected = exact(k, 0.1, damping_mode, normalize)
         assert ((s - expected).abs().amax(-1) <= tolerance * expected.abs().amax(-1)).all()
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_the_operator_takes_a_damping_by_the_trace_and_a_constant_one(route, normalize):
+    """A damping that is no mode: lam / N = alpha tr(K) + beta."""
+    alpha, beta = 0.03, 0.2
+    k = gram(3, 33)
+    s, info = torch.ops.fngd.coefficients(k, alpha, beta, normalize)
+    assert info.tolist() == [0, 0, 0]
+    for layer, actual in zip(k, s, strict=True):
+        lam = 33 * (alpha * layer.trace().item() + beta)
+        expected = exact(layer[None], lam, "absolute", normalize)[0]
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("damping_mode", "numbers"),
+    [("trace", (0.3, 0.0)), ("mean_eig", (0.3 / 7, 0.0)), ("absolute", (0.0, 0.3 / 7))],
+)
+def test_a_mode_is_two_numbers(damping_mode, numbers):
+    assert alpha_beta(0.3, damping_mode, 7) == numbers
 
 
 @pytest.mark.parametrize("n", [129, 256, 513])
@@ -222,9 +244,8 @@ def test_arguments_that_do_not_fit(arguments, error, message):
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
-        ((torch.ones(1, 2, 3), 0.1, "trace", "mean"), "k"),
-        ((torch.ones(1, 2, 2), 0.1, "tr", "mean"), "damping_mode"),
-        ((torch.ones(1, 2, 2), 0.1, "trace", "l2"), "normalize"),
+        ((torch.ones(1, 2, 3), 0.1, 0.0, "mean"), "k"),
+        ((torch.ones(1, 2, 2), 0.1, 0.0, "l2"), "normalize"),
     ],
 )
 def test_the_operator_itself_checks_its_arguments(arguments, name):
@@ -234,9 +255,7 @@ def test_the_operator_itself_checks_its_arguments(arguments, name):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype):
-    torch.library.opcheck(
-        torch.ops.fngd.coefficients.default, (gram(2, 5, dtype=dtype), 0.1, "mean_eig", "graft")
-    )
+    torch.library.opcheck(torch.ops.fngd.coefficients.default, (gram(2, 5, dtype=dtype), 0.1, 0.2, "graft"))
 
 
 def test_compiles_in_one_graph_and_records_no_gradient(route):
@@ -258,7 +277,7 @@ def test_both_forms_report_the_same(monkeypatch):
     for damping_mode in DAMPING_MODES:
         for normalize in NORMALIZATIONS:
             s, info = coefficients(k, 0.1, damping_mode, normalize)
-            library = module._coefficients_library(k, 0.1, damping_mode, normalize)
+            library = torch_coefficients(k, *alpha_beta(0.1, damping_mode, 24), normalize)
             torch.testing.assert_close((s, info), library, rtol=2e-5, atol=0)
 
 

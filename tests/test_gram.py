@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 import fngd_kernels as fk
 import oracles
-from fngd_kernels.geometry import expand
-from fngd_kernels.library.gram_conv_explicit import gram_conv_explicit
-from fngd_kernels.library.gram_conv_pairs import gram_conv_pairs
-from fngd_kernels.library.gram_explicit import gram_explicit
-from fngd_kernels.library.gram_pairs import gram_pairs
+from fngd_kernels.backends.torch.gram_conv_explicit import gram_conv_explicit
+from fngd_kernels.backends.torch.gram_conv_pairs import gram_conv_pairs
+from fngd_kernels.backends.torch.gram_explicit import gram_explicit
+from fngd_kernels.backends.torch.gram_pairs import gram_pairs
+from geometries import conv_geometry
 
 # K is accumulated in at least fp32 whatever the inputs are, and casts to it are exact: one bound for all.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
@@ -124,15 +124,11 @@ def test_every_linear_algorithm(algorithm, bias, workspace):
 def test_every_conv_algorithm(algorithm, x_shape, weight_shape, geometry, bias):
     x, e = conv_case(x_shape, weight_shape, geometry)
     rows = oracles.conv_rows(x, e, weight_shape, bias, **geometry)
-    dims, groups = len(weight_shape) - 2, geometry.get("groups", 1)
-    indices = [
-        expand(geometry.get(name, least), dims)
-        for name, least in (("stride", 1), ("padding", 0), ("dilation", 1))
-    ]
+    whole = conv_geometry(weight_shape, **geometry)
     for workspace in WORKSPACES:
         plan = fk.plan(x.shape, e.shape, weight_shape=weight_shape, **geometry, workspace=workspace)
         for forced in (plan, replace(plan, sample_chunk=2, group_chunk=4, out_chunk=2, in_chunk=1)):
-            assert_gram(algorithm(x, e, weight_shape, *indices, groups, bias, forced), rows, x.dtype)
+            assert_gram(algorithm(x, e, whole, bias, forced), rows, x.dtype)
 
 
 def test_pixels_of_one_sample_that_lie_neither_in_rows_nor_in_columns():
@@ -191,7 +187,8 @@ def test_conv_takes_any_strides(algorithm):
         (x.to(memory_format=last), e.to(memory_format=last)),
         (padded, e.mT.contiguous().mT),
     ):
-        assert_gram(algorithm(x_view, e_view, shape, (1, 1), (1, 1), (1, 1), 1, False, plan), rows, x.dtype)
+        whole = conv_geometry(shape, **geometry)
+        assert_gram(algorithm(x_view, e_view, whole, False, plan), rows, x.dtype)
 
 
 def test_empty_batch_and_empty_sequence():

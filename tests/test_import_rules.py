@@ -32,11 +32,12 @@ def test_kernels_know_no_modules_and_no_optimizer(path):
     assert offending(path, "fngd", "torch.nn", "torch.optim", "bench", "tests") <= {"torch.nn.functional"}
 
 
-OUTSIDE_FUSED = [path for path in [*KERNELS, *OPTIMIZER] if "fused" not in path.parts]
+TRITON_BACKEND = ROOT / "fngd_kernels" / "backends" / "triton"
+OUTSIDE_TRITON = [path for path in [*KERNELS, *OPTIMIZER] if TRITON_BACKEND not in path.parents]
 
 
-@pytest.mark.parametrize("path", OUTSIDE_FUSED, ids=lambda p: str(p.relative_to(ROOT)))
-def test_only_fused_kernels_import_triton(path):
+@pytest.mark.parametrize("path", OUTSIDE_TRITON, ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_the_triton_backend_imports_triton(path):
     assert not offending(path, "triton")
 
 
@@ -104,17 +105,35 @@ def test_private_names_of_torch_have_one_home(path):
     assert path.name == "torch_private.py" or not PRIVATE.search(path.read_text())
 
 
-def test_the_cost_model_is_pure_python():
-    for file in ("arguments.py", "cost_model.py", "geometry.py", "fused/__init__.py", "fused/tiles.py"):
+def test_the_cost_model_and_the_choice_are_pure_python():
+    packages = ("backends", "backends/torch", "backends/triton")
+    own = ("arguments", "cost_model", "damping", "geometry", "plans", "workspace", "ops/choose")
+    costs = ("backends/torch/costs", "backends/triton/costs", "backends/triton/tiles")
+    for file in (*(f"{name}/__init__.py" for name in packages), *(f"{name}.py" for name in (*own, *costs))):
         imported = imports(ROOT / "fngd_kernels" / file)
         assert {name.split(".")[0] for name in imported} <= set(sys.stdlib_module_names), file
 
 
-def test_cuda_sources_and_solver_headers_include_no_torch():
-    sources = [*ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/*.h"), ROOT / "csrc" / "solve_cpu.cpp"]
-    assert len(sources) >= 2
-    for path in sources:
-        included = [line for line in path.read_text().splitlines() if line.startswith("#include")]
+def with_headers(path):
+    """Return the file and all files of its folder that it includes, directly or through others."""
+    found, waiting = set(), [path]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            waiting += [
+                path.parent / name for name in re.findall(r'^#include "(.+)"', path.read_text(), re.M)
+            ]
+    return found
+
+
+def test_cuda_sources_and_the_solver_include_no_torch_also_through_headers():
+    sources = [*ROOT.glob("csrc/*.cu"), ROOT / "csrc" / "solve_cpu.cpp"]
+    read = set().union(*map(with_headers, sources))
+    names = {path.name for path in read}
+    assert {"solve.h", "coefficients.h", "finite.h", "scale_bias.h", "symmetric.h"} <= names
+    for path in read:
+        included = re.findall(r"^#include.*", path.read_text(), re.M)
         assert not [line for line in included if any(word in line for word in ("torch", "ATen", "c10"))], path
 
 

@@ -10,7 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import oracles
 from fngd_kernels import native
-from fngd_kernels.library.convolution import Geometry
+from fngd_kernels.backends.torch.convolution import ConvolutionArguments
 from fngd_kernels.ops import nodes
 
 CONVOLUTIONS = {
@@ -86,8 +86,8 @@ def torch_function(node, geometry):
 def test_parameter_gradients_are_weighted_and_the_input_gradient_is_not(case, implementation):
     node, geometry, x, weight, bias = CASES[case]()
     function = torch_function(node, geometry)
-    scale = torch.randn(len(x), dtype=torch.float64)
-    y = node(x, weight, bias, scale, **geometry)
+    coefficients = torch.randn(len(x), dtype=torch.float64)
+    y = node(x, weight, bias, coefficients, **geometry)
     gradient = torch.randn_like(y)
     torch.testing.assert_close(y, function(x, weight, bias))
 
@@ -99,8 +99,8 @@ def test_parameter_gradients_are_weighted_and_the_input_gradient_is_not(case, im
         for n in range(len(x))
     ]
     torch.testing.assert_close(dx, expected_dx)
-    torch.testing.assert_close(dw, sum(s * row[0] for s, row in zip(scale, rows, strict=True)))
-    torch.testing.assert_close(db, sum(s * row[1] for s, row in zip(scale, rows, strict=True)))
+    torch.testing.assert_close(dw, sum(s * row[0] for s, row in zip(coefficients, rows, strict=True)))
+    torch.testing.assert_close(db, sum(s * row[1] for s, row in zip(coefficients, rows, strict=True)))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -113,12 +113,12 @@ def test_both_ways_of_weighting_agree_in_single_precision(case, wide, implementa
         weight = weight.repeat(*times, *[1] * (weight.ndim - 2))
     bias = torch.zeros(outputs(weight.shape, geometry))
     x, weight = x.detach().float(), weight.detach().float().requires_grad_()
-    scale = torch.rand(len(x))
-    y = node(x, weight, bias, scale, **geometry)
+    coefficients = torch.rand(len(x))
+    y = node(x, weight, bias, coefficients, **geometry)
     gradient = torch.randn_like(y)
     dw = torch.autograd.grad(y, weight, gradient)[0]
     y = torch_function(node, geometry)(x, weight, bias)
-    expected = torch.autograd.grad(y, weight, gradient * scale.view(-1, *[1] * (y.ndim - 1)))[0]
+    expected = torch.autograd.grad(y, weight, gradient * coefficients.view(-1, *[1] * (y.ndim - 1)))[0]
     torch.testing.assert_close(dw, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -136,33 +136,33 @@ def test_uses_inside_derivatives_are_weighted_too(case, implementation):
     backward."""
     node, geometry, x, weight, bias = CASES[case]()
     function = torch_function(node, geometry)
-    scale = torch.randn(len(x), dtype=torch.float64)
+    coefficients = torch.randn(len(x), dtype=torch.float64)
 
     def loss(apply, x):
         dx = torch.autograd.grad(apply(x).sin().sum(), x, create_graph=True)[0]
         return dx.square().flatten(1).sum(1)
 
     x.requires_grad_()
-    weighted = torch.autograd.grad(loss(lambda x: node(x, weight, bias, scale, **geometry), x).sum(), weight)[
-        0
-    ]
+    weighted = torch.autograd.grad(
+        loss(lambda x: node(x, weight, bias, coefficients, **geometry), x).sum(), weight
+    )[0]
     rows = [
         torch.autograd.grad(loss(lambda x: function(x, weight, bias), x[n : n + 1]).sum(), weight)[0]
         for n in range(len(x))
     ]
-    torch.testing.assert_close(weighted, sum(s * row for s, row in zip(scale, rows, strict=True)))
+    torch.testing.assert_close(weighted, sum(s * row for s, row in zip(coefficients, rows, strict=True)))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_sink_receives_the_factors_of_every_use(case, implementation):
+def test_the_handler_receives_the_factors_of_every_use(case, implementation):
     node, geometry, x, weight, bias = CASES[case]()
     received = []
 
-    def sink(a, e, biased, selective):
+    def on_use(a, e, biased, must_return):
         received.append((a, e))
         return torch.full_like(weight, 2.0), torch.full_like(bias, 3.0)
 
-    y = node(x, weight, bias, sink=sink, **geometry)
+    y = node(x, weight, bias, on_use=on_use, **geometry)
     gradient = torch.randn_like(y)
     y.backward(gradient)
 
@@ -176,15 +176,15 @@ def test_sink_receives_the_factors_of_every_use(case, implementation):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_sink_learns_where_the_bias_takes_part_and_what_is_asked_for(case, implementation):
+def test_the_handler_learns_where_the_bias_takes_part_and_what_is_asked_for(case, implementation):
     node, geometry, x, weight, bias = CASES[case]()
     received = []
 
-    def sink(a, e, biased, selective):
-        received.append((biased, selective))
+    def on_use(a, e, biased, must_return):
+        received.append((biased, must_return))
         return torch.zeros_like(weight), torch.zeros_like(bias) if biased else None
 
-    y = node(x, weight, bias, sink=sink, **geometry).tanh()
+    y = node(x, weight, bias, on_use=on_use, **geometry).tanh()
     (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     received.clear()
     dx.square().sum().backward()
@@ -194,11 +194,11 @@ def test_sink_learns_where_the_bias_takes_part_and_what_is_asked_for(case, imple
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("leaf", [True, False])
-def test_sink_is_called_only_for_parameter_gradients(case, leaf, implementation):
+def test_the_handler_is_called_only_for_parameter_gradients(case, leaf, implementation):
     node, geometry, x, weight, bias = CASES[case]()
     given = (weight, bias) if leaf else (weight * 2, bias * 2)
     calls = []
-    y = node(x, *given, sink=lambda a, e, biased, selective: calls.append(selective), **geometry).sum()
+    y = node(x, *given, on_use=lambda a, e, biased, must_return: calls.append(must_return), **geometry).sum()
     options = {"retain_graph": True, "allow_unused": True}
     torch.autograd.grad(y, x, **options)
     y.backward(inputs=[x], retain_graph=True)
@@ -211,10 +211,14 @@ def test_sink_is_called_only_for_parameter_gradients(case, leaf, implementation)
     assert calls == [True] * 5 + [False]
 
 
-def test_sinks_of_embeddings_and_rows_are_called_only_for_parameter_gradients(implementation):
+def test_handlers_of_embeddings_and_rows_are_called_only_for_parameter_gradients(implementation):
     weight, shift, calls = double(7, 3), double(4, 3), []
-    sink = lambda a, e, biased, selective: calls.append(selective)  # noqa: E731
-    y = nodes.embedding(torch.arange(4), weight, sink=sink) + nodes.rows(weight[0], 4, sink=sink) + shift
+    on_use = lambda a, e, biased, must_return: calls.append(must_return)  # noqa: E731
+    y = (
+        nodes.embedding(torch.arange(4), weight, on_use=on_use)
+        + nodes.rows(weight[0], 4, on_use=on_use)
+        + shift
+    )
     torch.autograd.grad(y.sum(), shift, retain_graph=True)
     assert calls == []
     torch.autograd.grad(y.sum(), weight, retain_graph=True, allow_unused=True)
@@ -234,7 +238,7 @@ ORDERS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strided_convolutions_of_one_tap(order, transposed, further, dtype, implementation):
     """Their weight gradient is that of an unstrided one on the pixels that are read."""
-    geometry = Geometry([2, 3], [0, 0], [1, 1], transposed, [further] * 2, 1)._asdict()
+    geometry = ConvolutionArguments([2, 3], [0, 0], [1, 1], transposed, [further] * 2, 1)._asdict()
     x, weight = torch.randn(3, 2, 7, 8), torch.randn(*((2, 4) if transposed else (4, 2)), 1, 1)
     x, weight = ORDERS[order](x.to(dtype)), ORDERS[order](weight.to(dtype)).requires_grad_()
     y = nodes.conv(x, weight, None, torch.ones(3), **geometry)
@@ -264,18 +268,18 @@ def test_grouped_convolutions_with_a_weight_in_any_order(order, dtype, implement
 
 
 def test_embedding_and_rows(implementation):
-    weight, scale = double(7, 3), torch.randn(4, dtype=torch.float64)
+    weight, coefficients = double(7, 3), torch.randn(4, dtype=torch.float64)
     ids = torch.tensor([[0, 2, 2], [1, 6, 0], [3, 3, 3], [5, 2, 1]])
     gradient = torch.randn(4, 3, 3, dtype=torch.float64)
-    dw = torch.autograd.grad(nodes.embedding(ids, weight, scale, padding_idx=2), weight, gradient)[0]
+    dw = torch.autograd.grad(nodes.embedding(ids, weight, coefficients, padding_idx=2), weight, gradient)[0]
     y = F.embedding(ids, weight, padding_idx=2)
-    torch.testing.assert_close(dw, torch.autograd.grad(y, weight, gradient * scale[:, None, None])[0])
+    torch.testing.assert_close(dw, torch.autograd.grad(y, weight, gradient * coefficients[:, None, None])[0])
 
     parameter = double(2, 3)
-    rows = nodes.rows(parameter, 4, scale)
+    rows = nodes.rows(parameter, 4, coefficients)
     assert rows.shape == (4, 2, 3)
     dp = torch.autograd.grad(rows, parameter, gradient[:, :2])[0]
-    torch.testing.assert_close(dp, torch.einsum("n,nij->ij", scale, gradient[:, :2]))
+    torch.testing.assert_close(dp, torch.einsum("n,nij->ij", coefficients, gradient[:, :2]))
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(3, 7), (7, 3)])
@@ -286,26 +290,26 @@ def test_an_empty_batch_has_gradients_of_zero(inputs, outputs, implementation):
         assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
-@pytest.mark.parametrize("scale", [torch.ones(1), torch.ones(0), torch.ones(4, 1), torch.ones(())])
-def test_weights_of_other_samples_are_refused(scale, implementation):
+@pytest.mark.parametrize("coefficients", [torch.ones(1), torch.ones(0), torch.ones(4, 1), torch.ones(())])
+def test_coefficients_of_other_samples_are_refused(coefficients, implementation):
     calls = [
-        lambda: nodes.linear(double(4, 3), double(2, 3), None, scale),
+        lambda: nodes.linear(double(4, 3), double(2, 3), None, coefficients),
         lambda: nodes.conv(
-            double(4, 2, 5), double(3, 2, 2), None, scale, **CONVOLUTIONS["1d"][2] | {"groups": 1}
+            double(4, 2, 5), double(3, 2, 2), None, coefficients, **CONVOLUTIONS["1d"][2] | {"groups": 1}
         ),
-        lambda: nodes.embedding(torch.arange(4), double(7, 3), scale),
-        lambda: nodes.rows(double(3), 4, scale),
+        lambda: nodes.embedding(torch.arange(4), double(7, 3), coefficients),
+        lambda: nodes.rows(double(3), 4, coefficients),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match=r"^scale: expected shape \(4,\), got"):
+        with pytest.raises(ValueError, match=r"^coefficients: expected shape \(4,\), got"):
             call()
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_compiled_without_graph_breaks(case):
     node, geometry, x, weight, bias = CASES[case]()
-    scale = torch.rand(len(x), dtype=torch.float64)
-    arguments = (x, weight, bias, scale)
+    coefficients = torch.rand(len(x), dtype=torch.float64)
+    arguments = (x, weight, bias, coefficients)
     eager = torch.autograd.grad(node(*arguments, **geometry).relu().sum(), arguments[:3])
     torch._dynamo.reset()
     compiled = torch.compile(lambda *args: node(*args, **geometry).relu().sum(), fullgraph=True)
@@ -324,11 +328,11 @@ def test_a_compiled_backward_is_made_of_torch_operations(case):
         called.update(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
         return make_boxed_func(graph.forward)
 
-    scale = torch.rand(len(x), dtype=torch.float64)
+    coefficients = torch.rand(len(x), dtype=torch.float64)
     torch._dynamo.reset()
     backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward), bw_compiler=keep)
     compiled = torch.compile(lambda *args: node(*args, **geometry).sum(), backend=backend, fullgraph=True)
-    compiled(x, weight, bias, scale).backward()
+    compiled(x, weight, bias, coefficients).backward()
     assert "aten.mul.Tensor" in called
     assert not [name for name in called if name.startswith("fngd")]
 
@@ -337,11 +341,13 @@ def test_a_compiled_backward_is_made_of_torch_operations(case):
 @pytest.mark.parametrize("case", CASES)
 def test_operators_are_registered_correctly(case):
     node, geometry, x, weight, bias = CASES[case]()
-    scale = torch.rand(len(x), dtype=torch.float64)
+    coefficients = torch.rand(len(x), dtype=torch.float64)
     if node is nodes.linear:
-        torch.library.opcheck(torch.ops.fngd.linear.default, (x, weight, bias, scale))
+        torch.library.opcheck(torch.ops.fngd.linear.default, (x, weight, bias, coefficients))
     else:
-        torch.library.opcheck(torch.ops.fngd.conv.default, (x, weight, bias, scale, *Geometry(**geometry)))
+        torch.library.opcheck(
+            torch.ops.fngd.conv.default, (x, weight, bias, coefficients, *ConvolutionArguments(**geometry))
+        )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -350,7 +356,11 @@ def test_autocast_casts_as_torch_does(case, captured, implementation):
     node, geometry, x, weight, bias = CASES[case]()
     x, weight, bias = (t.detach().float().requires_grad_() for t in (x, weight, bias))
     received = []
-    extra = {"sink": lambda a, e, *_: received.append((a, e))} if captured else {"scale": torch.ones(len(x))}
+    extra = (
+        {"on_use": lambda a, e, *_: received.append((a, e))}
+        if captured
+        else {"coefficients": torch.ones(len(x))}
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = node(x, weight, bias, **extra, **geometry)
         expected = torch_function(node, geometry)(x, weight, bias)
@@ -378,8 +388,8 @@ def test_many_samples_are_added_up_in_float32(case, dtype, implementation):
     node, geometry, x, weight, bias = CASES[case]()
     x = torch.rand(512, *x.shape[1:], dtype=dtype)
     weight, bias = (t.detach().to(dtype).requires_grad_() for t in (weight, bias))
-    scale = torch.ones(len(x))
-    y = node(x, weight, bias, scale, **geometry)
+    coefficients = torch.ones(len(x))
+    y = node(x, weight, bias, coefficients, **geometry)
     e = torch.rand(y.shape).to(dtype) / 256
     dw, db = torch.autograd.grad(y, (weight, bias), e)
     exact = [t.detach().double().requires_grad_() for t in (weight, bias)]
@@ -416,18 +426,18 @@ def on_gpu(case, dtype, last):
     node, geometry, x_shape, weight_shape = GPU_CASES[case]
     x, weight = torch.randn(x_shape).to(dtype), torch.randn(weight_shape).to(dtype)
     bias = torch.randn(outputs(weight_shape, geometry)).to(dtype)
-    scale = torch.rand(x_shape[0]) + 0.5
+    coefficients = torch.rand(x_shape[0]) + 0.5
     exact = [t.double().requires_grad_() for t in (x, weight, bias)]
     y = torch_function(node, geometry)(*exact)
     gradient = torch.randn(y.shape).to(dtype)
     (dx,) = torch.autograd.grad(y, exact[0], gradient.double(), retain_graph=True)
-    weighted = gradient.double() * scale.double().view(-1, *[1] * (y.ndim - 1))
+    weighted = gradient.double() * coefficients.double().view(-1, *[1] * (y.ndim - 1))
     expected = [dx, *torch.autograd.grad(y, exact[1:], weighted)]
     x, weight, bias, gradient = (t.cuda() for t in (x, weight, bias, gradient))
     if last:
         x, gradient = (t.to(memory_format=torch.channels_last) for t in (x, gradient))
-    leaves, scale = [t.requires_grad_() for t in (x, weight, bias)], scale.cuda()
-    return (lambda: node(*leaves, scale, **geometry)), leaves, gradient, scale, expected
+    leaves, coefficients = [t.requires_grad_() for t in (x, weight, bias)], coefficients.cuda()
+    return (lambda: node(*leaves, coefficients, **geometry)), leaves, gradient, coefficients, expected
 
 
 @pytest.mark.gpu
@@ -449,29 +459,29 @@ def test_cuda_gradients_equal_float64(case, last, dtype, wanted):
 
 @pytest.mark.gpu
 def test_cuda_embedding_and_rows():
-    weight, scale = torch.randn(7, 16), torch.rand(4)
+    weight, coefficients = torch.randn(7, 16), torch.rand(4)
     ids, gradient = torch.randint(7, (4, 3)), torch.randn(4, 3, 16)
     exact = weight.double().requires_grad_()
     (expected,) = torch.autograd.grad(
-        F.embedding(ids, exact), exact, (gradient * scale[:, None, None]).double()
+        F.embedding(ids, exact), exact, (gradient * coefficients[:, None, None]).double()
     )
     leaf = weight.cuda().requires_grad_()
-    y = nodes.embedding(ids.cuda(), leaf, scale.cuda())
+    y = nodes.embedding(ids.cuda(), leaf, coefficients.cuda())
     (dw,) = torch.autograd.grad(y, leaf, gradient.cuda())
     assert oracles.relative_error(dw.cpu(), expected) < 1e-5
     parameter = torch.randn(3, 16, device="cuda").requires_grad_()
-    (dp,) = torch.autograd.grad(nodes.rows(parameter, 4, scale.cuda()), parameter, gradient.cuda())
-    assert oracles.relative_error(dp.cpu(), torch.einsum("n,nij->ij", scale, gradient)) < 1e-5
+    (dp,) = torch.autograd.grad(nodes.rows(parameter, 4, coefficients.cuda()), parameter, gradient.cuda())
+    assert oracles.relative_error(dp.cpu(), torch.einsum("n,nij->ij", coefficients, gradient)) < 1e-5
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", ["linear 8 to 40", "wide conv"])
 def test_cuda_gradients_can_be_differentiated(case):
-    call, (x, weight, bias), gradient, scale, _ = on_gpu(case, torch.float64, False)
+    call, (x, weight, bias), gradient, coefficients, _ = on_gpu(case, torch.float64, False)
     function = torch_function(*GPU_CASES[case][:2])
     (dw,) = torch.autograd.grad(call(), weight, gradient, create_graph=True)
     (actual,) = torch.autograd.grad(dw.square().sum(), x)
-    weighted = gradient * scale.double().view(-1, *[1] * (gradient.ndim - 1))
+    weighted = gradient * coefficients.double().view(-1, *[1] * (gradient.ndim - 1))
     (dw,) = torch.autograd.grad(function(x, weight, bias), weight, weighted, create_graph=True)
     (expected,) = torch.autograd.grad(dw.square().sum(), x)
     torch.testing.assert_close(actual, expected)
@@ -480,7 +490,7 @@ def test_cuda_gradients_can_be_differentiated(case):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", GPU_CASES)
 def test_captured_in_a_cuda_graph(case):
-    call, leaves, gradient, scale, _ = on_gpu(case, torch.float64, False)
+    call, leaves, gradient, coefficients, _ = on_gpu(case, torch.float64, False)
 
     def step():
         return torch.autograd.grad(call(), leaves, gradient)
@@ -494,7 +504,7 @@ def test_captured_in_a_cuda_graph(case):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         captured = step()
-    scale.copy_(2 * torch.rand(len(scale)))  # read from its static buffer
+    coefficients.copy_(2 * torch.rand(len(coefficients)))  # read from its static buffer
     graph.replay()
     for actual, direct in zip(captured, step(), strict=True):
         torch.testing.assert_close(actual, direct)

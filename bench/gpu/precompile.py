@@ -29,12 +29,14 @@ from triton.runtime import build, driver
 from triton.runtime.jit import JITFunction
 
 import fngd
+import fngd_kernels.ops.triton  # noqa: F401 - adds the Triton kernels to the operators' tables
 from bench.kernels.case import Case
 from bench.kernels.cases import cases
 from bench.kernels.shapes import NETWORKS, TINY
 from bench.models.translator import Translator
 from bench.steps.networks import MIXED, Batch, Network
-from fngd_kernels.ops import cuda as operators
+from fngd_kernels.ops import devices
+from fngd_kernels.ops.registration import OPERATORS
 
 PROCESSORS = 132
 HALF = torch.bfloat16
@@ -122,6 +124,7 @@ def compiling(capability: tuple[int, int]) -> Iterator[Compiled]:
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch("torch.cuda.get_device_capability", return_value=capability),
         mock.patch("torch.cuda.get_device_properties", return_value=properties),
+        mock.patch.object(devices, "runs_triton", return_value=True),
     ):
         yield compiled
 
@@ -169,14 +172,14 @@ class _OnCuda(TorchDispatchMode):
             with unset_fake_temporarily():
                 inputs: Any = [_meta(x) if isinstance(x, Tensor) else x for x in args]
                 s = torch.empty(len(inputs[0]), device="meta")
-                getattr(operators, name)(*inputs)
+                OPERATORS[name](*inputs)
                 # What a solving step combines with the coefficients it solved for.
                 if name == "gram":
                     a, e, bias, _ = inputs[:4]
-                    operators.combine(a, e, s, bias)
+                    OPERATORS["combine"](a, e, s, bias)
                 elif name == "gram_embedding":
                     ids, e, padding_idx = inputs[:3]
-                    operators.combine_embedding(ids, e, s, VOCABULARY, padding_idx)
+                    OPERATORS["combine_embedding"](ids, e, s, VOCABULARY, padding_idx)
         return op(*args, **(kwargs or {}))
 
 

@@ -10,6 +10,7 @@ from bench.kernels import plain
 from bench.kernels.case import Case, Contender, Inputs, Setting
 from bench.kernels.roofline import Work
 from bench.kernels.shapes import Conv
+from fngd_kernels.geometry import ConvGeometry
 from fngd_kernels.ops.scale_bias import scale_bias
 
 LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
@@ -51,12 +52,11 @@ def _gram(setting: Setting, layer: Conv, name: str, inputs: Inputs, moved: int) 
 
     contenders = {"fngd": Contender(gram, work), "plain unfold": Contender(unfolded, work, "plain")}
     if setting.fused:
-        from fngd_kernels.fused.gram_conv_explicit import gram_conv_explicit
+        from fngd_kernels.backends.triton.gram_conv_explicit import gram_conv_explicit
 
-        stride, padding = [layer.stride] * 2, [layer.padding] * 2
-        contenders["fused explicit"] = Contender(
-            lambda x, e: gram_conv_explicit(x, e, layer.weight_shape, stride, padding, [1, 1], 1, False), work
-        )
+        stride, padding = (layer.stride,) * 2, (layer.padding,) * 2
+        geometry = ConvGeometry(layer.weight_shape, stride, padding, (1, 1), 1)
+        contenders["fused explicit"] = Contender(lambda x, e: gram_conv_explicit(x, e, geometry, False), work)
     return setting.case("gram_conv", name, inputs, unfolded, contenders)
 
 

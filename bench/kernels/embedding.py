@@ -34,7 +34,7 @@ def _gram(setting: Setting, layer: Embedding, inputs: Inputs, moved: int) -> Cas
         "plain pairs": Contender(plain.gram_embedding, work, "plain"),
     }
     if setting.fused:
-        from fngd_kernels.fused.gram_embedding import gram_embedding
+        from fngd_kernels.backends.triton.gram_embedding import gram_embedding
 
         contenders["fused"] = Contender(lambda ids, e: gram_embedding(ids, e, None), work)
     return setting.case("gram_embedding", layer, inputs, plain.gram_embedding, contenders)
@@ -54,7 +54,7 @@ def _combine(setting: Setting, layer: Embedding, inputs: Inputs, moved: int) -> 
         ),
     }
     if setting.fused:
-        from fngd_kernels.fused.combine_embedding import combine_embedding
+        from fngd_kernels.backends.triton.combine_embedding import combine_embedding
 
         contenders["fused"] = Contender(lambda ids, e, s: combine_embedding(ids, e, s, v, None), work)
     return setting.case(

@@ -43,12 +43,12 @@ def _gram(setting: Setting, layer: Linear, inputs: Inputs, moved: int) -> Case:
         "plain explicit": Contender(lambda a, e: plain.gram_explicit(a, e, True), explicit, "plain"),
     }
     if setting.fused:
-        from fngd_kernels.fused.gram_explicit import gram_explicit
-        from fngd_kernels.fused.gram_hadamard import gram_hadamard
-        from fngd_kernels.fused.gram_pairs import gram_pairs
+        from fngd_kernels.backends.triton.gram_explicit import gram_explicit
+        from fngd_kernels.backends.triton.gram_hadamard import gram_hadamard
+        from fngd_kernels.backends.triton.gram_pairs import gram_pairs
 
         if t == 1:
-            contenders["fused hadamard"] = Contender(lambda a, e: gram_hadamard([a], [e], [True])[0], pairs)
+            contenders["fused hadamard"] = Contender(lambda a, e: gram_hadamard(a, e, True), pairs)
         else:
             contenders["fused pairs"] = Contender(lambda a, e: gram_pairs(a, e, True), pairs)
             contenders["fused explicit"] = Contender(lambda a, e: gram_explicit(a, e, True), explicit)
@@ -70,7 +70,7 @@ def _combine(setting: Setting, layer: Linear, inputs: Inputs, work: Work, bias: 
         "plain unweighted": Contender(lambda a, e, s: plain.unweighted(a, e, bias), work, "unweighted"),
     }
     if setting.fused:
-        from fngd_kernels.fused.combine import combine
+        from fngd_kernels.backends.triton.combine import combine
 
         contenders["fused"] = Contender(lambda a, e, s: combine(a, e, s, bias), work)
     op = "combine with bias" if bias else "combine"
@@ -97,11 +97,12 @@ def hadamard_case(setting: Setting, layers: Sequence[Linear]) -> Case:
         "plain loop": Contender(plain_loop, work, "plain"),
     }
     if setting.fused:
-        from fngd_kernels.fused.gram_hadamard import gram_hadamard
+        from fngd_kernels.backends.triton.gram_hadamard import gram_hadamard
 
-        def one_launch(*rows: Tensor) -> Tensor:
-            rows = tuple(t.unsqueeze(1) for t in rows)
-            return gram_hadamard(rows[::2], rows[1::2], [True] * len(layers))
+        def fused_loop(*rows: Tensor) -> Tensor:
+            layers = [t.unsqueeze(1) for t in rows]
+            pairs = zip(layers[::2], layers[1::2], strict=True)
+            return torch.stack([gram_hadamard(a, e, True) for a, e in pairs])
 
-        contenders["fused list"] = Contender(one_launch, work)
+        contenders["fused loop"] = Contender(fused_loop, work)
     return setting.case("gram_hadamard", f"{len(layers)} layers", inputs, plain_loop, contenders)

@@ -54,7 +54,7 @@ def _code() -> tuple[str | None, bool | None]:
 def _extension() -> str | None:
     if not native.AVAILABLE:
         return None
-    return "cuda" if torch._C._dispatch_has_kernel_for_dispatch_key("fngd::solve", "CUDA") else "cpu"
+    return "cuda" if native.HAS_CUDA else "cpu"
 
 
 def _version(package: str) -> str | None:

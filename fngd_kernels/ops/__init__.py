@@ -1,1 +1,1 @@
-"""Public operators: each one checks its input, plans, and runs."""
+"""The operators: public functions, their registration with torch, and the choice of what runs."""

@@ -7,20 +7,25 @@ import torch
 from torch import Tensor
 
 from .. import native
-from .library import LIBRARY, register
+from .registration import register
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-LIBRARY.define("found_non_finite(Tensor[] tensors) -> Tensor")
 
 
 def found_non_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Return 1 if any element of any tensor is NaN or infinite, else 0: torch's `found_inf`.
 
-    tensors: float64, float32, bfloat16 or float16, of any shapes and strides, one or more
+    The native kernels are registered with torch's dispatcher by the extension (see `choose`).
 
-    Returns: (1,) float32, on the device of the first tensor; nothing waits for the device
-    Raises: ValueError without tensors; TypeError for other dtypes.
+    Args:
+        tensors: One or more of float64, float32, bfloat16 or float16, of any shapes and strides.
+
+    Returns:
+        (1,) float32, on the device of the first tensor. Nothing waits for the device.
+
+    Raises:
+        ValueError: There are no tensors.
+        TypeError: A tensor has another dtype.
     """
     if not isinstance(tensors, Sequence):
         raise TypeError(f"tensors: expected a sequence of tensors, got {type(tensors).__name__}")
@@ -40,7 +45,7 @@ def _found_non_finite(tensors: Sequence[Tensor]) -> Tensor:
             raise TypeError(f"tensors: expected float64, float32, bfloat16 or float16, got {tensor.dtype}")
     if tensors[0].is_cuda:
         native.warn_of_missing_cuda()
-    # The largest magnitude, unlike a sum, cannot overflow; it is NaN where any element is.
+    # Unlike a sum, the largest magnitude cannot overflow. It is NaN where any element is.
     device = tensors[0].device
     largest = [torch.linalg.vector_norm(t, math.inf).to(device, torch.float64) for t in tensors if t.numel()]
     if not largest:
@@ -52,4 +57,4 @@ def _fake(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].new_empty(1, dtype=torch.float32)
 
 
-register("found_non_finite", _found_non_finite, _fake)
+register("found_non_finite(Tensor[] tensors) -> Tensor", _found_non_finite, _fake)

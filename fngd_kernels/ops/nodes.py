@@ -1,11 +1,16 @@
 """Differentiable maps whose parameter gradients are weighted sums over samples.
 
-Each function computes what its torch counterpart computes. Its backward returns the ordinary input gradient
-and, for the parameters, sum_n s_n C_n: C_n is the contribution of sample n (row n of the input) and s are the
-weights `scale`. With a `sink` instead, backward calls sink(a, e, biased, selective) when a parameter gradient
-is asked for: a and e are the sample-first factors of the contributions, `biased` tells that the bias takes
-part (in a derivative of the map it does not), `selective` that the caller asked for some gradients only
-(autograd.grad), and the answer is (weight gradient, bias gradient), or None for neither.
+Each function computes what its torch counterpart computes. Its backward returns the ordinary input gradient.
+For the parameters it returns sum_n s_n C_n, where C_n is the contribution of sample n (row n of the input)
+and s are the `coefficients`, by default 1.
+
+With `on_use` instead of coefficients, backward calls on_use(a, e, biased, must_return) when a parameter
+gradient is needed, and returns its answer: (weight gradient, bias gradient), or None for neither.
+
+    a, e: the sample-first factors of the contributions, input and gradient at the output
+    biased: whether the bias takes part; in a derivative of the map it does not
+    must_return: whether autograd wants this gradient returned now (autograd.grad, or backward with inputs)
+
 Source: the weighted form of the natural gradient, Ou et al. 2024 (arXiv 2403.03473).
 """
 
@@ -16,47 +21,53 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..library.convolution import Geometry
-from . import nodes_python
-from .library import LIBRARY
+from ..backends.torch.convolution import ConvolutionArguments
+from . import choose, nodes_python
+from .registration import LIBRARY
 
 Gradients = tuple[Tensor | None, Tensor | None]
 UseHandler = Callable[[Any, Tensor, bool, bool], Sequence[Tensor | None] | None]
 
-LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? scale) -> Tensor")
+# The extension registers what these run; without it, nodes_python takes their place.
+LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? coefficients) -> Tensor")
 LIBRARY.define(
-    "conv(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, int[] stride, int[] padding, "
+    "conv(Tensor x, Tensor weight, Tensor? bias, Tensor? coefficients, int[] stride, int[] padding, "
     "int[] dilation, bool transposed, int[] output_padding, int groups) -> Tensor"
 )
-LIBRARY.define("embedding(Tensor ids, Tensor weight, Tensor? scale, int padding_idx) -> Tensor")
-LIBRARY.define("rows(Tensor parameter, int samples, Tensor? scale) -> Tensor")
+LIBRARY.define("embedding(Tensor ids, Tensor weight, Tensor? coefficients, int padding_idx) -> Tensor")
+LIBRARY.define("rows(Tensor parameter, int samples, Tensor? coefficients) -> Tensor")
 
 
 def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    scale: Tensor | None = None,
-    sink: UseHandler | None = None,
+    coefficients: Tensor | None = None,
+    on_use: UseHandler | None = None,
 ) -> Tensor:
     """Return x W^T + b.
 
-    x: (N, ..., I); weight: (O, I); bias: (O,) or None; scale: (N,), the weights of the samples.
+    Args:
+        x: (N, ..., I).
+        weight: (O, I).
+        bias: (O,) or None.
+        coefficients: (N,), one for each sample.
+        on_use: Called with each use of the parameters.
     """
-    _check_scale(scale, x.shape[:1])
-    if not native.AVAILABLE:
-        return nodes_python.linear(x, weight, bias, scale, sink)
-    if sink is not None:
-        return native.extension.captured_linear(x, weight, bias, sink)
-    return torch.ops.fngd.linear(x, weight, bias, scale)
+    _check_coefficients(coefficients, x.shape[:1])
+    if choose.node(native.AVAILABLE) == "python":
+        return nodes_python.linear(x, weight, bias, coefficients, on_use)
+    if on_use is not None:
+        return native.extension.captured_linear(x, weight, bias, on_use)
+    return torch.ops.fngd.linear(x, weight, bias, coefficients)
 
 
 def conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    scale: Tensor | None = None,
-    sink: UseHandler | None = None,
+    coefficients: Tensor | None = None,
+    on_use: UseHandler | None = None,
     *,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -67,48 +78,78 @@ def conv(
 ) -> Tensor:
     """Return the 1-3 d convolution of x, or the transposed one.
 
-    x: (N, C, *space); weight: (O, C / groups, *kernel), transposed (C, O / groups, *kernel); bias: (O,) or
-    None; scale: (N,), sample weights.
+    Args:
+        x: (N, C, *space).
+        weight: (O, C / groups, *kernel), transposed (C, O / groups, *kernel).
+        bias: (O,) or None.
+        coefficients: (N,), one for each sample.
+        on_use: Called with each use of the parameters.
+        stride: One number for each dimension of space, as in torch.convolution.
+        padding: One number for each dimension of space, as in torch.convolution.
+        dilation: One number for each dimension of space, as in torch.convolution.
+        groups: As in torch.convolution.
+        transposed: Whether the convolution is transposed.
+        output_padding: As in torch.convolution, zeros by default.
     """
-    _check_scale(scale, x.shape[:1])
+    _check_coefficients(coefficients, x.shape[:1])
     output_padding = [0] * len(stride) if output_padding is None else list(output_padding)
-    geometry = Geometry(list(stride), list(padding), list(dilation), transposed, output_padding, groups)
-    if not native.AVAILABLE:
-        return nodes_python.conv(x, weight, bias, scale, sink, geometry)
-    if sink is not None:
-        return native.extension.captured_conv(x, weight, bias, sink, *geometry)
-    return torch.ops.fngd.conv(x, weight, bias, scale, *geometry)
+    arguments = ConvolutionArguments(
+        list(stride), list(padding), list(dilation), transposed, output_padding, groups
+    )
+    if choose.node(native.AVAILABLE) == "python":
+        return nodes_python.conv(x, weight, bias, coefficients, on_use, arguments)
+    if on_use is not None:
+        return native.extension.captured_conv(x, weight, bias, on_use, *arguments)
+    return torch.ops.fngd.conv(x, weight, bias, coefficients, *arguments)
 
 
 def embedding(
     ids: Tensor,
     weight: Tensor,
-    scale: Tensor | None = None,
-    sink: UseHandler | None = None,
+    coefficients: Tensor | None = None,
+    on_use: UseHandler | None = None,
     *,
     padding_idx: int = -1,
 ) -> Tensor:
-    """Return the rows of weight (V, D) that ids (N, ...) name; padding_idx is -1 where there is none."""
-    _check_scale(scale, ids.shape[:1])
-    if not native.AVAILABLE:
-        return nodes_python.embedding(ids, weight, scale, sink, padding_idx)
-    if sink is not None:
-        return native.extension.captured_embedding(ids, weight, sink, padding_idx)
-    return torch.ops.fngd.embedding(ids, weight, scale, padding_idx)
+    """Return the rows of weight that the ids name.
+
+    Args:
+        ids: (N, ...) int.
+        weight: (V, D).
+        coefficients: (N,), one for each sample.
+        on_use: Called with each use of the weight.
+        padding_idx: Id that contributes nothing, -1 for none.
+    """
+    _check_coefficients(coefficients, ids.shape[:1])
+    if choose.node(native.AVAILABLE) == "python":
+        return nodes_python.embedding(ids, weight, coefficients, on_use, padding_idx)
+    if on_use is not None:
+        return native.extension.captured_embedding(ids, weight, on_use, padding_idx)
+    return torch.ops.fngd.embedding(ids, weight, coefficients, padding_idx)
 
 
 def rows(
-    parameter: Tensor, samples: int, scale: Tensor | None = None, sink: UseHandler | None = None
+    parameter: Tensor,
+    samples: int,
+    coefficients: Tensor | None = None,
+    on_use: UseHandler | None = None,
 ) -> Tensor:
-    """Return (samples, *parameter.shape), a copy for every sample; a sink receives (None, e)."""
-    _check_scale(scale, (samples,))
-    if not native.AVAILABLE:
-        return nodes_python.rows(parameter, samples, scale, sink)
-    if sink is not None:
-        return native.extension.captured_rows(parameter, samples, sink)
-    return torch.ops.fngd.rows(parameter, samples, scale)
+    """Return (samples, *parameter.shape), a copy for every sample.
+
+    Args:
+        parameter: Of any shape.
+        samples: How many copies.
+        coefficients: (samples,), one for each sample.
+        on_use: Called with each use of the parameter; a is None, and e holds the contributions themselves.
+    """
+    _check_coefficients(coefficients, (samples,))
+    if choose.node(native.AVAILABLE) == "python":
+        return nodes_python.rows(parameter, samples, coefficients, on_use)
+    if on_use is not None:
+        return native.extension.captured_rows(parameter, samples, on_use)
+    return torch.ops.fngd.rows(parameter, samples, coefficients)
 
 
-def _check_scale(scale: Tensor | None, shape: Sequence[int]) -> None:
-    if scale is not None and scale.shape != shape:
-        raise ValueError(f"scale: expected shape {tuple(shape)}, got {tuple(scale.shape)}")
+def _check_coefficients(coefficients: Tensor | None, shape: Sequence[int]) -> None:
+    if coefficients is not None and coefficients.shape != shape:
+        raise ValueError(f"coefficients: expected shape {tuple(shape)}, got {tuple(coefficients.shape)}")

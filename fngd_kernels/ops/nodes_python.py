@@ -1,4 +1,4 @@
-"""The nodes of nodes.py as torch.autograd.Function: what runs where the native extension was not built."""
+"""The nodes of nodes.py as torch.autograd.Function, for when the native extension was not built."""
 
 from typing import Any
 
@@ -7,44 +7,50 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from ..library import convolution
-from ..library.convolution import Geometry
+from ..backends.torch import convolution
+from ..backends.torch.combine import weighted_gradients
+from ..backends.torch.convolution import ConvolutionArguments
+from ..backends.torch.scaling import scaled
 
 _EVERYTHING = torch.empty(0, device="cpu", requires_grad=True)
-"""A leaf behind every captured use, and in nobody's list of inputs: asked for only where all leaves are.
+"""The last tensor of every node that has a handler: a leaf whose gradient nobody asks for by name.
 
-It is the last tensor that a node is given.
+Its gradient is needed only if those of all leaves are, so it tells whether .grad is wanted or some gradients
+only.
 """
 
 
-def _is_asked_for(ctx: Any, edge: int) -> bool:
-    """Return whether the backward that runs now needs what a node hands to its edge-th input.
+def _is_needed(ctx: Any, edge: int) -> bool:
+    """Return whether the backward that runs now needs the gradient of the node's input number `edge`.
 
-    ctx.needs_input_grad does not tell: it was settled in the forward.
+    ctx.needs_input_grad does not tell: it was decided in the forward.
     """
     node = ctx.next_functions[edge][0]
     if node is None:
         return False
     try:
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # a leaf that autograd.grad was asked for
+    except RuntimeError:
+        # It is a leaf for which autograd.grad was called.
         return True
 
 
-def _received(ctx: Any, first: int, a: Any, e: Tensor, biased: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Hand a use to the sink where a parameter's gradient is asked for; return what it answers.
+def _told_of_use(
+    ctx: Any, first: int, a: Any, e: Tensor, biased: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Tell the handler of a use if a parameter's gradient is needed, and return its answer.
 
-    first: the edge of the weight; the bias, where there is one, has the next
+    Args:
+        ctx: Context of the node.
+        first: Number of the weight among the node's inputs; the bias, if there is one, is the next.
+        a: First factor of the contributions.
+        e: Second factor of the contributions.
+        biased: Whether the bias takes part.
     """
     parameters = range(first, len(ctx.next_functions) - 1)
-    if not any(_is_asked_for(ctx, edge) for edge in parameters):
+    if not any(_is_needed(ctx, edge) for edge in parameters):
         return None, None
-    return ctx.sink(a, e, biased, not _is_asked_for(ctx, -1)) or (None, None)
-
-
-def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    """Return s_n x_n, rounded once to x's dtype."""
-    return x if scale is None else (x * scale.view(-1, *[1] * (x.ndim - 1))).to(x.dtype)
+    return ctx.on_use(a, e, biased, not _is_needed(ctx, -1)) or (None, None)
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -56,57 +62,64 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, sink: Any) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor | None, on_use: Any
+) -> Tensor:
     """Return x W^T + b."""
-    return Linear.apply(*_autocast(x, weight, bias), scale, _everything(sink), sink, False)
+    return Linear.apply(*_autocast(x, weight, bias), coefficients, _everything(on_use), on_use, False)
 
 
 def conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, sink: Any, geometry: Geometry
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor | None,
+    on_use: Any,
+    arguments: ConvolutionArguments,
 ) -> Tensor:
     """Return the convolution of x."""
-    return Conv.apply(*_autocast(x, weight, bias), scale, None, _everything(sink), sink, geometry)
+    return Conv.apply(*_autocast(x, weight, bias), coefficients, None, _everything(on_use), on_use, arguments)
 
 
-def embedding(ids: Tensor, weight: Tensor, scale: Tensor | None, sink: Any, padding_idx: int) -> Tensor:
+def embedding(
+    ids: Tensor, weight: Tensor, coefficients: Tensor | None, on_use: Any, padding_idx: int
+) -> Tensor:
     """Return the rows of weight that ids name."""
-    return Embedding.apply(ids, weight, scale, _everything(sink), sink, padding_idx)
+    return Embedding.apply(ids, weight, coefficients, _everything(on_use), on_use, padding_idx)
 
 
-def rows(parameter: Tensor, samples: int, scale: Tensor | None, sink: Any) -> Tensor:
+def rows(parameter: Tensor, samples: int, coefficients: Tensor | None, on_use: Any) -> Tensor:
     """Return a copy of the parameter for every sample."""
-    return Rows.apply(parameter, scale, _everything(sink), sink, samples)
+    return Rows.apply(parameter, coefficients, _everything(on_use), on_use, samples)
 
 
-def _everything(sink: Any) -> Tensor | None:
-    return None if sink is None else _EVERYTHING
+def _everything(on_use: Any) -> Tensor | None:
+    return None if on_use is None else _EVERYTHING
 
 
 class Linear(Function):
     """y = x W^T + b, or its adjoint y = x W."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, scale, everything, sink, adjoint):
-        ctx.save_for_backward(x, weight, scale)
-        ctx.sink, ctx.adjoint, ctx.has_bias = sink, adjoint, bias is not None
+    def forward(ctx, x, weight, bias, coefficients, everything, on_use, adjoint):
+        ctx.save_for_backward(x, weight, coefficients)
+        ctx.on_use, ctx.adjoint, ctx.has_bias = on_use, adjoint, bias is not None
         return x @ weight if adjoint else F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, gradient):
-        x, weight, scale = ctx.saved_tensors
+        x, weight, coefficients = ctx.saved_tensors
         needs_x, needs_w, needs_b = ctx.needs_input_grad[:3]
         dx = dw = db = None
         if needs_x:
-            following = _everything(ctx.sink), ctx.sink, not ctx.adjoint
-            dx = Linear.apply(gradient, weight, None, scale, *following)
+            following = _everything(ctx.on_use), ctx.on_use, not ctx.adjoint
+            dx = Linear.apply(gradient, weight, None, coefficients, *following)
         if needs_w or needs_b:
             a, e = (gradient, x) if ctx.adjoint else (x, gradient)
-            if ctx.sink is not None:
-                dw, db = _received(ctx, 1, a, e, ctx.has_bias)
+            if ctx.on_use is not None:
+                dw, db = _told_of_use(ctx, 1, a, e, ctx.has_bias)
             else:
-                e = _scaled(e, scale).flatten(0, -2)
-                dw = e.T @ a.flatten(0, -2) if needs_w else None
-                db = e.sum(0) if needs_b else None
+                dw, db = weighted_gradients(a, e, coefficients, needs_w, needs_b)
         return dx, dw, db, None, None, None, None
 
 
@@ -114,30 +127,30 @@ class Conv(Function):
     """The convolution of x or, where `like` with the shape of its input is given, the adjoint."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, scale, like, everything, sink, geometry):
-        ctx.save_for_backward(x, weight, scale)
-        ctx.sink, ctx.geometry, ctx.adjoint = sink, geometry, like is not None
+    def forward(ctx, x, weight, bias, coefficients, like, everything, on_use, arguments):
+        ctx.save_for_backward(x, weight, coefficients)
+        ctx.on_use, ctx.arguments, ctx.adjoint = on_use, arguments, like is not None
         ctx.has_bias = bias is not None
         if like is not None:
-            return convolution.input_gradient(x, like, weight, geometry)
-        return convolution.forward(x, weight, bias, geometry)
+            return convolution.input_gradient(x, like, weight, arguments)
+        return convolution.forward(x, weight, bias, arguments)
 
     @staticmethod
     def backward(ctx, gradient):
-        x, weight, scale = ctx.saved_tensors
+        x, weight, coefficients = ctx.saved_tensors
         needs_x, needs_w, needs_b = ctx.needs_input_grad[:3]
         dx = dw = db = None
         if needs_x:
             like = None if ctx.adjoint else x.detach()
-            following = _everything(ctx.sink), ctx.sink, ctx.geometry
-            dx = Conv.apply(gradient, weight, None, scale, like, *following)
+            following = _everything(ctx.on_use), ctx.on_use, ctx.arguments
+            dx = Conv.apply(gradient, weight, None, coefficients, like, *following)
         if needs_w or needs_b:
             a, e = (gradient, x) if ctx.adjoint else (x, gradient)
-            if ctx.sink is not None:
-                dw, db = _received(ctx, 1, a, e, ctx.has_bias)
+            if ctx.on_use is not None:
+                dw, db = _told_of_use(ctx, 1, a, e, ctx.has_bias)
             else:
-                e = _scaled(e, scale)
-                dw = convolution.weight_gradient(e, a, weight, ctx.geometry) if needs_w else None
+                e = scaled(e, coefficients, e.dtype)
+                dw = convolution.weight_gradient(e, a, weight, ctx.arguments) if needs_w else None
                 db = e.transpose(0, 1).flatten(1).sum(1) if needs_b else None
         return dx, dw, db, None, None, None, None, None
 
@@ -146,18 +159,18 @@ class Embedding(Function):
     """y_nt = W[ids_nt]."""
 
     @staticmethod
-    def forward(ctx, ids, weight, scale, everything, sink, padding_idx):
-        ctx.save_for_backward(ids, scale)
-        ctx.sink, ctx.padding_idx, ctx.size = sink, padding_idx, weight.shape[0]
+    def forward(ctx, ids, weight, coefficients, everything, on_use, padding_idx):
+        ctx.save_for_backward(ids, coefficients)
+        ctx.on_use, ctx.padding_idx, ctx.size = on_use, padding_idx, weight.shape[0]
         return torch.embedding(weight, ids, padding_idx)
 
     @staticmethod
     def backward(ctx, gradient):
-        ids, scale = ctx.saved_tensors
-        if ctx.sink is not None:
-            dw, _ = _received(ctx, 1, ids, gradient, False)
+        ids, coefficients = ctx.saved_tensors
+        if ctx.on_use is not None:
+            dw, _ = _told_of_use(ctx, 1, ids, gradient, False)
         else:
-            e = _scaled(gradient, scale)
+            e = scaled(gradient, coefficients, gradient.dtype)
             # On a CPU torch by itself rounds the sum to 16 bits after every position.
             wide = e.float() if e.device.type == "cpu" and e.dtype.itemsize == 2 else e
             size, padding_idx = ctx.size, ctx.padding_idx
@@ -169,16 +182,16 @@ class Rows(Function):
     """One copy of a parameter for every sample, so that its gradient arrives per sample."""
 
     @staticmethod
-    def forward(ctx, parameter, scale, everything, sink, samples):
-        ctx.save_for_backward(scale)
-        ctx.sink = sink
+    def forward(ctx, parameter, coefficients, everything, on_use, samples):
+        ctx.save_for_backward(coefficients)
+        ctx.on_use = on_use
         return parameter.unsqueeze(0).expand(samples, *parameter.shape).contiguous()
 
     @staticmethod
     def backward(ctx, gradient):
-        (scale,) = ctx.saved_tensors
-        if ctx.sink is not None:
-            dw, _ = _received(ctx, 0, None, gradient, False)
+        (coefficients,) = ctx.saved_tensors
+        if ctx.on_use is not None:
+            dw, _ = _told_of_use(ctx, 0, None, gradient, False)
         else:
-            dw = _scaled(gradient, scale).sum(0)
+            dw = scaled(gradient, coefficients, gradient.dtype).sum(0)
         return dw, None, None, None, None

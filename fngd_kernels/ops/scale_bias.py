@@ -1,5 +1,6 @@
 """The gradient at a layer's output, scaled per sample, and its weighted sum over samples and positions."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,24 +8,33 @@ from torch import Tensor
 
 from .. import native
 from ..arguments import flag, integer
-from ..library.products import accumulation_dtype
-from .checks import check_coefficients, check_floating
-from .library import LIBRARY, register
-
-LIBRARY.define("scale_bias(Tensor e, Tensor s, int channel, bool scaled, bool bias) -> (Tensor, Tensor)")
+from ..backends.torch.products import accumulation_dtype
+from ..backends.torch.scaling import scaled as scaled_tensor
+from ..checks import check_coefficients, check_floating
+from . import choose
+from .registration import register
 
 Results = tuple[Any, Any]
-"""Tensors, None where one is not asked for."""
+"""Tensors, or None for one that is not asked for."""
 
 
 def scale_bias(e: Tensor, s: Tensor, channel: int, scaled: bool, bias: bool) -> Results:
     """Return s_n e_n and b = sum_n s_n sum_p E_np, each only if it is asked for.
 
-    e: (N, ...) float; s: (N,) float; channel: the dimension of e, after the first, that b keeps
+    Args:
+        e: (N, ...) float, gradient at the layer output.
+        s: (N,) float, coefficients.
+        channel: The dimension of e, after the first, that b keeps.
+        scaled: Whether to return s_n e_n.
+        bias: Whether to return b.
 
-    Returns: the shape and layout of e, each product rounded once to e's dtype; (channels,) of e's dtype, the
-        sum of the products before they are rounded
-    Raises: ValueError, TypeError when shapes, devices or dtypes do not fit.
+    Returns:
+        s_n e_n in the shape and layout of e, each product rounded once to e's dtype; b (channels,) of e's
+        dtype, the sum of the products before they are rounded.
+
+    Raises:
+        ValueError: Shapes or devices do not fit, or a number is out of range.
+        TypeError: Dtypes do not fit, or an argument has the wrong type.
     """
     check_floating("e", e)
     if e.ndim < 2:
@@ -37,17 +47,29 @@ def scale_bias(e: Tensor, s: Tensor, channel: int, scaled: bool, bias: bool) -> 
     return torch.ops.fngd.scale_bias.default(e, s, channel, scaled, bias)
 
 
-def _scale_bias(e: Tensor, s: Tensor, channel: int, scaled: bool, bias: bool) -> Results:
-    if e.is_cuda:
-        native.warn_of_missing_cuda()
+def _torch(e: Tensor, s: Tensor, channel: int, scaled: bool, bias: bool) -> Results:
     dtype = accumulation_dtype(e.dtype)
-    product = e.to(dtype) * s.to(dtype).view(-1, *[1] * (e.ndim - 1))
+    product = scaled_tensor(e.to(dtype), s.to(dtype), dtype)
     others = [axis for axis in range(e.ndim) if axis != channel]
     return product.to(e.dtype) if scaled else None, product.sum(others).to(e.dtype) if bias else None
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, int, bool, bool], Results]] = {
+    "torch": _torch,
+    "native": lambda e, s, channel, scaled, bias: native.extension.scale_bias(e, s, channel, scaled, bias),
+}
+
+
+def _scale_bias(e: Tensor, s: Tensor, channel: int, scaled: bool, bias: bool) -> Results:
+    return IMPLEMENTATIONS[choose.scale_bias(native.serves(e))](e, s, channel, scaled, bias)
 
 
 def _fake(e: Tensor, s: Tensor, channel: int, scaled: bool, bias: bool) -> Results:
     return torch.empty_like(e) if scaled else None, e.new_empty(e.shape[channel]) if bias else None
 
 
-register("scale_bias", _scale_bias, _fake)
+register(
+    "scale_bias(Tensor e, Tensor s, int channel, bool scaled, bool bias) -> (Tensor, Tensor)",
+    _scale_bias,
+    _fake,
+)

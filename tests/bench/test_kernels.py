@@ -71,7 +71,7 @@ def test_interpreted_kernels_pass_the_gate():
     }
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "'fused list'" in done.stdout
+    assert "'fused loop'" in done.stdout
 
 
 @pytest.mark.parametrize("wrong", [1.001, float("nan")])

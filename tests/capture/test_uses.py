@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 import fngd
 import oracles
 from fngd.rules.generic import module as generic_module
-from fngd.rules.tied import gram_embedding_linear
 from fngd_kernels import native
+from fngd_kernels.ops.gram_embedding import gram_embedding_linear
 from networks import Recurrent, blocks, make, sample_gradients
 from trajectory import Definition
 

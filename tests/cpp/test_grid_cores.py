@@ -12,7 +12,7 @@ NVCC = shutil.which("nvcc")
 
 
 @pytest.mark.skipif(CXX is None, reason="no C++ compiler")
-@pytest.mark.parametrize("core", ["finite", "scale"])
+@pytest.mark.parametrize("core", ["finite", "scale_bias"])
 def test_every_thread_of_the_grid(tmp_path, core):
     program = tmp_path / f"{core}_grid"
     command = [str(CXX), "-std=c++20", "-O1", "-Wall", "-Wextra"]
@@ -26,7 +26,7 @@ def test_every_thread_of_the_grid(tmp_path, core):
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("core", ["finite", "scale"])
+@pytest.mark.parametrize("core", ["finite", "scale_bias"])
 def test_compiles_without_spills(tmp_path, core, arch):
     command = [str(NVCC), "-std=c++17", "-O3", "-DFNGD_WITH_CUDA", f"-arch={arch}", "-cubin", "-Xptxas", "-v"]
     command += ["-o", str(tmp_path / f"{core}.cubin"), str(HERE.parents[1] / "csrc" / f"{core}_cuda.cu")]

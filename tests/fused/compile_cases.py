@@ -41,7 +41,7 @@ def meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def gram_pairs(dtype: torch.dtype, precision: str) -> None:
-    from fngd_kernels.fused.gram_pairs import gram_pairs, gram_pairs_diag
+    from fngd_kernels.backends.triton.gram_pairs import gram_pairs, gram_pairs_diag
 
     # Tiles of 2 positions, of some and of many; sizes that are multiples of 16 and that are not.
     for samples, positions, inputs, outputs in ((512, 2, 512, 2048), (63, 33, 513, 10), (32, 128, 768, 768)):
@@ -51,7 +51,7 @@ def gram_pairs(dtype: torch.dtype, precision: str) -> None:
 
 
 def gram_embedding(dtype: torch.dtype, precision: str) -> None:
-    from fngd_kernels.fused.gram_embedding import gram_embedding, gram_embedding_diag
+    from fngd_kernels.backends.triton.gram_embedding import gram_embedding, gram_embedding_diag
 
     for samples, positions, size in ((512, 2, 512), (63, 33, 513), (32, 128, 768)):
         ids, e = meta(samples, positions, dtype=torch.int64), meta(samples, positions, size, dtype=dtype)
@@ -60,22 +60,21 @@ def gram_embedding(dtype: torch.dtype, precision: str) -> None:
 
 
 def gram_hadamard(dtype: torch.dtype, precision: str) -> None:
-    from fngd_kernels.fused.gram_hadamard import gram_hadamard
+    from fngd_kernels.backends.triton.gram_hadamard import gram_hadamard
 
-    layers = [(512, 512), (784, 512), (2048, 10), (513, 1000)] * 4
     for samples in (128, 2048):
-        a, e = ([meta(samples, 1, pair[place], dtype=dtype) for pair in layers] for place in (0, 1))
-        gram_hadamard(a, e, [True] * len(layers), precision)
-        gram_hadamard(a[:1], e[:1], [False], precision)
-    # Layers of one network, alone and together.
+        for inputs, outputs in ((512, 512), (784, 512), (2048, 10), (513, 1000)):
+            a, e = meta(samples, 1, inputs, dtype=dtype), meta(samples, 1, outputs, dtype=dtype)
+            gram_hadamard(a, e, True, precision)
+        gram_hadamard(a, e, False, precision)
+    # The layers of one network.
     rows = [meta(256, 1, size, dtype=dtype) for size in (784, 1024, 1024, 512, 10)]
-    for layer in pairwise(rows):
-        gram_hadamard(layer[:1], layer[1:], [True], precision)
-    gram_hadamard(rows[:-1], rows[1:], [True] * 4, precision)
+    for a, e in pairwise(rows):
+        gram_hadamard(a, e, True, precision)
 
 
 def gram_explicit(dtype: torch.dtype, precision: str) -> None:
-    from fngd_kernels.fused.gram_explicit import gram_explicit
+    from fngd_kernels.backends.triton.gram_explicit import gram_explicit
 
     precision = precision if dtype == FLOAT32 else "tf32"
     # Each in one chunk.
@@ -85,7 +84,7 @@ def gram_explicit(dtype: torch.dtype, precision: str) -> None:
 
 
 def combine(dtype: torch.dtype, precision: str) -> None:
-    from fngd_kernels.fused.combine import combine
+    from fngd_kernels.backends.triton.combine import combine
 
     s = meta(64, dtype=FLOAT32)
     combine(meta(64, 128, 512, dtype=dtype), meta(64, 128, 2048, dtype=dtype), s, True, precision)
@@ -95,18 +94,18 @@ def combine(dtype: torch.dtype, precision: str) -> None:
 
 
 def gram_conv_explicit(dtype: torch.dtype, precision: str) -> None:
-    from fngd_kernels.fused.gram_conv_explicit import gram_conv_explicit
+    from fngd_kernels.backends.triton.gram_conv_explicit import gram_conv_explicit
+    from fngd_kernels.geometry import ConvGeometry
 
     precision = precision if dtype == FLOAT32 else "tf32"
     # First layers on images, in both layouts: columns of many kernel offsets, pixels and patches.
     for outputs, kernel, stride, padding in ((64, 7, 2, 3), (384, 16, 16, 0), (96, 4, 4, 0)):
         size = (224 + 2 * padding - kernel) // stride + 1
         x, e = meta(64, 3, 224, 224, dtype=dtype), meta(64, outputs, size, size, dtype=dtype)
-        strided = (stride,) * 2, (padding,) * 2, (1, 1), 1
+        geometry = ConvGeometry((outputs, 3, kernel, kernel), (stride,) * 2, (padding,) * 2, (1, 1), 1)
         for layout in (torch.contiguous_format, torch.channels_last):
             x, e = (t.to(memory_format=layout) for t in (x, e))
-            gram_conv_explicit(x, e, (outputs, 3, kernel, kernel), *strided, False, precision)
-    geometry = (1, 1), (1, 1), (1, 1), 1
+            gram_conv_explicit(x, e, geometry, False, precision)
     for channels, layout in (
         (128, torch.contiguous_format),
         (128, torch.channels_last),
@@ -115,11 +114,12 @@ def gram_conv_explicit(dtype: torch.dtype, precision: str) -> None:
     ):
         x, e = meta(16, channels, 28, 28, dtype=dtype), meta(16, 128, 28, 28, dtype=dtype)
         x, e = (t.to(memory_format=layout) for t in (x, e))
-        gram_conv_explicit(x, e, (128, channels, 3, 3), *geometry, False, precision)
+        geometry = ConvGeometry((128, channels, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+        gram_conv_explicit(x, e, geometry, False, precision)
 
 
 def combine_embedding(dtype: torch.dtype, precision: str) -> None:
-    from fngd_kernels.fused.combine_embedding import combine_embedding
+    from fngd_kernels.backends.triton.combine_embedding import combine_embedding
 
     ids, s = meta(64, 128, dtype=torch.int64), meta(64, dtype=FLOAT32)
     combine_embedding(ids, meta(64, 128, 768, dtype=dtype), s, 50257, 0)

@@ -3,8 +3,8 @@ import torch
 from poison import poisoned
 
 import oracles
-from fngd_kernels.fused.combine_embedding import combine_embedding
-from fngd_kernels.library.combine import combine_embedding as library_combine_embedding
+from fngd_kernels.backends.torch.combine_embedding import combine_embedding as library_combine_embedding
+from fngd_kernels.backends.triton.combine_embedding import combine_embedding
 
 # On top of twice the library's error: one rounding of the result.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-9, torch.float16: 2**-12}

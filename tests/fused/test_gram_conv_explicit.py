@@ -7,10 +7,10 @@ from torch.nn import functional as F
 
 import fngd_kernels as fk
 import oracles
-from fngd_kernels.fused.contributions import default_precision
-from fngd_kernels.fused.gram_conv_explicit import _divided, gram_conv_explicit
-from fngd_kernels.geometry import expand
-from fngd_kernels.library.gram_conv_explicit import gram_conv_explicit as library_gram_conv_explicit
+from fngd_kernels.backends.torch.gram_conv_explicit import gram_conv_explicit as library_gram_conv_explicit
+from fngd_kernels.backends.triton.contributions import default_precision
+from fngd_kernels.backends.triton.gram_conv_explicit import _divided, gram_conv_explicit
+from geometries import conv_geometry
 
 # On top of twice the library's error: rounding of sums, and of both factors to 10 bits in C C^T.
 TOLERANCE = {"ieee": 1e-6, "tf32x3": 1e-6, "tf32": 2**-10}
@@ -49,13 +49,11 @@ def conv_case(x_shape, weight_shape, geometry, dtype, device):
 def assert_as_good_as_the_library(x, e, weight_shape, geometry, bias, precision=None, **options):
     rows = oracles.conv_rows(x, e, weight_shape, bias, **geometry)
     truth = rows @ rows.T
-    defaults = {"stride": 1, "padding": 0, "dilation": 1} | geometry
-    groups = defaults.pop("groups", 1)
-    axes = [expand(value, len(weight_shape) - 2) for value in defaults.values()]
+    whole = conv_geometry(weight_shape, **geometry)
     with poisoned():
-        k = gram_conv_explicit(x, e, weight_shape, *axes, groups, bias, precision, **options)
+        k = gram_conv_explicit(x, e, whole, bias, precision, **options)
     plan = fk.plan(x.shape, e.shape, weight_shape=weight_shape, **geometry, bias=bias)
-    library = library_gram_conv_explicit(x, e, weight_shape, *axes, groups, bias, plan)
+    library = library_gram_conv_explicit(x, e, whole, bias, plan)
     assert k.dtype == torch.float32
     assert torch.equal(k, k.T)
     tolerance = TOLERANCE[precision or default_precision(x.dtype)]

@@ -3,10 +3,10 @@ import torch
 from poison import poisoned
 
 import oracles
-from fngd_kernels.cost_model import WORKSPACE
-from fngd_kernels.fused import gram_embedding as fused
-from fngd_kernels.fused.gram_embedding import gram_embedding, gram_embedding_diag
-from fngd_kernels.library.gram_embedding import gram_embedding as library_gram_embedding
+from fngd_kernels.backends.torch.gram_embedding import gram_embedding as library_gram_embedding
+from fngd_kernels.backends.triton import gram_embedding as fused
+from fngd_kernels.backends.triton.gram_embedding import gram_embedding, gram_embedding_diag
+from fngd_kernels.workspace import WORKSPACE
 
 # On top of twice the library's error; products of 16-bit numbers are exact, tensor cores cut off their sums.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-6, torch.float16: 4e-6}

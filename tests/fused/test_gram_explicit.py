@@ -4,10 +4,10 @@ from poison import poisoned
 
 import fngd_kernels as fk
 import oracles
-from fngd_kernels.fused import contributions
-from fngd_kernels.fused.gram_explicit import gram_explicit
-from fngd_kernels.fused.tiles import Tile
-from fngd_kernels.library.gram_explicit import gram_explicit as library_gram_explicit
+from fngd_kernels.backends.torch.gram_explicit import gram_explicit as library_gram_explicit
+from fngd_kernels.backends.triton import contributions
+from fngd_kernels.backends.triton.gram_explicit import gram_explicit
+from fngd_kernels.backends.triton.tiles import Tile
 
 # On top of twice the library's error: rounding of sums, and of both factors to 10 bits in C C^T.
 TOLERANCE = {"ieee": 1e-6, "tf32x3": 1e-6, "tf32": 2**-10}

@@ -6,11 +6,11 @@ from poison import poisoned
 
 import fngd_kernels as fk
 import oracles
-from fngd_kernels.fused import gram_pairs as fused
-from fngd_kernels.fused.common import lower_block
-from fngd_kernels.fused.gram_pairs import gram_pairs, gram_pairs_diag
-from fngd_kernels.fused.tiles import diagonal_grid, pair_grid
-from fngd_kernels.library.gram_pairs import gram_pairs as library_gram_pairs
+from fngd_kernels.backends.torch.gram_pairs import gram_pairs as library_gram_pairs
+from fngd_kernels.backends.triton import gram_pairs as fused
+from fngd_kernels.backends.triton.common import lower_block
+from fngd_kernels.backends.triton.gram_pairs import gram_pairs, gram_pairs_diag
+from fngd_kernels.backends.triton.tiles import diagonal_grid, pair_grid
 
 # On top of twice the library's error; products of 16-bit numbers are exact, tensor cores cut off their sums.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-6, torch.float16: 4e-6}

@@ -6,12 +6,21 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import fngd_kernels as fk
 import oracles
 from fngd_kernels import plan
-from fngd_kernels.ops import cuda
+from fngd_kernels.backends.triton import common
+from fngd_kernels.ops import devices, triton
 
 WORKSPACE = 1 << 20
 BOUND = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def _runs_triton(monkeypatch):
+    """Let the operators treat a CPU on which Triton interprets as they treat a CUDA device."""
+    if common.INTERPRET:
+        monkeypatch.setattr(devices, "runs_triton", lambda device: True)
 
 
 def linear_case(shape, dtype, device):
@@ -28,15 +37,16 @@ def linear_case(shape, dtype, device):
 )
 def test_linear(shape, algorithm, dtype, device):
     a, e = linear_case(shape, dtype, device)
-    itemsize = min(4, a.itemsize)
-    assert plan(a.shape, e.shape, bias=True, itemsize=itemsize, capability=(9, 0)).algorithm == algorithm
+    if dtype != torch.float64:
+        chosen = plan(a.shape, e.shape, bias=True, itemsize=a.itemsize, capability=(9, 0))
+        assert (chosen.backend, chosen.algorithm) == ("triton", algorithm)
     rows = oracles.linear_rows(a.cpu(), e.cpu(), True)
-    k = cuda.gram(a, e, True, WORKSPACE)
+    k = fk.gram(a, e, bias=True, workspace=WORKSPACE)
     assert oracles.relative_error(k.cpu(), rows @ rows.T) < BOUND[dtype]
-    norms = cuda.gram_diag(a, e, True, WORKSPACE)
+    norms = fk.gram(a, e, bias=True, diag=True, workspace=WORKSPACE)
     assert oracles.relative_error(norms.cpu(), rows.square().sum(1)) < BOUND[dtype]
     s = torch.rand(len(a), device=device)
-    weight, bias = cuda.combine(a, e, s, True)
+    weight, bias = fk.combine(a, e, s, bias=True)
     total = torch.cat([weight.flatten(), bias])
     # The gradient is rounded to the inputs' dtype.
     assert oracles.relative_error(total.cpu(), s.cpu().double() @ rows) < max(1e-5, 20 * BOUND[dtype])
@@ -52,12 +62,11 @@ def test_conv(dtype, memory_format, device):
     x = torch.randn(3, 4, 5, 4)
     e = torch.randn_like(F.conv2d(x, torch.zeros(weight_shape), **geometry))
     x, e = (t.to(device, dtype).contiguous(memory_format=memory_format) for t in (x, e))
-    arguments = (weight_shape, *geometry.values(), True)
     rows = oracles.conv_rows(x.cpu(), e.cpu(), weight_shape, True, **geometry)
-    k = cuda.gram_conv(x, e, *arguments, WORKSPACE)
+    k = fk.gram_conv(x, e, weight_shape, **geometry, bias=True, workspace=WORKSPACE)
     assert oracles.relative_error(k.cpu(), rows @ rows.T) < BOUND[dtype]
     s = torch.rand(3, device=device)
-    weight, bias = cuda.combine_conv(x, e, s, *arguments)
+    weight, bias = fk.combine_conv(x, e, s, weight_shape, **geometry, bias=True)
     total = torch.cat([weight.flatten(), bias]).cpu()
     assert oracles.relative_error(total, s.cpu().double() @ rows) < max(1e-5, 20 * BOUND[dtype])
 
@@ -65,7 +74,7 @@ def test_conv(dtype, memory_format, device):
 def test_conv_without_neighbours_is_a_linear_layer_on_pixels(device):
     x, e = torch.randn(3, 4, 3, 2, device=device), torch.randn(3, 5, 3, 2, device=device)
     rows = oracles.conv_rows(x.cpu(), e.cpu(), (5, 4, 1, 1), True)
-    k = cuda.gram_conv(x, e, (5, 4, 1, 1), (1, 1), (0, 0), (1, 1), 1, True, WORKSPACE)
+    k = fk.gram_conv(x, e, (5, 4, 1, 1), bias=True, workspace=WORKSPACE)
     assert oracles.relative_error(k.cpu(), rows @ rows.T) < 1e-5
 
 
@@ -75,34 +84,90 @@ def test_embedding(positions, dtype, device):
     ids = torch.randint(5, (4, *positions), device=device)
     e = torch.randn(4, *positions, 3).to(device, dtype)
     rows = oracles.embedding_rows(ids.cpu(), e.cpu(), 5, 2)
-    k = cuda.gram_embedding(ids, e, 2, WORKSPACE)
+    k = fk.gram_embedding(ids, e, padding_idx=2, workspace=WORKSPACE)
     assert oracles.relative_error(k.cpu(), rows @ rows.T) < BOUND[dtype]
-    norms = cuda.gram_embedding_diag(ids, e, 2, WORKSPACE)
+    norms = fk.gram_embedding(ids, e, padding_idx=2, diag=True, workspace=WORKSPACE)
     assert oracles.relative_error(norms.cpu(), rows.square().sum(1)) < BOUND[dtype]
     s = torch.rand(4, device=device)
-    total = cuda.combine_embedding(ids, e, s, 5, 2).cpu().flatten()
+    total = fk.combine_embedding(ids, e, s, 5, padding_idx=2).cpu().flatten()
     assert oracles.relative_error(total, s.cpu().double() @ rows) < max(1e-5, 20 * BOUND[dtype])
 
 
 def test_empty_tensors(device):
     a, e = torch.zeros(0, 3, 4, device=device), torch.zeros(0, 3, 2, device=device)
     s = torch.zeros(0, device=device)
-    assert cuda.gram(a, e, True, WORKSPACE).shape == (0, 0)
-    assert cuda.gram_diag(a, e, True, WORKSPACE).shape == (0,)
-    assert torch.equal(cuda.combine(a, e, s, False)[0].cpu(), torch.zeros(2, 4))
+    assert fk.gram(a, e, bias=True, workspace=WORKSPACE).shape == (0, 0)
+    assert fk.gram(a, e, bias=True, diag=True, workspace=WORKSPACE).shape == (0,)
+    assert torch.equal(fk.combine(a, e, s).cpu(), torch.zeros(2, 4))
 
 
-def test_plans_name_the_tiles_of_their_kernels():
+def test_macs_by_hand():
     explicit = plan((64, 256, 96), (64, 256, 96), itemsize=2, capability=(9, 0))
     assert explicit.algorithm == "explicit"
-    assert len(explicit.tiles) == 2
     assert explicit.macs == 64 * 256 * 96**2 + 64 * 65 // 2 * 96**2
     pairs = plan((64, 4, 512), (64, 4, 512), itemsize=2, capability=(9, 0))
-    assert (pairs.algorithm, pairs.workspace, len(pairs.tiles)) == ("pairs", 0, 1)
+    assert (pairs.algorithm, pairs.workspace) == ("pairs", 0)
     assert pairs.macs == 64 * 65 // 2 * 4 * 4 * 1024
-    x = plan((8, 16, 9, 9), (8, 16, 9, 9), weight_shape=(16, 16, 3, 3), padding=1, capability=(8, 0))
-    assert (x.algorithm, len(x.tiles)) == ("explicit", 2)
-    assert plan((64, 4, 512), (64, 4, 512)).tiles == ()
+
+
+LAUNCHERS = {
+    "gram_hadamard": "hadamard",
+    "gram_pairs": "pairs",
+    "gram_explicit": "explicit",
+    "gram_conv_explicit": "conv explicit",
+}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Return a list of the algorithms whose kernels were launched."""
+    names = []
+
+    def spy(launcher, name, *arguments):
+        names.append(name)
+        return launcher(*arguments)
+
+    for launcher, name in LAUNCHERS.items():
+        monkeypatch.setattr(triton, launcher, partial(spy, getattr(triton, launcher), name))
+    return names
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("shape", [(5, None, 7, 3), (4, 1, 7, 3), (4, 3, 20, 17), (3, 33, 5, 4)], ids=str)
+def test_the_plan_of_a_linear_layer_says_what_runs(shape, dtype, device, launched):
+    a, e = linear_case(shape, dtype, device)
+    chosen = plan(a.shape, e.shape, itemsize=a.itemsize, capability=(9, 0))
+    fk.gram(a, e)
+    assert launched == ([chosen.algorithm] if chosen.backend == "triton" else [])
+    assert (chosen.backend == "torch") == (dtype == torch.float64)
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize(
+    ("x_shape", "weight_shape", "options"),
+    [
+        ((2, 4, 3, 2), (5, 4, 3, 2), {"padding": 1}),
+        # A linear layer on its pixels: few of them, one, many.
+        ((2, 20, 2, 2), (17, 20, 1, 1), {}),
+        ((2, 4, 1, 1), (5, 4, 1, 1), {}),
+        ((2, 4, 6, 6), (5, 4, 1, 1), {}),
+        # None of them: strided, padded, in groups.
+        ((2, 20, 3, 3), (17, 20, 1, 1), {"stride": 2}),
+        ((2, 20, 2, 2), (17, 20, 1, 1), {"padding": 1}),
+        ((2, 20, 2, 2), (18, 10, 1, 1), {"groups": 2}),
+    ],
+)
+def test_the_plan_of_a_convolution_says_what_runs(x_shape, weight_shape, options, dtype, device, launched):
+    x = torch.randn(x_shape)
+    e = torch.randn_like(F.conv2d(x, torch.zeros(weight_shape), **options))
+    x, e = x.to(device, dtype), e.to(device, dtype)
+    chosen = plan(
+        x.shape, e.shape, weight_shape=weight_shape, **options, itemsize=x.itemsize, capability=(9, 0)
+    )
+    fk.gram_conv(x, e, weight_shape, **options)
+    algorithm = chosen.algorithm if chosen.pixels_are_positions else f"conv {chosen.algorithm}"
+    assert launched == ([algorithm] if chosen.backend == "triton" else [])
+    assert (chosen.backend == "torch") == (dtype == torch.float64)
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
@@ -113,13 +178,12 @@ def test_precisions_reach_every_kernel(precision, device, monkeypatch):
         seen.extend(argument for argument in arguments if isinstance(argument, str))
         return launcher(*arguments)
 
-    launchers = ("gram_hadamard", "gram_pairs", "gram_explicit", "gram_conv_explicit", "fused_gram_embedding")
-    for name in launchers:
-        monkeypatch.setattr(cuda, name, partial(spy, getattr(cuda, name)))
+    for name in (*LAUNCHERS, "triton_gram_embedding"):
+        monkeypatch.setattr(triton, name, partial(spy, getattr(triton, name)))
     for shape in ((3, None, 4, 2), (2, 2, 20, 17), (2, 33, 5, 4)):
-        cuda.gram(*linear_case(shape, torch.float32, device), False, WORKSPACE, precision)
+        fk.gram(*linear_case(shape, torch.float32, device), precision=precision)
     x, e = torch.randn(2, 2, 4, 4, device=device), torch.randn(2, 3, 2, 2, device=device)
-    cuda.gram_conv(x, e, (3, 2, 3, 3), (1, 1), (0, 0), (1, 1), 1, False, WORKSPACE, precision)
+    fk.gram_conv(x, e, (3, 2, 3, 3), precision=precision)
     ids, e = torch.zeros(2, 3, dtype=torch.int64, device=device), torch.randn(2, 3, 4, device=device)
-    cuda.gram_embedding(ids, e, None, WORKSPACE, precision)
+    fk.gram_embedding(ids, e, precision=precision)
     assert seen == [precision] * 5

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fngd_kernels.fused.tiles import TILES, Tile, tile
+from fngd_kernels.backends.triton.tiles import TILES, Tile, tile
 
 
 def table(*rows):
@@ -21,7 +21,7 @@ def table(*rows):
     ],
 )
 def test_newest_row_up_to_the_architecture(capability, dtype, row, monkeypatch):
-    monkeypatch.setattr("fngd_kernels.fused.tiles.TILES", table((80, 2), (90, 2), (80, 4)))
+    monkeypatch.setattr("fngd_kernels.backends.triton.tiles.TILES", table((80, 2), (90, 2), (80, 4)))
     assert tile("some", capability, dtype.itemsize).blocks["ROWS"] == row
 
 

@@ -111,7 +111,7 @@ def call(name: str, seed: int) -> str:
     expected, torch_error = outcome_of(function, *leaves, **geometry)
     if scale.shape != samples:
         assert isinstance(error, ValueError), f"weights of shape {tuple(scale.shape)}: {error!r}"
-        assert str(error).startswith("scale:")
+        assert str(error).startswith("coefficients:")
         return "ValueError"
     assert (error is None) == (torch_error is None), f"{error!r} where torch gives {torch_error!r}"
     if error is not None:

@@ -46,8 +46,8 @@ def run_solves(calls):
             for k, full in grams(3, n, dtype):
                 rhs = torch.randn(len(k), 2 * n, dtype=dtype)[:, ::2]
                 damped = full + 0.5 * torch.eye(n)
-                for right, refine in ((None, False), (rhs, True)):
-                    x = solve(k, 0.5, right, refine=refine)
+                for right in (None, rhs):
+                    x = solve(k, 0.5, right)
                     expected = torch.ones(len(k), n) if right is None else right
                     close((damped @ x.double()[..., None])[..., 0], expected, tolerance)
                     calls["solve"] += 1
@@ -96,12 +96,12 @@ def run_finite(calls):
 
 
 class Recorder:
-    """A sink that keeps what it receives and answers with the unweighted gradients that `answer` computes."""
+    """A handler of uses that counts its calls and answers each of them with `answer`."""
 
     def __init__(self, answer):
         self.answer, self.calls = answer, 0
 
-    def __call__(self, a, e, biased, selective):
+    def __call__(self, a, e, biased, must_return):
         self.calls += 1
         assert a is None or len(a) == len(e)
         return self.answer
@@ -131,12 +131,12 @@ def check_node(node, function, x, weight, bias, tolerance, calls, name):
         (truth,) = torch.autograd.grad((dx.square() * weights).sum(), wide[1])
         close(second, truth, 4 * tolerance)
 
-    sink = Recorder(
+    on_use = Recorder(
         tuple(torch.ones_like(p) for p in (weight, bias) if p is not None) + (None,) * (bias is None)
     )
-    y = node(x, weight, bias, None, sink)
+    y = node(x, weight, bias, None, on_use)
     y.backward(e)
-    assert sink.calls == 1
+    assert on_use.calls == 1
     assert all((p.grad == 1).all() for p in parameters)
     calls[name] += 2
     with torch.no_grad():
@@ -172,8 +172,8 @@ def run_convolutions(calls):
                     )
                     b = torch.randn(6 if transposed else 4, dtype=torch.float64) if biased else None
 
-                    def node(x, w, b, scale=None, sink=None, options=options, transposed=transposed):
-                        return nodes.conv(x, w, b, scale, sink, transposed=transposed, **options)
+                    def node(x, w, b, coefficients=None, on_use=None, options=options, transposed=transposed):
+                        return nodes.conv(x, w, b, coefficients, on_use, transposed=transposed, **options)
 
                     def function(x, w, b=None, dims=dims, options=options, transposed=transposed):
                         return (TRANSPOSED if transposed else CONVOLUTIONS)[dims](x, w, b, **options)
@@ -196,9 +196,9 @@ def run_embeddings_and_rows(calls):
                 1e-6,
             )
             w.grad = None
-            sink = Recorder((torch.ones_like(w), None))
-            nodes.embedding(ids, w, None, sink, padding_idx=padding_idx).backward(e)
-            assert sink.calls == 1
+            on_use = Recorder((torch.ones_like(w), None))
+            nodes.embedding(ids, w, None, on_use, padding_idx=padding_idx).backward(e)
+            assert on_use.calls == 1
             assert (w.grad == 1).all()
             w.grad = None
             calls["embedding"] += 2
@@ -207,24 +207,24 @@ def run_embeddings_and_rows(calls):
         y.backward(e)
         close(w.grad, torch.einsum("n,nij->ij", s.double(), e), 1e-6)
         w.grad = None
-        sink = Recorder((None, None))
-        nodes.rows(w, shape[0], None, sink).sum().backward()
-        assert sink.calls == 1
+        on_use = Recorder((None, None))
+        nodes.rows(w, shape[0], None, on_use).sum().backward()
+        assert on_use.calls == 1
         assert w.grad is None
         calls["rows"] += 2
 
 
-def run_failing_sinks(calls):
-    """Exceptions and wrong answers of a sink reach the caller of backward."""
+def run_failing_handlers(calls):
+    """Exceptions and wrong answers of a handler reach the caller of backward."""
     x, w = torch.randn(3, 2, requires_grad=True), torch.randn(4, 2, requires_grad=True)
 
     def broken(*_):
-        raise KeyError("from the sink")
+        raise KeyError("from the handler")
 
-    for sink, error in ((broken, KeyError), (lambda *_: 7, RuntimeError), (lambda *_: (w,), RuntimeError)):
+    for on_use, error in ((broken, KeyError), (lambda *_: 7, RuntimeError), (lambda *_: (w,), RuntimeError)):
         with pytest.raises(error):
-            nodes.linear(x, w, None, None, sink).sum().backward()
-        calls["failing sink"] += 1
+            nodes.linear(x, w, None, None, on_use).sum().backward()
+        calls["failing handler"] += 1
 
 
 def run_all(calls):
@@ -235,7 +235,7 @@ def run_all(calls):
     run_linear(calls)
     run_convolutions(calls)
     run_embeddings_and_rows(calls)
-    run_failing_sinks(calls)
+    run_failing_handlers(calls)
 
 
 def main():

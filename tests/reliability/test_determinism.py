@@ -230,7 +230,6 @@ FUNCTIONS = {
     ),
     "combine of rows": (fk.combine_rows, lambda: (rows(40, 3000), rows(40))),
     "solve": (fk.solve, lambda: (spd(9, 65), 0.1)),
-    "solve, refined": (partial(fk.solve, refine=True), lambda: (spd(9, 65), 0.1)),
 }
 
 

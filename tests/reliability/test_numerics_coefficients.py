@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from numeric_cases import DEVICES, KINDS, TINY, UNIT, Case, Worst, campaign, make
 
 import fngd_kernels as fk
-from fngd_kernels.ops.coefficients import DAMPING_MODES, NORMALIZATIONS, RAISES, coefficients
+from fngd_kernels.backends.torch.coefficients import RAISES
+from fngd_kernels.ops.coefficients import DAMPING_MODES, NORMALIZATIONS, coefficients
 
 DTYPES = (torch.float32, torch.float64)
 DAMPINGS = (0.0, 1e-12, 1e-8, 1e-6, 1e-3, 0.1, 1.0, 1e3, 1e6)

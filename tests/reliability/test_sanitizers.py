@@ -73,7 +73,7 @@ def test_operators_and_nodes(sanitized, tally):
 
 
 @pytest.mark.skipif(GXX is None, reason="needs g++")
-@pytest.mark.parametrize("core", ["solve_team", "scale_grid", "finite_grid"])
+@pytest.mark.parametrize("core", ["solve_team", "scale_bias_grid", "finite_grid"])
 def test_cuda_cores_as_host_code(tmp_path, full, tally, core):
     runtime_libraries()
     program = tmp_path / core

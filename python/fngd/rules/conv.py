@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fngd_kernels as fk
-from fngd_kernels.library.conv_contributions import conv_contributions
+from fngd_kernels.backends.torch.conv_contributions import conv_contributions
+from fngd_kernels.geometry import ConvGeometry
 from fngd_kernels.ops import nodes
 from fngd_kernels.ops.nodes import Gradients, UseHandler
 
@@ -48,18 +49,10 @@ class ConvRule(Rule):
         return with_bias(fk.gram_rows(weight), bias)
 
     def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
-        groups, kernel = module.groups, module.kernel_size
-        stride, padding, dilation = (geometry(module)[name] for name in ("stride", "padding", "dilation"))
+        groups = (module.groups, -1)
+        sizes = ConvGeometry(tuple(module.weight.shape), **geometry(module))
         weight = [
-            conv_contributions(
-                use.a.unflatten(1, (groups, -1)),
-                use.e.unflatten(1, (groups, -1)),
-                kernel,
-                stride,
-                padding,
-                dilation,
-                use.e.dtype,
-            )
+            conv_contributions(use.a.unflatten(1, groups), use.e.unflatten(1, groups), sizes, use.e.dtype)
             for use in uses
         ]
         return torch.stack(weight).sum(0).view(-1, *module.weight.shape), bias_contributions(module, uses, 1)

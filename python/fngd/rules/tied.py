@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fngd_kernels as fk
-from fngd_kernels.workspace import default_workspace
+from fngd_kernels.ops.gram_embedding import gram_embedding_linear
 
 from . import embedding, linear
 from .base import Rule, Use, bias_contributions
@@ -48,35 +48,6 @@ def block_gram(uses: Mapping[Any, Sequence[Use]]) -> Tensor:
         cross = gram_embedding_linear(ids, g, a, e)
         shares.append(cross + cross.T)
     return torch.stack(shares).sum(0)
-
-
-def gram_embedding_linear(
-    ids: Tensor, g: Tensor, a: Tensor, e: Tensor, workspace: int | None = None
-) -> Tensor:
-    """Return X_ij = <C_i of an embedding, C_j of a linear layer> for one weight (V, D) of both.
-
-    X_ij = sum_{t,u} E_ju[ids_it] <g_it, A_ju>, in chunks of i and j.
-
-    ids: (N, T) int; g: (N, T, D), gradient at the embedding's output
-    a: (N, U, D), the linear layer's input; e: (N, U, V), gradient at its output
-    workspace: bound of the two scratch matrices in bytes, where one sample fits, by default 64 MiB
-
-    Returns: (N, N) of the inputs' common dtype, at least float32.
-    """
-    workspace = default_workspace() if workspace is None else workspace
-    dtype = torch.promote_types(torch.promote_types(g.dtype, e.dtype), torch.float32)
-    (samples, t), u = ids.shape, e.shape[1]
-    x = g.new_empty((samples, samples), dtype=dtype)
-    chunk = max(1, int((workspace / max(1, 2 * dtype.itemsize * t * u)) ** 0.5))
-    for i in range(0, samples, chunk):
-        rows = slice(i, i + chunk)
-        g_rows, ids_rows = g[rows].to(dtype).flatten(0, 1), ids[rows].flatten()
-        for j in range(0, samples, chunk):
-            columns = slice(j, j + chunk)
-            inner = a[columns].to(dtype).flatten(0, 1) @ g_rows.T  # (J U, I T)
-            inner *= e[columns].flatten(0, 1).index_select(1, ids_rows)
-            x[rows, columns] = inner.view(-1, u, len(g_rows) // t, t).sum((1, 3)).T
-    return x
 
 
 def _bias_grams(uses: Mapping[Any, Sequence[Use]]) -> list[Tensor]:

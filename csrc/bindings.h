@@ -1,0 +1,15 @@
+// What each source file adds to the Python module; called once by extension.cpp.
+#pragma once
+
+#include <torch/extension.h>
+
+namespace fngd {
+
+void bind_solve(pybind11::module_& module);
+void bind_scale_bias(pybind11::module_& module);
+void bind_linear(pybind11::module_& module);
+void bind_conv(pybind11::module_& module);
+void bind_embedding(pybind11::module_& module);
+void bind_rows(pybind11::module_& module);
+
+}  // namespace fngd

@@ -1,0 +1,49 @@
+"""The matrix products that all Gram algorithms consist of."""
+
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from .costs import row_block
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that sums over `dtype` are kept in: at least fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rows_product(x: Tensor, y: Tensor) -> Tensor:
+    """Return x y^T for x (M,D) and y (N,D)."""
+    if _HAS_ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and y.numel():
+        # torch's own product of float32 uses MKL, which has half of oneDNN's speed on CPUs that are not
+        # Intel's.
+        return torch.ops.mkldnn._linear_pointwise(_untangled(x), _untangled(y), None, "none", [], "")
+    return x @ y.T
+
+
+def _untangled(x: Tensor) -> Tensor:
+    """Return x (M,D), copied if its rows or columns overlap or interleave, which oneDNN does not accept."""
+    (m, d), (row, column) = x.shape, x.stride()
+    return x if (column == 1 and row >= d) or (row == 1 and column >= m) else x.contiguous()
+
+
+def add_gram(k: Tensor, rows: Tensor) -> None:
+    """Add rows rows^T to the upper triangle of k (N,N); what is below the diagonal is left undefined."""
+    n = rows.shape[0]
+    block = row_block(n)
+    for i in range(0, n, block):
+        k[i : i + block, i:].add_(rows_product(rows[i : i + block], rows[i:]))
+
+
+def mirror(k: Tensor) -> Tensor:
+    """Write the upper triangle of k (N,N) over the lower one, and return k."""
+    n = k.shape[0]
+    block = max(128, ceil(n / 16))
+    for i in range(0, n, block):
+        diagonal = k[i : i + block, i : i + block]
+        diagonal.copy_(diagonal.triu() + diagonal.triu(1).T)
+        k[i + block :, i : i + block] = k[i : i + block, i + block :].T
+    return k

@@ -1,0 +1,122 @@
+"""The Gram matrix of a convolution's contributions, and its diagonal; properties as in `gram`."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..arguments import flag
+from ..backends.torch.gram_conv_explicit import gram_conv_explicit
+from ..backends.torch.gram_conv_pairs import gram_conv_pairs
+from ..backends.torch.squared_norms import conv_norms
+from ..geometry import ConvGeometry
+from ..plans import Plan
+from . import choose, devices, gram
+from .registration import GEOMETRY, call, register, with_geometry
+
+Implementation = Callable[[Tensor, Tensor, ConvGeometry, bool, Plan, int, str | None], Tensor]
+
+IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {
+    ("torch", "pairs"): lambda x, e, geometry, bias, plan, *_: gram_conv_pairs(x, e, geometry, bias, plan),
+    ("torch", "explicit"): lambda x, e, geometry, bias, plan, *_: gram_conv_explicit(
+        x, e, geometry, bias, plan
+    ),
+}
+"""By backend and algorithm of a plan, unless it treats the convolution as a linear layer."""
+
+
+def gram_conv(
+    x: Tensor,
+    e: Tensor,
+    weight_shape: Sequence[int],
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    bias: bool = False,
+    diag: bool = False,
+    workspace: int | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """Return the Gram matrix of a 1-3 d convolution's contributions, without a patch tensor.
+
+    K_ij = <E_i^T P_i, E_j^T P_j> + bias <sum_p E_ip, sum_p E_jp>, with P_n the patches of sample n
+
+    Source: the Gram form of the empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).
+
+    Args:
+        x: (N,C,*space) float, layer input, in any memory format.
+        e: (N,O,*space_out) float of x's dtype, gradient at the layer output.
+        weight_shape: (O,C/groups,*kernel).
+        stride: As in torch.conv2d.
+        padding: As in torch.conv2d, with zeros.
+        dilation: As in torch.conv2d.
+        groups: As in torch.conv2d.
+        bias: Whether the bias belongs to the block.
+        diag: Whether to return only the diagonal, the squared norms ||C_n||^2.
+        workspace: Upper bound of scratch memory in bytes, by default 64 MiB.
+        precision: How float32 is multiplied on a GPU: "ieee", "tf32" or "tf32x3"; by default what
+            torch.set_float32_matmul_precision says. On a CPU it is always "ieee".
+
+    Returns:
+        K, (N,N) float32 or float64; with diag (N,).
+
+    Raises:
+        ValueError: Shapes or devices do not fit, or a number is out of range.
+        TypeError: Dtypes do not fit, or an argument has the wrong type.
+    """
+    geometry = checks.check_conv(x, e, weight_shape, stride, padding, dilation, groups)
+    flag("bias", bias)
+    flag("diag", diag)
+    workspace = checks.workspace_bytes(workspace)
+    checks.check_precision(precision)
+    op = torch.ops.fngd.gram_conv_diag if diag else torch.ops.fngd.gram_conv
+    return call(op.default, x, e, *geometry, bias, workspace, precision)
+
+
+@with_geometry(2)
+def _gram_conv(
+    x: Tensor,
+    e: Tensor,
+    geometry: ConvGeometry,
+    bias: bool,
+    workspace: int,
+    precision: str | None = None,
+) -> Tensor:
+    if not x.shape[0]:
+        return gram.empty_gram(x)
+    triton = devices.triton_serves(x, e)
+    plan = choose.gram_conv(tuple(x.shape), tuple(e.shape), geometry, bias, x.itemsize, workspace, triton)
+    if plan.pixels_are_positions:
+        run = gram.IMPLEMENTATIONS[plan.backend, plan.algorithm]
+        return run(x.flatten(2).mT, e.flatten(2).mT, bias, plan, workspace, precision)
+    return IMPLEMENTATIONS[plan.backend, plan.algorithm](x, e, geometry, bias, plan, workspace, precision)
+
+
+@with_geometry(2)
+def _gram_conv_diag(
+    x: Tensor,
+    e: Tensor,
+    geometry: ConvGeometry,
+    bias: bool,
+    workspace: int,
+    precision: str | None = None,
+) -> Tensor:
+    if not x.shape[0]:
+        return gram.empty_diagonal(x)
+    return conv_norms(x, e, geometry, bias, workspace)
+
+
+register(
+    f"gram_conv(Tensor x, Tensor e, {GEOMETRY}, bool bias, int workspace, str? precision=None) -> Tensor",
+    _gram_conv,
+    gram.empty_gram,
+)
+register(
+    f"gram_conv_diag(Tensor x, Tensor e, {GEOMETRY}, bool bias, int workspace, str? precision=None) "
+    "-> Tensor",
+    _gram_conv_diag,
+    gram.empty_diagonal,
+)
