@@ -39,21 +39,21 @@ class DeviceCounts:
         # Numbers that floating-point flags can be added to; exact to 2^53.
         self.values = torch.zeros(shape, dtype=torch.float64, device=device)
         cuda = device.type == "cuda"
-        self._arrived = torch.zeros(shape, dtype=torch.float64, pin_memory=cuda) if cuda else self.values
+        self.arrived = torch.zeros(shape, dtype=torch.float64, pin_memory=cuda) if cuda else self.values
         self._taken = torch.zeros(shape, dtype=torch.float64)
 
     def send(self, *, wait: bool = False) -> None:
         """Copy the counts to the host; with `wait`, until they are there."""
-        if self._arrived is not self.values:
-            self._arrived.copy_(self.values, non_blocking=not wait)
+        if self.arrived is not self.values:
+            self.arrived.copy_(self.values, non_blocking=not wait)
 
     def take_new(self) -> Tensor:
         """Return by how much the counts that have arrived grew since the last call."""
-        arrived = self._arrived.clone()
+        arrived = self.arrived.clone()
         new, self._taken = arrived - self._taken, arrived
         return new
 
     def load(self, values: Tensor | float) -> None:
         """Go on from earlier counts, none of which is new."""
-        for counts in (self.values, self._arrived, self._taken):
+        for counts in (self.values, self.arrived, self._taken):
             counts.copy_(torch.as_tensor(values))

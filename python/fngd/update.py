@@ -74,7 +74,7 @@ class Update:
 
     def _log_skipped(self) -> None:
         """Log the steps that were left out, as far as the host knows of them."""
-        new = int(self._skipped.take_new())
+        new = int(self._skipped.arrived) - self._log.counts[LEFT_OUT]
         if new:
             self._log.count(LEFT_OUT, new)
 
