@@ -6,13 +6,13 @@
 
 namespace fngd {
 
-// The damping that is added to K's diagonal: of_trace * tr(K) + constant.
+// What is added to K's diagonal: alpha tr(K) + beta.
 struct Damping {
-  double of_trace, constant;
+  double alpha, beta;
 };
 
-// How s follows from v, where (lam I + N K) v = 1 and lam is N times the damping of K: v / mean(v), lam v, v, or v scaled
-// to the length of the plain gradient.
+// How s follows from v, where (lam I + N K) v = 1 and lam is N times the damping of K: v / mean(v), lam v, v, or v
+// scaled to the length of the plain gradient.
 enum class Normalization : int32_t { mean, lambda, raw, graft };
 
 // Sum of values[0 .. count), with the same bits for every size of team. Overwrites the values.
@@ -54,8 +54,8 @@ FNGD_INLINE T least_trace(int n) {
   return n * (SMALLEST / epsilon<T>());
 }
 
-// Scales the solution v, which is in s, in place and returns 0. Returns n + 1 and leaves s alone where mean(v) <= 0 or a
-// value is not finite.
+// Scales the solution v, which is in s, in place and returns 0. Returns n + 1 and leaves s alone where mean(v) <= 0 or
+// a value is not finite.
 template <typename Team, typename T>
 FNGD_INLINE int normalize(const Team& team, const Symmetric<T>& k, T scale, T shift, Normalization normalization,
                           T* work, T* s) {
@@ -99,7 +99,7 @@ FNGD_INLINE int coefficients(const Team& team, const Solver& solver, const Symme
   if (trace >= least_trace<T>(n) && trace < T(INFINITY)) {
     const T scale = power_of_two_below_inverse(trace);
     const T unit_trace = scale * trace;
-    T shift = static_cast<T>(damping.of_trace * unit_trace + damping.constant * scale);
+    T shift = static_cast<T>(damping.alpha * unit_trace + damping.beta * scale);
     const T rounding = n * epsilon<T>() * unit_trace;
     FNGD_ROLLED
     for (int raises = 0; raises <= RAISES; ++raises) {

@@ -37,7 +37,7 @@ struct FiniteLaunch {
   static constexpr int64_t kPiece = int64_t{kThreads} * kUnroll * kVector;
 
   int tensors = 0;
-  uint32_t first_piece[kTensors + 1] = {0};  // of each tensor; the last one is the number of all
+  uint32_t first_piece[kTensors + 1] = {0};  // Of each tensor; the last one is the number of all pieces.
   FiniteInput inputs[kTensors];
 
   void add(const FiniteInput& input) {

@@ -31,7 +31,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 using OptionalTensor = std::optional<Tensor>;
-using Gradients = std::pair<Tensor, Tensor>;  // of the weight and of the bias; undefined where not needed
+using Gradients = std::pair<Tensor, Tensor>;  // Of the weight and of the bias; undefined where not needed.
 
 // Input positions of every node's differentiable arguments.
 constexpr size_t kInput = 0, kWeight = 1, kBias = 2;

@@ -1,5 +1,5 @@
-// The samples of a tensor times their coefficients: checks, the layouts that the kernels of scale_bias_cuda.cu take, and
-// the same with torch's operators.
+// The samples of a tensor times their coefficients: checks, the layouts that the kernels of scale_bias_cuda.cu take,
+// and the same with torch's operators.
 #include "scale_bias.h"
 
 #include <ATen/TensorSubclassLikeUtils.h>
@@ -26,7 +26,7 @@ namespace {
 namespace py = pybind11;
 
 using at::Tensor;
-using Results = std::tuple<Tensor, Tensor>;  // scaled and bias; undefined where not asked for
+using Results = std::tuple<Tensor, Tensor>;  // s_n e_n and the bias; undefined where not asked for.
 
 // s_n e_n in the common dtype of both.
 Tensor product(const Tensor& e, const Tensor& s) {
@@ -60,7 +60,7 @@ std::optional<ScaleBiasType> scale_type(const Tensor& e) {
 // next.
 bool describe(const Tensor& e, int64_t channel, ScaleBiasParams& params) {
   int64_t positions = 1, stride = 1;
-  std::vector<std::pair<int64_t, int64_t>> axes;  // stride, size
+  std::vector<std::pair<int64_t, int64_t>> axes;  // Stride and size.
   for (int64_t i = 1; i < e.dim(); ++i) {
     if (i != channel && e.size(i) > 1) axes.emplace_back(e.stride(i), e.size(i));
   }
@@ -130,7 +130,8 @@ Tensor scaled(const Tensor& e, const Tensor& s) {
 }
 
 Results scale_bias(const Tensor& e, const Tensor& s, int64_t channel, bool scaled, bool bias) {
-  TORCH_CHECK_VALUE(0 < channel && channel < e.dim(), "channel: expected a dimension of e after the first, got ", channel);
+  TORCH_CHECK_VALUE(
+      0 < channel && channel < e.dim(), "channel: expected a dimension of e after the first, got ", channel);
   TORCH_CHECK_VALUE(s.dim() == 1 && s.size(0) == e.size(0), "s: expected shape (", e.size(0), "), got ", s.sizes());
   TORCH_CHECK_VALUE(s.device() == e.device(), "s: expected the device of e, ", e.device(), ", got ", s.device());
 #ifdef FNGD_WITH_CUDA

@@ -1,8 +1,8 @@
 // s_n e_n and sum_n s_n sum_p e_np of a tensor e with samples n, channels and positions p, in one pass over e.
 //
 // A thread block takes a tile of channels, and one part of the items of all samples. Where channels are contiguous in
-// memory, an item is a position, of which a thread reads VECTOR channels. Where positions are contiguous, a tile has one
-// channel, and an item is VECTOR of its positions. Threads and parts are summed in a fixed order.
+// memory, an item is a position, of which a thread reads VECTOR channels. Where positions are contiguous, a tile has
+// one channel, and an item is VECTOR of its positions. Threads and parts are summed in a fixed order.
 // Host and device share this file.
 #pragma once
 
@@ -22,16 +22,16 @@ constexpr uint32_t kScaleBiasThreads = 256;
 struct ScaleBiasParams {
   const void* e;
   const void* s;  // (samples,), of the type that is summed in; null for ones
-  void* scaled;   // with the strides of e, or null
+  void* scaled;   // With the strides of e, or null.
   void* bias;     // (channels,), or null
   void* partial;  // (parts, channels), of the type that is summed in; only for a bias of several parts
 
   uint32_t samples, channels, positions;
-  int64_t stride_sample, stride_channel, stride_position, stride_s;  // in elements
+  int64_t stride_sample, stride_channel, stride_position, stride_s;  // In elements.
 
   // The rest is set by plan_scale_bias.
   bool channels_inside;
-  uint32_t vector, columns, tiles, parts, part_items;  // columns: how many threads of a block lie along the channels
+  uint32_t vector, columns, tiles, parts, part_items;  // columns: how many threads of a block lie along channels
 };
 
 // Whether a vector of that many elements always has an aligned address and never extends over two items.
@@ -153,7 +153,10 @@ struct ScaleBiasThread {
   FNGD_INLINE void fold(Sum* block, uint32_t half) const {
     if (thread >= half) return;
     FNGD_UNROLL
-    for (int l = 0; l < kSums; ++l) block[l * kScaleBiasThreads + thread] += block[l * kScaleBiasThreads + thread + half];
+    for (int l = 0; l < kSums; ++l) {
+      Sum* lane = block + l * kScaleBiasThreads;
+      lane[thread] += lane[thread + half];
+    }
   }
 
   // Needs no barrier: a thread reads only what it folded itself.

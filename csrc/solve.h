@@ -23,7 +23,7 @@ template <typename T>
 struct System {
   Symmetric<T> k;
   T scale, damping;
-  const T* rhs;  // or null for ones
+  const T* rhs;  // Null for ones.
   int64_t rhs_stride;
 
   FNGD_INLINE T right(int i) const { return rhs ? rhs[i * rhs_stride] : T(1); }

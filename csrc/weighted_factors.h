@@ -15,7 +15,7 @@ struct WeightedFactors {
 inline WeightedFactors kernel_weighted_factors(
     const at::Tensor& a, const at::Tensor& e, const at::Tensor& s, int64_t channel, bool need_w, bool need_b) {
   WeightedFactors result{a, e, {}};
-  // Scaling e costs less than its size suggests where e is read for the bias anyway.
+  // Scale the smaller factor. For the bias e is read in any case, so that scaling it costs only the writing.
   const bool scale_input = need_w && (need_b ? 2 : 1) * a.numel() < e.numel();
   if (scale_input) result.a = scaled(a, s);
   if (need_b || !scale_input) {

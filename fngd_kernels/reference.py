@@ -1,4 +1,8 @@
-"""What every operator computes: its definition, in plain torch of any dtype and differentiable."""
+"""What every operator computes: its definition, in plain torch of any dtype and differentiable.
+
+Arguments and errors are those of the operator of the same name; `diag`, `workspace` and `precision` do not
+exist.
+"""
 
 from collections.abc import Sequence
 from math import prod

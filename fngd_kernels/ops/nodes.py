@@ -41,7 +41,7 @@ LIBRARY.define("rows(Tensor parameter, int samples, Tensor? coefficients) -> Ten
 def linear(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | None = None,
     coefficients: Tensor | None = None,
     on_use: UseHandler | None = None,
 ) -> Tensor:
@@ -65,7 +65,7 @@ def linear(
 def conv(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | None = None,
     coefficients: Tensor | None = None,
     on_use: UseHandler | None = None,
     *,

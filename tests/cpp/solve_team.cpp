@@ -201,7 +201,7 @@ std::vector<double> coefficients_exactly(const Problem<T>& p, const fngd::Dampin
   const int n = p.n;
   double trace = 0;
   for (int i = 0; i < n; ++i) trace += p.k[i * n + i];
-  const double lam = n * (damping.of_trace * trace + damping.constant);
+  const double lam = n * (damping.alpha * trace + damping.beta);
   Problem<double> scaled{n, lam, {}, std::vector<double>(n, 1), {}};
   for (T value : p.k) scaled.k.push_back(double(value) * n);
   std::vector<double> v = solve_exactly(scaled);
@@ -253,7 +253,7 @@ void check_raises(Problem<T> p) {
   const fngd::Damping damping{0, 0.125};
   T& element = p.k[(p.n / 2) * (p.n + 1)];
   element = T(-2);
-  const auto exact = coefficients_exactly(p, {0, 100 * damping.constant}, fngd::Normalization::lambda);
+  const auto exact = coefficients_exactly(p, {0, 100 * damping.beta}, fngd::Normalization::lambda);
   for (int threads : sizes(Shape::GROUP)) {
     const int info = coefficients<Shape>(p, threads, damping, 1, s);
     if (first.empty()) first = s;
