@@ -227,12 +227,13 @@ check() {
     [[ -n ${DRY-} ]] && pytest+=(--collect-only)
     stage tests-device 400 "${pytest[@]}" -m gpu "${files[@]}"
     # These run on the device where there is one, without asking for it.
-    stage tests-kernels 400 "${pytest[@]}" tests/fused --ignore tests/fused/test_offline_compile.py
+    stage tests-kernels 400 "${pytest[@]}" tests/kernels/triton_backend \
+        --ignore tests/kernels/triton_backend/test_offline_compile.py
 }
 
 sanitize() {
     local tool
-    local native=(tests/test_{solve,coefficients,scaling,finite}.py)
+    local native=(tests/kernels/test_{solve,coefficients,scale_bias,finite}.py)
     if ! command -v compute-sanitizer >/dev/null; then
         leave_out sanitize "no compute-sanitizer"
         return

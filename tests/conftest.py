@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Before anything imports Triton: its kernels run in the interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # One cache for each instruction set: inductor would take what it compiled for another one, and compute wrong
 # numbers.
 COMPILED = Path(__file__).parents[1] / "build" / f"inductor-{torch.backends.cpu.get_cpu_capability()}"
@@ -30,7 +34,7 @@ def _seed():
 @pytest.fixture(params=["native", "library"])
 def route(request, monkeypatch):
     """Run the test through the native kernel, then through torch.linalg."""
-    # Here, because tests/fused chooses how Triton runs before the kernels are imported.
+    # Here, because this file chooses how Triton runs before the kernels are imported.
     from fngd_kernels import native
     from fngd_kernels.ops import choose
 

@@ -122,7 +122,7 @@ def test_a_failure_in_the_first_call_costs_its_stage_alone(planted, checkout):
     ("part", "names", "name", "planted"),
     [
         ("second", SECOND, "peers-kfac-resnet", "bench.peers .*resnet .*kfac"),
-        ("second", SECOND, "tests-kernels", "pytest .* tests/fused --ignore"),
+        ("second", SECOND, "tests-kernels", "pytest .* tests/kernels/triton_backend --ignore"),
         ("third", THIRD, "train-images-fngd-exact", "optimizer fngd-exact"),
         ("third", THIRD, "decode", "workloads.load"),
     ],

@@ -1,13 +1,7 @@
 """Kernels run on the GPU where there is one, else in Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # Before anything imports Triton.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_configure(config):

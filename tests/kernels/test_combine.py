@@ -1,10 +1,10 @@
 import pytest
 import torch
+from test_gram import CONV, LINEAR, conv_case, linear_case
 
 import fngd_kernels as fk
 import oracles
 from fngd_kernels.ops import nodes
-from test_gram import CONV, LINEAR, conv_case, linear_case
 
 # Largest deviation over the largest entry. s_n e_n and the result are each rounded once to the input dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}

@@ -16,7 +16,7 @@ SHARED_KIB = {80: 163, 90: 227, 100: 227}
 def compile_in_own_process(arch, names):
     """The interpreter replaces Triton's compiler in this process."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), *sys.path])
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[2]), *sys.path])
     command = [sys.executable, str(HERE / "compile_cases.py"), str(arch), *names]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from test_gram import CONV, LINEAR, TOLERANCE, WORKSPACES, conv_case, linear_case
 
 import fngd_kernels as fk
 import oracles
-from test_gram import CONV, LINEAR, TOLERANCE, WORKSPACES, conv_case, linear_case
 
 
 def assert_norms(norms, rows, dtype):
