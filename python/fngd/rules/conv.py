@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fngd_kernels as fk
-from fngd_kernels.backends.torch.conv_contributions import conv_contributions
-from fngd_kernels.geometry import ConvGeometry
 from fngd_kernels.ops import nodes
+from fngd_kernels.ops.contributions_conv import contributions_conv
 from fngd_kernels.ops.nodes import Gradients, UseHandler
 
 from ..torch_private import computes_own_convolution, output_padding, padding_around
@@ -49,13 +48,9 @@ class ConvRule(Rule):
         return with_bias(fk.gram_rows(weight), bias)
 
     def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
-        groups = (module.groups, -1)
-        sizes = ConvGeometry(tuple(module.weight.shape), **geometry(module))
-        weight = [
-            conv_contributions(use.a.unflatten(1, groups), use.e.unflatten(1, groups), sizes, use.e.dtype)
-            for use in uses
-        ]
-        return torch.stack(weight).sum(0).view(-1, *module.weight.shape), bias_contributions(module, uses, 1)
+        shape, options = module.weight.shape, geometry(module)
+        weight = [contributions_conv(use.a, use.e, shape, **options) for use in uses]
+        return torch.stack(weight).sum(0), bias_contributions(module, uses, 1)
 
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
         shape, options = module.weight.shape, geometry(module)
