@@ -21,9 +21,9 @@ class EventLog:
         """Count an event.
 
         Args:
-            reason: what it is counted under.
-            times: how often it happened.
-            detail: what the log line says instead of the reason.
+            reason: What it is counted under.
+            times: How often it happened.
+            detail: What the log line says instead of the reason.
         """
         before = self.counts[reason]
         self.counts[reason] = after = before + times

@@ -25,7 +25,7 @@ class GraphedStep:
     Calling it with inputs, tensors on the model's device or in pinned memory, returns the detached loss.
 
     Args:
-        optimizer: the FNGD that step uses. Its learning rates are tensors on the model's device, because a
+        optimizer: The FNGD that step uses. Its learning rates are tensors on the model's device, because a
             graph keeps a number for ever; schedulers fill them in place. On CUDA its base optimizer is a
             fused one.
         step: (*inputs) -> the loss, or None; runs forward, backward, optimizer.step() and
@@ -33,8 +33,8 @@ class GraphedStep:
             step is in inputs.
 
     Raises:
-        TypeError: another optimizer, inputs that are no tensors, or a step that returns something else.
-        ValueError: learning rates that are numbers, and on CUDA a base that is not fused.
+        TypeError: Another optimizer, inputs that are no tensors, or a step that returns something else.
+        ValueError: Learning rates that are numbers, and on CUDA a base that is not fused.
 
     Example:
         import torch, fngd

@@ -44,9 +44,9 @@ class FNGD(Optimizer):
                 optimizer.step()
 
     Args:
-        model: the network; its modules are routed through FNGD's layer rules until `detach()`.
-        lr: the base optimizer's learning rate.
-        params: what to optimize, as for any torch optimizer: an iterable of parameters or of groups, by
+        model: The network; its modules are routed through FNGD's layer rules until `detach()`.
+        lr: The base optimizer's learning rate.
+        params: What to optimize, as for any torch optimizer: an iterable of parameters or of groups, by
             default all of the model's; a layer whose weight is not among them is left alone.
         base: "sgd", "adamw" or a torch.optim class: the update rule.
         damping: lam in the unit of damping_mode.
@@ -54,24 +54,24 @@ class FNGD(Optimizer):
             the per-sample gradients N C_n.
         normalize: "mean" s / mean(s), so that learning rates carry over; "lambda" lam s; "raw" s; "graft"
             keeps the length of the plain gradient in each layer.
-        share: what later epochs reuse: "sample" each sample's own s (needs `fngd.track` or `set_samples`),
+        share: What later epochs reuse: "sample" each sample's own s (needs `fngd.track` or `set_samples`),
             "position" the mean s of a batch position, "mean" of the layer, "none" nothing: solve at every
             step.
-        refresh_every: epochs between new solves; None solves in the first epoch only.
-        norms: scale and shift of normalisation layers take the "plain" or the "weighted" gradient.
+        refresh_every: Epochs between new solves; None solves in the first epoch only.
+        norms: Scale and shift of normalisation layers take the "plain" or the "weighted" gradient.
         skip: fnmatch patterns of the names of modules that keep the plain gradient.
-        strict: raise for a module with trainable parameters that no rule serves.
-        process_group: the data-parallel ranks that share coefficients where torch.distributed is in use, by
+        strict: Raise for a module with trainable parameters that no rule serves.
+        process_group: The data-parallel ranks that share coefficients where torch.distributed is in use, by
             default all; `start_epoch`, and with it a tracked loader, is then called by all of them.
-        **options: the base optimizer's own (momentum, weight_decay, betas, ...), with its defaults. One
+        **options: The base optimizer's own (momentum, weight_decay, betas, ...), with its defaults. One
             differs: on CUDA, with SGD, Adam and AdamW, `fused` is True unless it, foreach, capturable or
             differentiable is named. A fused update leaves out a step on the device, without the host waiting
             for the gradients.
 
     Raises:
-        ValueError: an argument out of range, a model without supported layers, and with strict an unsupported
+        ValueError: An argument out of range, a model without supported layers, and with strict an unsupported
             module.
-        TypeError: a wrong type, or an option that the base optimizer does not know.
+        TypeError: A wrong type, or an option that the base optimizer does not know.
 
     Source: Ou, Zhu, Huang, Liu 2024, arXiv 2403.03473.
     """
@@ -175,8 +175,8 @@ class FNGD(Optimizer):
                 at the dataset's length when a loader is tracked.
 
         Raises:
-            TypeError: ids that are no integers of shape (N,).
-            ValueError: ids out of range.
+            TypeError: Ids that are no integers of shape (N,).
+            ValueError: Ids out of range.
         """
         named, highest = checked_ids(ids, self._schedule.dataset_size)
         self._schedule.set_samples(named, highest)
@@ -221,7 +221,7 @@ class FNGD(Optimizer):
         `.grad` keeps its scale.
 
         Args:
-            closure: re-evaluates the model and returns the loss; called once.
+            closure: Re-evaluates the model and returns the loss; called once.
         """
         loss = None
         if closure is not None:
@@ -260,8 +260,8 @@ class FNGD(Optimizer):
         Without "fngd", as torch.distributed.checkpoint.state_dict returns it, coefficients stay as they are.
 
         Raises:
-            TypeError: what is no dictionary.
-            ValueError: a state of another optimizer, model or way of sharing, or one that is not whole;
+            TypeError: What is no dictionary.
+            ValueError: A state of another optimizer, model or way of sharing, or one that is not whole;
                 nothing is changed then.
         """
         check_groups(state_dict, self)

@@ -33,8 +33,8 @@ def checked_ids(ids: Sequence[int] | Tensor, dataset_size: int | None) -> tuple[
     """Return ids as (N,) int64 on the CPU, and the highest, -1 for none.
 
     Raises:
-        TypeError: ids that are no integers of shape (N,).
-        ValueError: ids out of range.
+        TypeError: Ids that are no integers of shape (N,).
+        ValueError: Ids out of range.
     """
     if isinstance(ids, Tensor) and (ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim != 1):
         raise TypeError(f"ids: expected integers of shape (N,), got {ids.dtype}, {tuple(ids.shape)}")
@@ -65,15 +65,15 @@ def track(loader: DataLoader, optimizer: TakesSamples, *others: TakesSamples) ->
     ids; for the other modes any loader will do, an IterableDataset included.
 
     Args:
-        loader: the loader.
-        optimizer: the FNGD that is told.
-        others: more optimizers that are to hear the same, where a loop trains several models.
+        loader: The loader.
+        optimizer: The FNGD that is told.
+        others: More optimizers that are to hear the same, where a loop trains several models.
 
     Raises:
-        TypeError: loader is not a DataLoader, or optimizer does not take sample ids.
-        ValueError: ids are needed and the loader has none: an IterableDataset, batch_size=None with single
+        TypeError: Loader is not a DataLoader, or optimizer does not take sample ids.
+        ValueError: Ids are needed and the loader has none: an IterableDataset, batch_size=None with single
             indices, in_order=False, or a loader that accelerate prepared.
-        RuntimeError: while iterating, a subclass of DataLoader yields other batches than its sampler draws.
+        RuntimeError: While iterating, a subclass of DataLoader yields other batches than its sampler draws.
     """
     if not isinstance(loader, DataLoader):
         raise TypeError(f"loader: expected a torch.utils.data.DataLoader, got {type(loader).__name__}")

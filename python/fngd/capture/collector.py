@@ -117,9 +117,9 @@ class UseCollector:
         """Yield the gradients of the modules' parameters.
 
         Args:
-            batch: what the calls were collected under.
-            collected: what there is of it in a backward; blocks that are done may be taken out.
-            early: whether the backward still goes on, and may fail.
+            batch: What the calls were collected under.
+            collected: What there is of it in a backward; blocks that are done may be taken out.
+            early: Whether the backward still goes on, and may fail.
         """
         raise NotImplementedError
 

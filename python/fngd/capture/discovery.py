@@ -29,11 +29,11 @@ def find_blocks(
     """Return the blocks that rules serve and, for every other module with parameters, the reason against it.
 
     Args:
-        model: the network.
-        parameters: those to be optimized; a module whose weight is not among them is left alone.
-        affine: whether normalisation layers are served.
+        model: The network.
+        parameters: Those to be optimized; a module whose weight is not among them is left alone.
+        affine: Whether normalisation layers are served.
         skip: fnmatch patterns of module names to leave plain.
-        composite: whether to serve modules that share a weight, and any module by the generic rule.
+        composite: Whether to serve modules that share a weight, and any module by the generic rule.
     """
     wanted = {id(p) for p in parameters}
     modules = dict(model.named_modules())

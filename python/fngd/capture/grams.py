@@ -23,7 +23,7 @@ def layer_grams(model: nn.Module, closure: Callable[[], Tensor]) -> dict[str, Te
     weight and bias are one block. No `.grad` is touched and no weight gradient is formed.
 
     Args:
-        model: the network, in training mode; modules that no rule serves are named in a warning and left out.
+        model: The network, in training mode; modules that no rule serves are named in a warning and left out.
         closure: () -> scalar loss, runs the forward; with a batch mean C_n carries the factor 1/N. It is
             called a second time where the loss holds derivatives of the model.
 
@@ -31,7 +31,7 @@ def layer_grams(model: nn.Module, closure: Callable[[], Tensor]) -> dict[str, Te
         {module name: K}, float32 (float64 for a float64 layer), for the layers that the loss depends on.
 
     Raises:
-        ValueError: a model without layers to serve, or a closure without a differentiable loss.
+        ValueError: A model without layers to serve, or a closure without a differentiable loss.
 
     Source: the Gram form of the empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).
     """

@@ -59,10 +59,10 @@ class Report:
         """Count what a batch was solved for in a backward.
 
         Args:
-            batch: the batch.
-            task: the backward's graph task; its blocks may be solved for one by one.
-            solved: the blocks, with their coefficients.
-            rows: the blocks' rows in the table, on the device.
+            batch: The batch.
+            task: The backward's graph task; its blocks may be solved for one by one.
+            solved: The blocks, with their coefficients.
+            rows: The blocks' rows in the table, on the device.
         """
         for group, indices in zip(solved, rows, strict=True):
             zero = group.info == group.k.shape[-1] + 2

@@ -17,11 +17,11 @@ class Batch:
     """The samples of one forward.
 
     Attributes:
-        size: their number N, None where each layer takes the rows of its own input as samples.
+        size: Their number N, None where each layer takes the rows of its own input as samples.
         ids: (N,) int64 on the CPU, their columns in the table, None where samples have no ids.
-        columns: ids on the table's device.
+        columns: Ids on the table's device.
         coefficients: (blocks, N), None where they are to be solved for.
-        rows: the rows of coefficients, one per block.
+        rows: The rows of coefficients, one per block.
     """
 
     def __init__(

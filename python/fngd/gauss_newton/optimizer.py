@@ -39,19 +39,19 @@ class GaussNewton(Optimizer):
     A step costs about M^2 P multiply-adds for J J^T and M^3 / 3 for the solve; J J^T takes 8 M^2 bytes.
 
     Args:
-        model: the network; its forwards are routed during `step` only.
-        lr: factor of d; 1 for full batches, about 0.3 for minibatches with momentum.
+        model: The network; its forwards are routed during `step` only.
+        lr: Factor of d; 1 for full batches, about 0.3 for minibatches with momentum.
         damping: "lm", adapted so that every step lowers the loss, or lam in units of the mean diagonal of J
             J^T (about 0.001 to 0.01 in minibatches).
-        initial_damping: where "lm" starts, in the same unit.
+        initial_damping: Where "lm" starts, in the same unit.
         momentum: mu >= 0 and < 1; 0.9 suits minibatches.
-        line_search: halve each step until it lowers the loss; for a fixed damping.
-        params: what to optimize, as for any torch optimizer, for example an unknown coefficient of an
+        line_search: Halve each step until it lowers the loss; for a fixed damping.
+        params: What to optimize, as for any torch optimizer, for example an unknown coefficient of an
             equation besides the model's parameters; by default the model's.
 
     Raises:
-        ValueError: an argument out of range.
-        TypeError: a wrong type.
+        ValueError: An argument out of range.
+        TypeError: A wrong type.
 
     Source: arXiv 2505.12149 (Gauss-Newton for physics-informed networks in Woodbury form); arXiv 2401.10190
         (SPRING); damping after Levenberg and Marquardt.
@@ -123,7 +123,7 @@ class GaussNewton(Optimizer):
             () loss, detached. A step whose loss or Jacobian is not finite is left out.
 
         Raises:
-            TypeError, ValueError: residuals that are of another form or not per sample.
+            TypeError, ValueError: Residuals that are of another form or not per sample.
         """
         loss, jacobian = self._linearize(residuals)
         with torch.profiler.record_function("GaussNewton.gram"), torch.no_grad():
@@ -239,8 +239,8 @@ class GaussNewton(Optimizer):
         """Restore what state_dict returned.
 
         Raises:
-            TypeError: what is no dictionary.
-            ValueError: the state of another optimizer or model, or one that is not whole; nothing is changed
+            TypeError: What is no dictionary.
+            ValueError: The state of another optimizer or model, or one that is not whole; nothing is changed
                 then.
         """
         check_groups(state_dict, self)

@@ -59,12 +59,12 @@ def register(module_type: type[nn.Module], rule: Rule) -> None:
     Subclasses that have the type's own `forward` take the rule too, unless a nearer type has one.
 
     Args:
-        module_type: a subclass of torch.nn.Module; one that has a rule gets this one in its place.
-        rule: a `fngd.rules.Rule`, or an object with its attributes.
+        module_type: A subclass of torch.nn.Module; one that has a rule gets this one in its place.
+        rule: A `fngd.rules.Rule`, or an object with its attributes.
 
     Raises:
-        TypeError: no type of modules, or a rule without a name or one of the methods.
-        ValueError: the name of the generic rule.
+        TypeError: No type of modules, or a rule without a name or one of the methods.
+        ValueError: The name of the generic rule.
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
         raise TypeError(f"module_type: expected a subclass of torch.nn.Module, got {module_type!r}")

@@ -61,11 +61,11 @@ class Rule(ABC):
         """Return the module's output in training mode, through a node of `fngd_kernels.ops.nodes`.
 
         Args:
-            module: the module.
-            x: its input.
+            module: The module.
+            x: Its input.
             coefficients: (N,) s_n: backward gives sum_n s_n C_n; None where the uses are collected.
-            on_use: receives each use in backward; None where coefficients are given.
-            arguments: what else the module was called with.
+            on_use: Receives each use in backward; None where coefficients are given.
+            arguments: What else the module was called with.
         """
 
     @abstractmethod
@@ -103,9 +103,9 @@ def bias_contributions(module: Any, uses: Sequence[Use], channel: int) -> Tensor
     """Return C_n (N, O) of a trainable bias, None where it takes no part.
 
     Args:
-        module: the module.
-        uses: its uses.
-        channel: the dimension of grad_output that counts the outputs.
+        module: The module.
+        uses: Its uses.
+        channel: The dimension of grad_output that counts the outputs.
     """
     moved = [use.e.movedim(channel, -1) for use in biased(module, uses)]
     summed = [e.reshape(e.shape[0], -1, e.shape[-1]).sum(1) for e in moved]

@@ -25,7 +25,7 @@ def block_gram(uses: Mapping[Any, Sequence[Use]]) -> Tensor:
     """Return K (N, N), K_ij = <C_i, C_j>, with C_n summed over the uses of all modules of a block.
 
     Args:
-        uses: by module (`Ruled`); every use has the same N samples.
+        uses: By module (`Ruled`); every use has the same N samples.
     """
     if len(uses) == 1:
         ((routed, found),) = uses.items()
