@@ -22,9 +22,11 @@ PATHS = {"fngd": "dispatched"}
 def run(case: Case, *, rounds: int, device: torch.device, ceilings: Ceilings | None = None) -> list[Row]:
     """Return one row for each contender.
 
-    ceilings: of the device, for shares of the roofline
+    Args:
+        ceilings: Of the device, for shares of the roofline.
 
-    Raises: AssertionError when a kernel's error exceeds twice the best plain one's and a tolerance.
+    Raises:
+        AssertionError: When a kernel's error exceeds twice the best plain one's and a tolerance.
     """
     first = case.inputs()
     errors = check(case, first)
@@ -69,7 +71,8 @@ def run(case: Case, *, rounds: int, device: torch.device, ceilings: Ceilings | N
 def check(case: Case, inputs: tuple[Tensor, ...]) -> dict[str, float]:
     """Return the error of every contender that computes the case's result, against float64.
 
-    Raises: AssertionError when a kernel's error exceeds twice the best plain one's and a tolerance.
+    Raises:
+        AssertionError: When a kernel's error exceeds twice the best plain one's and a tolerance.
     """
     wide = tuple(t.double() if t.is_floating_point() else t for t in inputs)
     truth = _parts(case.truth(*wide))

@@ -40,7 +40,8 @@ class Case:
     def check(self) -> dict[str, float]:
         """Return the error of every contender.
 
-        Raises: AssertionError when one is over the tolerance.
+        Raises:
+            AssertionError: When one is over the tolerance.
         """
         errors = {name: self.error(run()) for name, run in self.contenders.items()}
         # Written so that NaN fails.

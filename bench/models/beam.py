@@ -19,12 +19,15 @@ def translate(
 ) -> list[list[int]]:
     """Search for the target of the highest log probability over ((5 + length) / 6)^penalty.
 
-    source: (N,S) int64, ids of the sources, padded
-    start, end: ids of the first and the last token of a target
-    longest: number of tokens, the last one included, after which a hypothesis is closed as it is
-    width: number of hypotheses that are kept per sentence
+    Args:
+        source: (N,S) int64, ids of the sources, padded.
+        start, end: Ids of the first and the last token of a target.
+        longest: Number of tokens, the last one included, after which a hypothesis is closed as it is.
+        width: Number of hypotheses that are kept per sentence.
 
-    Returns: the ids of each sentence's target without its first and last token.
+    Returns:
+        The ids of each sentence's target without its first and last token.
+
     Source: Wu et al., "Google's Neural Machine Translation System", 2016, section 7, length penalty.
     """
     n, vocabulary = len(source), model.head.out_features

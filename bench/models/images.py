@@ -9,7 +9,8 @@ NAMES = ("mlp", "cnn", "resnet18")
 def build(name: str, image_shape: tuple[int, int, int], classes: int, *, width: int) -> nn.Module:
     """Return the network called `name` for images (C,H,W), with `width` channels at first (mlp: units / 32).
 
-    Raises: ValueError for an unknown name or a width below 1.
+    Raises:
+        ValueError: An unknown name or a width below 1.
     """
     if width < 1:
         raise ValueError(f"width: expected 1 or more, got {width}")

@@ -47,7 +47,8 @@ CORE = ("sgd", "adamw", "fngd", "fngd-exact")
 def training_of(name: str) -> Training:
     """Return how the peer takes part in training.
 
-    Raises: KeyError when it does not.
+    Raises:
+        KeyError: When it does not.
     """
     part = PEERS[name].training
     if part is None:
@@ -58,7 +59,8 @@ def training_of(name: str) -> Training:
 def pinn_of(name: str) -> Pinn:
     """Return how the peer takes part in the comparison on equations.
 
-    Raises: KeyError when it does not.
+    Raises:
+        KeyError: When it does not.
     """
     part = PEERS[name].pinn
     if part is None:

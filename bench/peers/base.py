@@ -55,14 +55,16 @@ class Settings:
 class Training:
     """How a peer takes part in training and in the timing of steps.
 
-    lrs: learning rates to try
-    build: makes the update of a model's parameters
-    style: its line in pictures
-    solves: in which epochs FNGD solves for coefficients
-    damping: the recommended damping, None for a method without
-    period: steps after which the same work comes again (the refresh of a preconditioner)
-    warmup: steps before the first such period
-    resumes: whether its state consists of tensors and plain values, so that a checkpoint can be trusted
+    Attributes:
+        lrs: Learning rates to try.
+        build: Makes the update of a model's parameters.
+        style: Its line in pictures.
+        solves: In which epochs FNGD solves for coefficients.
+        damping: The recommended damping, None for a method without.
+        period: Steps after which the same work comes again (the refresh of a preconditioner).
+        warmup: Steps before the first such period.
+        resumes: Whether its state consists of tensors and plain values, so that a checkpoint can be
+            trusted.
     """
 
     lrs: tuple[float, ...]
@@ -108,10 +110,11 @@ class Fit(Protocol):
 class Pinn:
     """How a peer takes part in the comparison on equations.
 
-    settings: what to try; all peers have equally many
-    build: makes the iteration from a `Fit` and a setting as keywords
-    style: its line in pictures
-    regression_only: it cannot take residuals that contain derivatives of the network
+    Attributes:
+        settings: What to try; all peers have equally many.
+        build: Makes the iteration from a `Fit` and a setting as keywords.
+        style: Its line in pictures.
+        regression_only: It cannot take residuals that contain derivatives of the network.
     """
 
     settings: tuple[Setting, ...]
@@ -124,9 +127,10 @@ class Pinn:
 class Peer:
     """An optimizer in comparisons.
 
-    label: its name in tables
-    training, pinn: how it takes part in these, None where it does not
-    module, source: the library that has to be importable, and where it comes from
+    Attributes:
+        label: Its name in tables.
+        training, pinn: How it takes part in these, None where it does not.
+        module, source: The library that has to be importable, and where it comes from.
     """
 
     label: str

@@ -60,7 +60,8 @@ def measure(
 ) -> tuple[dict[str, Timing], dict[str, int]]:
     """Return seconds per step over the rounds, and peak bytes of a turn.
 
-    lengths: number of steps in a contender's turn
+    Args:
+        lengths: Number of steps in a contender's turn.
     """
     device = batch[0].device
     turns = round_robin(steps, rounds=rounds, warmup=1, device=device)
@@ -74,7 +75,8 @@ def measure(
 def cycle_rows(timings: Mapping[str, Timing], peaks: Mapping[str, int], *, epochs: int) -> list[Row]:
     """Return a row of each contender, and of FNGD with shared coefficients one of the paper's schedule.
 
-    epochs: length of a training of which FNGD solves in the first epoch only
+    Args:
+        epochs: Length of a training of which FNGD solves in the first epoch only.
     """
     measured = [_row(name, timings, peaks) for name in timings]
     for name in timings:

@@ -16,7 +16,8 @@ History = list[Record]
 class Archive:
     """Runs in `folder`/runs.jsonl, the networks they trained in `folder`/networks.
 
-    Raises: ValueError for a file that holds anything else, such as half a line.
+    Raises:
+        ValueError: A file that holds anything else, such as half a line.
     """
 
     def __init__(self, folder: Path) -> None:

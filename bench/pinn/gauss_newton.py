@@ -70,7 +70,8 @@ def flat(model: nn.Module) -> Tensor:
 def steps(points: int, dimensions: int, width: int, device: torch.device) -> dict[str, Step]:
     """Return a step of GaussNewton and one by vmap(jacrev), on equal networks of their own.
 
-    Raises: AssertionError when they are not the same step.
+    Raises:
+        AssertionError: When they are not the same step.
     """
     x = torch.rand(points, dimensions, dtype=torch.float64, device=device)
     captured, dense = network(dimensions, width, device), network(dimensions, width, device)

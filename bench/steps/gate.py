@@ -59,7 +59,8 @@ class Captured(NamedTuple):
 def check(network: Network, batch: Batch) -> None:
     """Compare Gram matrices, shared coefficients, their gradients and coverage on one batch of `network`.
 
-    Raises: AssertionError that names the layer and the deviation.
+    Raises:
+        AssertionError: That names the layer and the deviation.
     """
     _check_grams(network, batch)
     _check_weighted_gradients(network, batch)
@@ -68,7 +69,8 @@ def check(network: Network, batch: Batch) -> None:
 def check_mode(network: Network, batch: Batch, mode: str) -> None:
     """Compare what a compiled or captured step makes of the gradients.
 
-    Raises: AssertionError that names the parameter and the deviation.
+    Raises:
+        AssertionError: That names the parameter and the deviation.
     """
     if mode == "graphed":
         for share in ("sample", "none"):

@@ -20,7 +20,8 @@ def prepare(
 ) -> tuple[dict[str, Step], int]:
     """Return the contenders' steps, warmed up, and how many are missing: those that fail are named.
 
-    weighted: whether FNGD is among them
+    Args:
+        weighted: Whether FNGD is among them.
     """
     steps: dict[str, Step] = {}
     made = step_makers(network, batch, base, mode)

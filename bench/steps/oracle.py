@@ -8,13 +8,16 @@ from torch import Tensor, nn
 def contributions(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Tensor]:
     """Return each sample's share (N, *shape) of the gradient of every parameter, in float64.
 
-    layer: linear, two-dimensional convolution without groups, embedding, LayerNorm, or BatchNorm in training
-    a: its input; e: the gradient of the loss at its output. Both axes of samples come first.
+    Args:
+        layer: Linear, two-dimensional convolution without groups, embedding, LayerNorm, or BatchNorm
+            in training.
+        a: Its input; e: the gradient of the loss at its output. Both axes of samples come first.
 
     A share is the gradient of <output, e> of that sample; behind BatchNorm the normalisation, which couples
     the samples and has no parameters, counts as given.
 
-    Raises: TypeError for another layer.
+    Raises:
+        TypeError: Another layer.
     """
     a, e = (t.double() if t.is_floating_point() else t for t in (a, e))
     shape = len(a), *layer.get_parameter("weight").shape

@@ -33,9 +33,11 @@ class Phase:
 class Summary:
     """Means over the steps of a trace.
 
-    wall_ms: from the beginning of the first step to the device's end of the last, divided by their number
-    kernels, launches, waits: kernels that ran, calls that launched one or a graph, calls that waited for the
-        device
+    Attributes:
+        wall_ms: From the beginning of the first step to the device's end of the last, divided by
+            their number.
+        kernels, launches, waits: Kernels that ran, calls that launched one or a graph, calls that
+            waited for the device.
     """
 
     steps: int
@@ -64,7 +66,8 @@ def summarize(events: Sequence[Event]) -> Summary:
     Work on the device counts for the phase in which it was launched, whichever thread did so: autograd
     launches backward from one of its own.
 
-    Raises: ValueError when the trace has no step.
+    Raises:
+        ValueError: When the trace has no step.
     """
     steps = _Windows(events, STEP)
     if not steps.count:

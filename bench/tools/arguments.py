@@ -26,7 +26,8 @@ def device_rows(device: torch.device) -> Path:
 def positive_int(text: str) -> int:
     """Return the number in `text`.
 
-    Raises: ArgumentTypeError for a number below 1.
+    Raises:
+        ArgumentTypeError: A number below 1.
     """
     value = int(text)
     if value < 1:
@@ -37,7 +38,8 @@ def positive_int(text: str) -> int:
 def positive_float(text: str) -> float:
     """Return the number in `text`.
 
-    Raises: ArgumentTypeError for a number that is not above 0 and finite.
+    Raises:
+        ArgumentTypeError: A number that is not above 0 and finite.
     """
     value = float(text)
     if not 0 < value < float("inf"):

@@ -12,7 +12,8 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 def append(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     """Add `rows` at the end of `path`, in one write, so that processes that append at once mix no lines.
 
-    Raises: OSError where they do not fit.
+    Raises:
+        OSError: Where they do not fit.
     """
     content = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -40,10 +40,12 @@ def round_robin(
 ) -> dict[str, Timing]:
     """Give every contender a turn each round, in a new order each round, and time a call.
 
-    calls: in one turn, without waiting for the device in between, as in training: the host runs ahead where
-        the contender lets it
+    Args:
+        calls: In one turn, without waiting for the device in between, as in training: the host runs
+            ahead where the contender lets it.
 
-    Raises: ValueError when rounds or calls is below 1.
+    Raises:
+        ValueError: When rounds or calls is below 1.
     """
     for name, value in (("rounds", rounds), ("calls", calls)):
         if value < 1:

@@ -23,7 +23,8 @@ def save_run(path: Path, run: Run) -> None:
 def load_run(path: Path) -> Run:
     """Read what `save_run` wrote.
 
-    Raises: ValueError for a file that holds anything else.
+    Raises:
+        ValueError: A file that holds anything else.
     """
     try:
         return parse_run(json.loads(path.read_text()))
@@ -40,7 +41,8 @@ def parse_run(row: Mapping[str, Any]) -> Run:
 def recorded(rows: Path | None) -> dict[tuple[str, RunConfig], Run]:
     """Return the runs in a file of rows by stage and configuration, none when it is not there.
 
-    Raises: ValueError for a file that holds anything else, such as half a line.
+    Raises:
+        ValueError: A file that holds anything else, such as half a line.
     """
     if rows is None or not rows.exists():
         return {}

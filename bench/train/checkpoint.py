@@ -15,7 +15,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
     What is written lies beside it as NAME.*.tmp, one for each writer. An error removes it; a process that is
     killed leaves it behind.
 
-    Raises: OSError, RuntimeError where the file cannot be written.
+    Raises:
+        OSError, RuntimeError: Where the file cannot be written.
     """
     unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -32,7 +33,9 @@ def save(path: Path, state: dict[str, Any]) -> None:
 def load(path: Path) -> dict[str, Any]:
     """Read what `save` wrote, tensors and plain values only, onto the CPU.
 
-    Raises: OSError for a file that cannot be opened, ValueError for one that is not as `save` wrote it.
+    Raises:
+        OSError: A file that cannot be opened.
+        ValueError: One that is not as `save` wrote it.
     """
     with path.open("rb") as file:
         try:

@@ -47,9 +47,11 @@ class RunConfig:
 class Run:
     """History of a run; epochs: train_loss, validation_loss, validation_accuracy, seconds of training.
 
-    validation_score, test_score: the task's metric after the last epoch
-    coefficients: FNGD's weights of the samples, percentiles of the mean over layers, by state of the label
-    environment: where it ran, and whether other runs shared the device for a part of it
+    Attributes:
+        validation_score, test_score: The task's metric after the last epoch.
+        coefficients: FNGD's weights of the samples, percentiles of the mean over layers, by state of
+            the label.
+        environment: Where it ran, and whether other runs shared the device for a part of it.
     """
 
     config: RunConfig
@@ -79,16 +81,20 @@ def train(
 ) -> Run:
     """Train by a cosine schedule; a checkpoint at `checkpoint_path` of the same configuration is continued.
 
-    config: what to train
-    task: the data, on the configuration's device
-    read_test: whether to score the test split after the last epoch
-    shared_device: whether other runs use the device meanwhile
-    checkpoint_path: where the state after each epoch is kept
-    on_step: called after every training step
-    on_epoch: called after every epoch with its number, from 1, and figures
+    Args:
+        config: What to train.
+        task: The data, on the configuration's device.
+        read_test: Whether to score the test split after the last epoch.
+        shared_device: Whether other runs use the device meanwhile.
+        checkpoint_path: Where the state after each epoch is kept.
+        on_step: Called after every training step.
+        on_epoch: Called after every epoch with its number, from 1, and figures.
 
-    Returns: the run; `diverged` with the epochs before it where the loss ceased to be finite.
-    Raises: ValueError when the checkpoint belongs to another configuration.
+    Returns:
+        the run; `diverged` with the epochs before it where the loss ceased to be finite.
+
+    Raises:
+        ValueError: When the checkpoint belongs to another configuration.
     """
     _warm_up(config, task)
     torch.manual_seed(config.seed)

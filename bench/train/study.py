@@ -37,8 +37,9 @@ class OutOfTime(Exception):
 class Study:
     """What the command line asks for.
 
-    lrs: rates that replace a method's own, by method
-    damping_factors: multiples of each method's recommended damping to try
+    Attributes:
+        lrs: Rates that replace a method's own, by method.
+        damping_factors: Multiples of each method's recommended damping to try.
     """
 
     data: str
@@ -77,8 +78,9 @@ SHARED = {field.name for field in fields(RunConfig)} - {"method", "lr", "damping
 class Results:
     """Runs of both stages by method, the settings chosen, and the timing of single steps.
 
-    tuning: without runs for a method that has one setting only
-    steps: empty where other runs shared the device
+    Attributes:
+        tuning: Without runs for a method that has one setting only.
+        steps: Empty where other runs shared the device.
     """
 
     tuning: dict[str, list[Run]]
@@ -99,14 +101,18 @@ def conduct(
 ) -> Results:
     """Do what of the study is not yet in `folder`; every finished run is kept there at once.
 
-    rows: file to which every finished run is appended as well
-    resume: whether runs found in `rows` count as done, so that nothing but this file has to be kept
-    seconds: the last step is taken after so many
-    shared_device: whether other runs use the device meanwhile; single steps are not timed then
+    Args:
+        rows: File to which every finished run is appended as well.
+        resume: Whether runs found in `rows` count as done, so that nothing but this file has to be
+            kept.
+        seconds: The last step is taken after so many.
+        shared_device: Whether other runs use the device meanwhile; single steps are not timed then.
 
     A method that diverges at every setting has no final runs. One with a single setting has only these.
 
-    Raises: OutOfTime when the seconds are over first, ValueError when every method diverges.
+    Raises:
+        OutOfTime: When the seconds are over first.
+        ValueError: When every method diverges.
     """
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     per_run = study.epochs * -(-task.sizes["train"] // study.batch_size)

@@ -34,7 +34,8 @@ class Spread:
 class Row:
     """One method's figures; scores are those after the last epoch, seconds are of training alone.
 
-    shared_device: runs whose seconds are left out, because others shared the device
+    Attributes:
+        shared_device: Runs whose seconds are left out, because others shared the device.
     """
 
     method: str

@@ -75,9 +75,11 @@ def load(
 ) -> Task:
     """Return the task called `name`; all but digits need `data_dir`.
 
-    label_noise: share of the training labels to replace at random, for images
+    Args:
+        label_noise: Share of the training labels to replace at random, for images.
 
-    Raises: ValueError for an unknown name, a missing data folder or a bad archive.
+    Raises:
+        ValueError: An unknown name, a missing data folder or a bad archive.
     """
     if name not in NAMES:
         raise ValueError(f"data: expected one of {', '.join(NAMES)}, got {name!r}")

@@ -28,8 +28,11 @@ Arrays = dict[str, np.ndarray]
 def load(name: str, data_dir: Path, *, cache_dir: Path, train_size: int | None = None) -> Workload:
     """Read the first archive of `name` found in `data_dir`; its decoded images are kept in `cache_dir`.
 
-    Returns: a workload of uint8 images (N,3,32,32), 10 % of the training images held out for validation.
-    Raises: ValueError when no archive is there or it does not hold what was published.
+    Returns:
+        a workload of uint8 images (N,3,32,32), 10 % of the training images held out for validation.
+
+    Raises:
+        ValueError: When no archive is there or it does not hold what was published.
     """
     archive, title, read = _find(name, data_dir)
     arrays = _cached(archive, cache_dir, read)

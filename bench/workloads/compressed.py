@@ -30,7 +30,8 @@ class _Bounded:
 def read_gzip(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
     """Return what a .gz file holds.
 
-    Raises: OSError, EOFError, zlib.error for a damaged file, or one that holds more than max_bytes.
+    Raises:
+        OSError, EOFError, zlib.error: A damaged file, or one that holds more than max_bytes.
     """
     with gzip.open(path) as packed:
         return _Bounded(packed, max_bytes).read()
@@ -41,7 +42,8 @@ def members(archive: Path, wanted: re.Pattern[str], max_bytes: int) -> Iterator[
 
     Links, devices and files elsewhere are passed over.
 
-    Raises: ValueError for a damaged archive, a wanted file over max_bytes, or more than MAX_BYTES in all.
+    Raises:
+        ValueError: A damaged archive, a wanted file over max_bytes, or more than MAX_BYTES in all.
     """
     try:
         with (

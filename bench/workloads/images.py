@@ -68,7 +68,8 @@ def shuffled(fetched: Dataset[Any], batch_size: int, generator: torch.Generator)
 class Workload:
     """A classification task; `mean` and `std` (C,1,1) are statistics of the training split alone.
 
-    replaced: (N,) bool, the training labels that were replaced at random; None where none was
+    Attributes:
+        replaced: (N,) bool, the training labels that were replaced at random; None where none was.
     """
 
     title: str
@@ -142,7 +143,8 @@ class Workload:
     def with_label_noise(self, fraction: float) -> "Workload":
         """Replace `fraction` of the training labels by another class, drawn at random with a fixed seed.
 
-        Raises: ValueError when fraction is not in [0, 1).
+        Raises:
+            ValueError: When fraction is not in [0, 1).
         """
         if not 0 <= fraction < 1:
             raise ValueError(f"label_noise: expected 0 or more and below 1, got {fraction}")

@@ -101,7 +101,8 @@ class Translation:
     def model(self, name: str, width: int) -> nn.Module:
         """Return a Transformer with 3 + 3 layers of dimension 32 x width: base, d = 512, at width 16.
 
-        Raises: ValueError for another name.
+        Raises:
+            ValueError: Another name.
         """
         if name != "transformer":
             raise ValueError(f"model: expected transformer for {self.title}, got {name!r}")
@@ -163,9 +164,11 @@ class Translation:
 def load(data_dir: Path, *, cache_dir: Path, train_size: int | None = None) -> Translation:
     """Read `multi30k/{train,val,test_2016_flickr}.{de,en}.gz`; the tokenizer is kept in `cache_dir`.
 
-    train_size: use the first pairs only, also of the other splits; for trials
+    Args:
+        train_size: Use the first pairs only, also of the other splits; for trials.
 
-    Raises: ValueError when a file is missing or damaged, or the two sides differ in length.
+    Raises:
+        ValueError: When a file is missing or damaged, or the two sides differ in length.
     """
     folder = data_dir / NAME
     texts = {}

@@ -42,8 +42,9 @@ class Update:
     def step(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         """Update the parameters, unless a gradient is not finite.
 
-        found_inf: () or (1,) 1 if one is not; None where nobody looked yet
-        grad_scale: what a fused update divides the gradients by, None for 1
+        Args:
+            found_inf: () or (1,) 1 if one is not; None where nobody looked yet.
+            grad_scale: What a fused update divides the gradients by, None for 1.
         """
         if found_inf is None:
             found_inf = self._found_non_finite()
@@ -98,7 +99,9 @@ class Update:
 def base_class(base: str | type[Optimizer]) -> type[Optimizer]:
     """Return the torch.optim class that the argument `base` of FNGD names.
 
-    Raises: TypeError for what is no optimizer, ValueError for a name or an optimizer that cannot serve.
+    Raises:
+        TypeError: What is no optimizer.
+        ValueError: A name or an optimizer that cannot serve.
     """
     if isinstance(base, str):
         if base not in _BASES:

@@ -38,7 +38,8 @@ NAMES = (*_EMBEDDED, "california")
 def load(name: str, *, data_dir: Path | None = None) -> Problem:
     """Return the problem called `name`; only california reads `data_dir`.
 
-    Raises: ValueError for an unknown name or missing data.
+    Raises:
+        ValueError: An unknown name or missing data.
     """
     if name in _EMBEDDED:
         return _EMBEDDED[name]()

@@ -54,7 +54,8 @@ class Problem(ABC):
 class Equation(Problem):
     """A differential equation in a box, with its solution.
 
-    low, high: corners of the box.
+    Attributes:
+        low, high: Corners of the box.
     """
 
     low: tuple[float, ...]

@@ -108,7 +108,8 @@ def diabetes() -> Table:
 def california(data_dir: Path) -> Table:
     """Return rows of the California housing table (Pace and Barry 1997), drawn once, out of its archive.
 
-    Raises: ValueError when the archive is not in `data_dir` or does not hold the table.
+    Raises:
+        ValueError: When the archive is not in `data_dir` or does not hold the table.
     """
     archive = data_dir / CALIFORNIA_ARCHIVE
     if not archive.is_file():

@@ -92,9 +92,11 @@ def linear_factor(
 ) -> LinearFactor:
     """Return one factor of groups of rows, filled up with zeros to the most positions of any group.
 
-    parameters: the weight, and the bias where it is trained
-    groups: for each group the uses of its N samples, empty for a group that the layer takes no part in
-    sizes: N of each group
+    Args:
+        parameters: The weight, and the bias where it is trained.
+        groups: For each group the uses of its N samples, empty for a group that the layer takes no
+            part in.
+        sizes: N of each group.
     """
     outputs, inputs = parameters[0].shape
     most = max(sum(use.e[0].numel() for use in uses) for uses in groups) // outputs

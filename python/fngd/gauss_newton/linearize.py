@@ -101,7 +101,8 @@ class Linearizer:
     def __call__(self, residuals: Callable[[], Any]) -> tuple[Tensor, Jacobian]:
         """Return the loss and the Jacobian of the scaled residuals, whose squares sum to the loss.
 
-        Raises: TypeError, ValueError for residuals of a wrong form or that are not per sample.
+        Raises:
+            TypeError, ValueError: Residuals of a wrong form, or that are not per sample.
         """
         for name, module in self.model.named_modules():
             if isinstance(module, BATCH_NORMS) and module.training:

@@ -14,9 +14,10 @@ from torch.func import vmap
 class PerSample:
     """A residual block given by a function of one sample, for residuals written with torch.func.
 
-    function: (params, *sample) -> () or (C,), the residual of one sample; `params` maps the model's parameter
-        names to tensors, as torch.func.functional_call takes them
-    inputs: (N, ...) each, the samples
+    Args:
+        function: (params, *sample) -> () or (C,), the residual of one sample; `params` maps the
+            model's parameter names to tensors, as torch.func.functional_call takes them.
+        inputs: (N, ...) each, the samples.
     """
 
     def __init__(self, function: Callable[..., Tensor], *inputs: Tensor) -> None:
@@ -55,8 +56,9 @@ class Block:
 def evaluate(residuals: Callable[[], Any], params: Mapping[str, Tensor]) -> list[Block]:
     """Return the blocks that the closure gives.
 
-    Raises: TypeError, ValueError for anything but (N,) or (N, C) floating tensors or `PerSample`, alone or in
-        a dict of blocks, each with or without a weight >= 0.
+    Raises:
+        TypeError, ValueError: Anything but (N,) or (N, C) floating tensors or `PerSample`, alone or in a dict
+            of blocks, each with or without a weight >= 0.
     """
     if not callable(residuals):
         raise TypeError(

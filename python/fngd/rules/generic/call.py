@@ -13,7 +13,9 @@ from ...torch_private import tree_flatten, tree_unflatten
 class Call:
     """One call of a module, its arguments taken apart: tensors with a row per sample, and the rest.
 
-    tensors: those with a row per sample; dims: the dimension of each that counts them
+    Attributes:
+        tensors: Those with a row per sample.
+        dims: The dimension of each that counts the samples.
     """
 
     def __init__(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

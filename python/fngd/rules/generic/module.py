@@ -63,7 +63,8 @@ class GenericModule:
     def per_sample_gradients(self, call: Call, e: Tensor, begin: int = 0) -> tuple[Tensor, Tensor]:
         """Return the gradients (M, P) of M samples for e (M, D) at the outputs, and the outputs (M, D).
 
-        begin: the first of these samples
+        Args:
+            begin: The first of these samples.
         """
         parameters = call.trained()
         tensors = [t.detach().narrow(d, begin, len(e)) for t, d in zip(call.tensors, call.dims, strict=True)]
