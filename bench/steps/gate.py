@@ -60,7 +60,7 @@ def check(network: Network, batch: Batch) -> None:
     """Compare Gram matrices, shared coefficients, their gradients and coverage on one batch of `network`.
 
     Raises:
-        AssertionError: That names the layer and the deviation.
+        AssertionError: Names the layer and the deviation.
     """
     _check_grams(network, batch)
     _check_weighted_gradients(network, batch)
@@ -70,7 +70,7 @@ def check_mode(network: Network, batch: Batch, mode: str) -> None:
     """Compare what a compiled or captured step makes of the gradients.
 
     Raises:
-        AssertionError: That names the parameter and the deviation.
+        AssertionError: Names the parameter and the deviation.
     """
     if mode == "graphed":
         for share in ("sample", "none"):

@@ -49,7 +49,7 @@ class Run:
 
     Attributes:
         validation_score, test_score: The task's metric after the last epoch.
-        coefficients: FNGD's weights of the samples, percentiles of the mean over layers, by state of
+        coefficients: FNGD's coefficients of the samples, percentiles of the mean over layers, by state of
             the label.
         environment: Where it ran, and whether other runs shared the device for a part of it.
     """
@@ -91,7 +91,7 @@ def train(
         on_epoch: Called after every epoch with its number, from 1, and figures.
 
     Returns:
-        the run; `diverged` with the epochs before it where the loss ceased to be finite.
+        The run; `diverged` with the epochs before it where the loss ceased to be finite.
 
     Raises:
         ValueError: When the checkpoint belongs to another configuration.
