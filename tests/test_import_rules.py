@@ -100,7 +100,7 @@ PRIVATE = re.compile(r"\b(?:torch|nn|module|t|p|parameter|owner|kind)(?:\.\w+)*\
 """A name that begins with an underscore, of torch or of a tensor or module of it."""
 
 
-@pytest.mark.parametrize("path", OPTIMIZER, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*KERNELS, *OPTIMIZER], ids=lambda p: str(p.relative_to(ROOT)))
 def test_private_names_of_torch_have_one_home(path):
     assert path.name == "torch_private.py" or not PRIVATE.search(path.read_text())
 

@@ -11,6 +11,7 @@ from ..backends.torch import convolution
 from ..backends.torch.combine import weighted_gradients
 from ..backends.torch.convolution import ConvolutionArguments
 from ..backends.torch.scaling import scaled
+from ..torch_private import will_execute
 
 _EVERYTHING = torch.empty(0, device="cpu", requires_grad=True)
 """The last tensor of every node that has a handler: a leaf whose gradient nobody asks for by name.
@@ -26,13 +27,7 @@ def _is_needed(ctx: Any, edge: int) -> bool:
     ctx.needs_input_grad does not tell: it was decided in the forward.
     """
     node = ctx.next_functions[edge][0]
-    if node is None:
-        return False
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:
-        # It is a leaf for which autograd.grad was called.
-        return True
+    return node is not None and will_execute(node)
 
 
 def _told_of_use(

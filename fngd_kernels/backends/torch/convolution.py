@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 
 from ...geometry import ConvGeometry
-
-_HAS_BFLOAT16 = (
-    hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-)
+from ...torch_private import HAS_ONEDNN_BFLOAT16
 
 
 class ConvolutionArguments(NamedTuple):
@@ -70,7 +67,7 @@ def weight_gradient(e: Tensor, x: Tensor, weight: Tensor, arguments: Convolution
 
 
 def _onednn_serves_bfloat16() -> bool:
-    return _HAS_BFLOAT16 and bool(torch.backends.mkldnn.enabled)
+    return HAS_ONEDNN_BFLOAT16 and bool(torch.backends.mkldnn.enabled)
 
 
 def _skips_pixels(weight: Tensor, arguments: ConvolutionArguments) -> bool:

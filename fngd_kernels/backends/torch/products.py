@@ -5,9 +5,8 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from ...torch_private import HAS_ONEDNN_PRODUCT, onednn_rows_product
 from .costs import row_block
-
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -17,10 +16,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def rows_product(x: Tensor, y: Tensor) -> Tensor:
     """Return x y^T for x (M,D) and y (N,D)."""
-    if _HAS_ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and y.numel():
-        # torch's own product of float32 uses MKL, which has half of oneDNN's speed on CPUs that are not
-        # Intel's.
-        return torch.ops.mkldnn._linear_pointwise(_untangled(x), _untangled(y), None, "none", [], "")
+    if HAS_ONEDNN_PRODUCT and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and y.numel():
+        return onednn_rows_product(_untangled(x), _untangled(y))
     return x @ y.T
 
 
