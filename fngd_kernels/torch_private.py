@@ -13,7 +13,7 @@ HAS_ONEDNN_BFLOAT16: bool = (
 )
 """Whether oneDNN computes bfloat16 convolutions on this processor.
 
-Where it does not, torch sums them in bfloat16. Public torch tells whether oneDNN is there, not what it serves.
+Where it does not, torch sums them in bfloat16. Public torch tells only whether oneDNN is there.
 """
 
 
@@ -29,8 +29,8 @@ def onednn_rows_product(x: Tensor, y: Tensor) -> Tensor:
 def will_execute(node: Any) -> bool:
     """Return whether the backward that runs now needs the gradient that a node of the graph computes.
 
-    Custom nodes learn this in C++ from `task_should_compute_output`; in Python, public torch tells only what was
-    decided in the forward (`ctx.needs_input_grad`).
+    Nodes in C++ ask `task_should_compute_output`; in Python, public torch tells only what was decided in the
+    forward (`ctx.needs_input_grad`).
     """
     try:
         return torch._C._will_engine_execute_node(node)
