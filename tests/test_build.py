@@ -223,8 +223,9 @@ def test_cuda_tensors_without_the_cuda_part_are_named_once(fallback, monkeypatch
     k = torch.eye(3).expand(2, 3, 3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fallback(k)
-        assert not caught
+        if native.extension is not None:
+            fallback(k)
+            assert not caught
         for _ in range(2):
             fallback(k.as_subclass(OnCuda))
     native.warn_of_missing_cuda.cache_clear()
