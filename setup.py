@@ -62,7 +62,7 @@ def extension(cpp_extension, cuda: bool):
     link_flags = []
     if "FNGD_SANITIZE" in os.environ:
         sanitize = f"-fsanitize={os.environ['FNGD_SANITIZE']}"
-        cxx_flags = ["-O1", "-g1", "-Wall", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
+        cxx_flags = ["-O0", "-g1", "-Wall", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
         # Python's own flags define what overflow does.
         cxx_flags += [sanitize, "-fno-wrapv"]
         link_flags.append(sanitize)
