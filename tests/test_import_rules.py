@@ -3,11 +3,11 @@
 import ast
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from paths import ROOT
+
 KERNELS = sorted((ROOT / "fngd_kernels").rglob("*.py"))
 OPTIMIZER = sorted((ROOT / "python" / "fngd").rglob("*.py"))
 

@@ -1,7 +1,6 @@
 """The examples of the README and of the guide pages run as written and print what their comments say."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +8,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fngd
+from paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

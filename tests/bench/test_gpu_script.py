@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from paths import ROOT
+
 STAND_IN = f"""#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 [[ "$*" == "-m bench.report.digest"* ]] && exec {sys.executable} "$@"

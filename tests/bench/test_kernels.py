@@ -2,7 +2,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +15,8 @@ from bench.kernels.ceilings import Ceilings
 from bench.kernels.roofline import Work, roofline
 from bench.kernels.run import check, run
 from bench.kernels.shapes import NETWORKS, TINY, Conv, Linear
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 OPS = {
     *("gram", "gram_conv", "gram_embedding", "gram_hadamard", "solve"),

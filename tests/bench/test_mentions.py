@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from paths import ROOT
+
 PAGES = [
     *(ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "Makefile", ROOT / ".ci/run"),
     *sorted((ROOT / "docs").glob("*.md")),

@@ -3,12 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from paths import ROOT
+
 pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import torch
 from bench.gpu import precompile

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from paths import ROOT
+
 BUILD = ROOT / "build/sanitized"
 GXX = shutil.which("g++")
 SANITIZERS = "address,undefined"

@@ -1,7 +1,6 @@
 """From the calls of modules to the complete uses of their parameters: read `collector.py` first."""
 
-from .barrier import Gradients, Uses
-from .block import ParameterBlock, RoutedModule
+from .block import Gradients, ParameterBlock, RoutedModule, Uses
 from .collector import Collected, UseCollector, combined
 from .discovery import USER_REASONS, find_blocks
 from .grams import layer_grams

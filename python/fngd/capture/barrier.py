@@ -2,8 +2,7 @@
 
 Where a hook, DistributedDataParallel or FSDP waits for a gradient, the gradient has to leave inside backward,
 and only autograd itself knows which use is the last. So the block's parameters reach their modules through an
-identity
-node: when autograd runs its backward, all uses are in.
+identity node: when autograd runs its backward, all uses are in.
 """
 
 from collections import defaultdict
@@ -16,10 +15,8 @@ from torch.autograd import Function
 
 from ..rules import Use
 from ..torch_private import current_graph_task, parameters_of
-from .block import ParameterBlock, RoutedModule
+from .block import Gradients, ParameterBlock, RoutedModule, Uses
 
-Uses = dict[RoutedModule, list[Use]]
-Gradients = Sequence[Tensor | None]
 Answer = Callable[[Uses], Mapping[RoutedModule, Gradients]]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..distributed import is_dtensor
 from ..event_log import EventLog
-from ..rules import GenericModule, GenericRule, InputProjection, Rule
+from ..rules import GenericModule, GenericRule, InputProjection, Rule, Use
 from ..torch_private import parameters_of
 
 
@@ -38,7 +38,7 @@ class RoutedModule:
         return self.module.weight, getattr(self.module, "bias", None)
 
     def standing(self) -> Collection[Tensor | None]:
-        """Return what stands in the places of its parameters now; the first is the weight of a rule's own."""
+        """Return what stands in the places of its parameters now."""
         return self.module.standing() if self._is_view else parameters_of(self.owner).values()
 
     def reason_against_parameters(self) -> str:
@@ -60,6 +60,13 @@ class RoutedModule:
     def plain(self, x: Tensor, *arguments: Any) -> Any:
         """Return what the module computes without being routed."""
         return type(self.module).forward(self.module, x, *arguments)
+
+
+Uses = dict[RoutedModule, list[Use]]
+"""The uses of a block's modules, by module."""
+
+Gradients = Sequence[Tensor | None]
+"""The gradient of each of a module's parameters, None for one without."""
 
 
 class ParameterBlock:

@@ -40,8 +40,8 @@ from torch import Tensor, nn
 from ..distributed import is_initialized
 from ..rules import Use, added
 from ..torch_private import at_end_of_backward, current_graph_task, has_gradient_hooks
-from .barrier import Barrier, Gradients, ShieldedParameters, Uses
-from .block import ParameterBlock, RoutedModule
+from .barrier import Barrier, ShieldedParameters
+from .block import Gradients, ParameterBlock, RoutedModule, Uses
 
 
 class Collected:

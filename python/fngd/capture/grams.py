@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..rules import block_gram
-from .barrier import Gradients, Uses
-from .block import ParameterBlock, RoutedModule
+from .block import Gradients, ParameterBlock, RoutedModule, Uses
 from .collector import Collected, UseCollector
 from .discovery import find_blocks
 from .routing import route
