@@ -33,8 +33,8 @@ def plan(
     The operators ask the same function. It takes the cheapest algorithm whose scratch memory fits: on torch's
     products, `pairs` costs N^2 T^2 (I + O) / 2 MACs, `explicit` N T I O + N^2 I O / 2; pairs of pixels of a
     convolution never form patches and cost N^2 (pixels^2 C + positions^2 O) / 2. Passes over scratch memory
-    are priced too. Triton kernels do the same for linear layers and for convolutions that are linear layers
-    on pixels; for all other convolutions they form contributions.
+    are priced too. Triton kernels do the same for linear layers; they take a convolution as a linear layer on
+    its patches, which are formed, where pairs of few positions are cheapest.
 
     Args:
         a_shape: (N,I), (N,T,I), or (N,C,*space) with weight_shape.
@@ -124,7 +124,7 @@ def plan_conv(
     if triton and geometry.is_pointwise:
         a_shape, rows_shape = (samples, pixels, x_shape[1]), (samples, pixels, e_shape[1])
         chosen = plan_linear(a_shape, rows_shape, bias, itemsize, workspace, triton)
-        return replace(chosen, pixels_are_positions=True)
+        return replace(chosen, unfolded=True)
     layer = LayerSizes(
         samples=samples,
         pixels=pixels,
@@ -138,7 +138,8 @@ def plan_conv(
         size=max(4, itemsize),
     )
     if triton:
-        return triton_costs.conv(layer, itemsize, workspace)
+        padded = prod(size + 2 * pad for size, pad in zip(x_shape[2:], geometry.padding, strict=True))
+        return triton_costs.conv(layer, padded, itemsize, workspace)
     axes = map(
         pixel_grids, x_shape[2:], geometry.kernel, geometry.stride, geometry.padding, geometry.dilation
     )

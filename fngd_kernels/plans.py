@@ -18,7 +18,7 @@ class Plan:
         bytes_moved: Bytes of inputs and scratch memory that are read and written.
         workspace: Bytes of scratch memory needed, including the library's copies of a convolution's inputs.
         backend: "torch" (matrix products of torch) or "triton" (Triton kernels on a GPU).
-        pixels_are_positions: Whether a convolution is treated as a linear layer on its pixels.
+        unfolded: Whether a convolution is treated as a linear layer on its patches.
     """
 
     algorithm: str
@@ -30,7 +30,7 @@ class Plan:
     bytes_moved: int
     workspace: int
     backend: str = "torch"
-    pixels_are_positions: bool = False
+    unfolded: bool = False
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ gram = plan_linear
 """Returns a plan, which names backend and algorithm."""
 
 gram_conv = plan_conv
-"""Returns a plan, which also tells whether the convolution is treated as a linear layer."""
+"""Returns a plan, which also tells whether the convolution is treated as a linear layer on its patches."""
 
 
 def gram_diag(a_shape: tuple[int, ...], e_shape: tuple[int, ...], triton: bool) -> str:
@@ -36,14 +36,13 @@ def gram_embedding(triton: bool) -> str:
     return "triton" if triton else "torch"
 
 
-def combine(itemsize: int, triton: bool) -> str:
-    """Return "triton" or "torch", which has the faster products of float32."""
-    return "triton" if triton and itemsize == 2 else "torch"
-
-
-def combine_conv(triton: bool) -> str:
+def combine(triton: bool) -> str:
     """Return "one pass", which scales e and sums the bias in one pass over e, or "torch"."""
     return "one pass" if triton else "torch"
+
+
+combine_conv = combine
+"""As for linear layers."""
 
 
 def combine_embedding(triton: bool) -> str:

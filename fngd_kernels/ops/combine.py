@@ -15,14 +15,24 @@ from ..arguments import flag
 from ..backends.torch.combine import weighted_gradients
 from . import choose, devices
 from .registration import call, register
+from .scale_bias import scale_bias
 
 
 def _torch(a: Tensor, e: Tensor, s: Tensor, bias: bool) -> list[Tensor]:
     return [sums for sums in weighted_gradients(a, e, s, True, bias) if sums is not None]
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, bool], list[Tensor]]] = {"torch": _torch}
-"""By backend."""
+def _one_pass(a: Tensor, e: Tensor, s: Tensor, bias: bool) -> list[Tensor]:
+    """Scale e and sum it for the bias in one pass, then take the library's product."""
+    scaled, bias_gradient = scale_bias(e, s, e.ndim - 1, True, bias)
+    weight, _ = weighted_gradients(a, scaled, None, True, False)
+    return [weight] if bias_gradient is None else [weight, bias_gradient]
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, bool], list[Tensor]]] = {
+    "torch": _torch,
+    "one pass": _one_pass,
+}
 
 
 def combine(a: Tensor, e: Tensor, s: Tensor, *, bias: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -53,7 +63,7 @@ def combine(a: Tensor, e: Tensor, s: Tensor, *, bias: bool = False) -> Tensor | 
 
 
 def _combine(a: Tensor, e: Tensor, s: Tensor, bias: bool) -> list[Tensor]:
-    return IMPLEMENTATIONS[choose.combine(a.itemsize, devices.triton_serves(a, e))](a, e, s, bias)
+    return IMPLEMENTATIONS[choose.combine(devices.triton_serves(a, e))](a, e, s, bias)
 
 
 def _fake(a: Tensor, e: Tensor, s: Tensor, bias: bool) -> list[Tensor]:

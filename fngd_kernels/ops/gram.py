@@ -59,7 +59,9 @@ def gram(
         diag: Whether to return only the diagonal, the squared norms ||C_n||^2.
         workspace: Upper bound of scratch memory in bytes, by default 64 MiB.
         precision: How float32 is multiplied on a GPU: "ieee", "tf32" or "tf32x3"; by default what
-            torch.set_float32_matmul_precision says. On a CPU it is always "ieee".
+            torch.backends.cuda.matmul.fp32_precision says. Contributions of 16-bit inputs, where they are
+            formed, are rounded to bfloat16 by default, |K'_ij - K_ij| <= 2^-7 ||C_i|| ||C_j||, and kept in
+            float32 with a precision. On a CPU it is always "ieee".
 
     Returns:
         K, (N,N) float32 or float64; with diag (N,).

@@ -9,6 +9,7 @@ from .. import checks
 from ..arguments import flag
 from ..backends.torch.gram_conv_explicit import gram_conv_explicit
 from ..backends.torch.gram_conv_pairs import gram_conv_pairs
+from ..backends.torch.patches import channels_last, patches
 from ..backends.torch.squared_norms import conv_norms
 from ..geometry import ConvGeometry
 from ..plans import Plan
@@ -24,6 +25,9 @@ IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {
     ),
 }
 """By backend and algorithm of a plan, unless it treats the convolution as a linear layer."""
+
+WIDE = 32
+"""From this many channels per group on, Triton kernels read those of one pixel at a time."""
 
 
 def gram_conv(
@@ -58,7 +62,7 @@ def gram_conv(
         diag: Whether to return only the diagonal, the squared norms ||C_n||^2.
         workspace: Upper bound of scratch memory in bytes, by default 64 MiB.
         precision: How float32 is multiplied on a GPU: "ieee", "tf32" or "tf32x3"; by default what
-            torch.set_float32_matmul_precision says. On a CPU it is always "ieee".
+            torch.backends.cudnn.conv.fp32_precision says. Otherwise as in `gram`.
 
     Returns:
         K, (N,N) float32 or float64; with diag (N,).
@@ -89,10 +93,30 @@ def _gram_conv(
         return gram.empty_gram(x)
     triton = devices.triton_serves(x, e)
     plan = choose.gram_conv(tuple(x.shape), tuple(e.shape), geometry, bias, x.itemsize, workspace, triton)
-    if plan.pixels_are_positions:
+    if triton:
+        x, e, workspace = _for_wide_loads(x, e, geometry.groups, workspace)
+        precision = precision or _library_precision(x.dtype)
+    if plan.unfolded:
         run = gram.IMPLEMENTATIONS[plan.backend, plan.algorithm]
-        return run(x.flatten(2).mT, e.flatten(2).mT, bias, plan, workspace, precision)
+        return run(patches(x, geometry), e.flatten(2).mT, bias, plan, workspace, precision)
     return IMPLEMENTATIONS[plan.backend, plan.algorithm](x, e, geometry, bias, plan, workspace, precision)
+
+
+def _for_wide_loads(x: Tensor, e: Tensor, groups: int, workspace: int) -> tuple[Tensor, Tensor, int]:
+    """Return both with neighbouring channels, where they have many and copies fit, and the workspace left."""
+    wide, left = [], workspace
+    for t in (x, e):
+        if t.stride(1) != 1 and t.shape[1] // groups >= WIDE and t.nbytes <= workspace // 4:
+            t, left = channels_last(t), left - t.nbytes
+        wide.append(t)
+    return wide[0], wide[1], left
+
+
+def _library_precision(dtype: torch.dtype) -> str | None:
+    """Return how float32 is multiplied in convolutions, as torch was told for its own."""
+    if dtype != torch.float32:
+        return None
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
 @with_geometry(2)

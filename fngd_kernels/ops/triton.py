@@ -6,17 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.triton.combine import combine as triton_combine
 from ..backends.triton.combine_embedding import combine_embedding as triton_combine_embedding
-from ..backends.triton.gram_conv_explicit import gram_conv_explicit
 from ..backends.triton.gram_embedding import gram_embedding as triton_gram_embedding
 from ..backends.triton.gram_embedding import gram_embedding_diag as triton_gram_embedding_diag
-from ..backends.triton.gram_explicit import gram_explicit
+from ..backends.triton.gram_explicit import gram_conv_explicit, gram_explicit
 from ..backends.triton.gram_hadamard import gram_hadamard
 from ..backends.triton.gram_pairs import gram_pairs, gram_pairs_diag
 from ..geometry import ConvGeometry
 from ..plans import Plan
-from . import combine, combine_embedding, gram, gram_conv, gram_embedding
+from . import combine_embedding, gram, gram_conv, gram_embedding
 
 
 def _hadamard(a: Tensor, e: Tensor, bias: bool, plan: Plan, workspace: int, precision: str | None) -> Tensor:
@@ -40,7 +38,7 @@ def _conv_explicit(
     workspace: int,
     precision: str | None,
 ) -> Tensor:
-    return gram_conv_explicit(x, e, geometry, bias, _contribution_precision(precision, x), workspace)
+    return gram_conv_explicit(x, e, geometry, bias, precision, workspace)
 
 
 def _pairs_diag(a: Tensor, e: Tensor, bias: bool, workspace: int, precision: str | None) -> Tensor:
@@ -50,18 +48,18 @@ def _pairs_diag(a: Tensor, e: Tensor, bias: bool, workspace: int, precision: str
 def _embedding(
     ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int, precision: str | None
 ) -> Tensor:
-    return triton_gram_embedding(ids, e, padding_idx, _precision(precision))
+    return triton_gram_embedding(ids, e, padding_idx, precision or "tf32x3")
 
 
 def _embedding_diag(
     ids: Tensor, e: Tensor, padding_idx: int | None, workspace: int, precision: str | None
 ) -> Tensor:
-    return triton_gram_embedding_diag(ids, e, padding_idx, _precision(precision))
+    return triton_gram_embedding_diag(ids, e, padding_idx, precision or "tf32x3")
 
 
 def _precision(precision: str | None) -> str:
     """Return how float32 is multiplied: by default as torch was told to multiply its own."""
-    return precision or ("ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32")
+    return precision or ("tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee")
 
 
 def _contribution_precision(precision: str | None, inputs: Tensor) -> str | None:
@@ -86,5 +84,4 @@ gram.DIAGONALS["triton"] = _on_device(_pairs_diag)
 gram_conv.IMPLEMENTATIONS["triton", "explicit"] = _on_device(_conv_explicit)
 gram_embedding.IMPLEMENTATIONS["triton"] = _on_device(_embedding)
 gram_embedding.DIAGONALS["triton"] = _on_device(_embedding_diag)
-combine.IMPLEMENTATIONS["triton"] = _on_device(triton_combine)
 combine_embedding.IMPLEMENTATIONS["triton"] = _on_device(triton_combine_embedding)

@@ -1,6 +1,7 @@
 """Which implementation of an operator runs: what is named is what runs, and fngd_kernels.plan tells it."""
 
 from dataclasses import replace
+from math import prod
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import fngd_kernels as fk
 from fngd_kernels import native
 from fngd_kernels.ops import choose, coefficients, combine, gram, gram_conv, scale_bias, solve
 from fngd_kernels.ops.coefficients import coefficients as find_coefficients
+from fngd_kernels.workspace import WORKSPACE
 
 
 def record(monkeypatch, table):
@@ -51,21 +53,42 @@ def test_the_plan_of_a_convolution_says_what_runs_on_a_cpu(x_shape, weight_shape
     linear, ran = record(monkeypatch, gram.IMPLEMENTATIONS), record(monkeypatch, gram_conv.IMPLEMENTATIONS)
     fk.gram_conv(x, e, weight_shape, padding=padding)
     plan = fk.plan(x.shape, e.shape, weight_shape=weight_shape, padding=padding)
-    assert (plan.backend, plan.pixels_are_positions) == ("torch", False)
+    assert (plan.backend, plan.unfolded) == ("torch", False)
     assert (linear, ran) == ([], [("torch", plan.algorithm)])
 
 
 def test_a_pointwise_convolution_on_a_gpu_is_planned_as_the_linear_layer_that_runs():
     x, e, weight = (16, 512, 2, 2), (16, 512, 2, 2), (512, 512, 1, 1)
     plan = fk.plan(x, e, weight_shape=weight, itemsize=2, capability=(9, 0))
-    assert plan.pixels_are_positions
+    assert plan.unfolded
     linear = fk.plan((16, 4, 512), (16, 4, 512), itemsize=2, capability=(9, 0))
-    assert plan == replace(linear, pixels_are_positions=True)
+    assert plan == replace(linear, unfolded=True)
     assert (plan.backend, plan.algorithm) == ("triton", "pairs")
-    for options in ({"stride": 2, "padding": 1}, {"padding": 1}):
-        e = (16, 512, *[(2 + 2 * options["padding"] - 1) // options.get("stride", 1) + 1] * 2)
-        plan = fk.plan(x, e, weight_shape=weight, itemsize=2, capability=(9, 0), **options)
-        assert (plan.algorithm, plan.pixels_are_positions) == ("explicit", False)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "options", "unfolded"),
+    [
+        # Stages 4 and 3 of ResNet-18, batch 128: 4 x 4 and 8 x 8 positions.
+        ((128, 512, 4, 4), (512, 512, 3, 3), {"padding": 1}, True),
+        ((128, 256, 8, 8), (512, 256, 3, 3), {"padding": 1, "stride": 2}, True),
+        ((128, 256, 8, 8), (256, 256, 3, 3), {"padding": 1}, False),
+        ((16, 512, 2, 2), (512, 512, 1, 1), {"padding": 1}, True),
+        ((16, 512, 2, 2), (512, 256, 1, 1), {"groups": 2}, False),
+        # Patches of 75 MB.
+        ((512, 512, 4, 4), (512, 512, 3, 3), {"padding": 1}, False),
+    ],
+)
+def test_convolutions_of_few_positions_on_a_gpu_take_pairs_on_patches(x, weight, options, unfolded):
+    space = F.conv2d(torch.empty(x, device="meta"), torch.empty(weight, device="meta"), **options).shape[2:]
+    e = (x[0], weight[0], *space)
+    plan = fk.plan(x, e, weight_shape=weight, itemsize=2, capability=(9, 0), **options)
+    assert (plan.backend, plan.algorithm) == ("triton", "pairs" if unfolded else "explicit")
+    assert plan.unfolded == unfolded
+    if unfolded:
+        positions, columns = prod(space), prod(weight[1:])
+        assert plan.macs == x[0] * (x[0] + 1) // 2 * positions**2 * (columns + weight[0])
+        assert 2 * x[0] * positions * columns < plan.workspace <= WORKSPACE
 
 
 @pytest.mark.parametrize("weight_shape", [None, (6, 4, 1, 1)])
@@ -119,8 +142,8 @@ def test_pairs_of_positions_are_named_for_diagonals_where_they_cost_less():
     assert choose.gram_diag((8, 100), (8, 100), False) == "torch"
 
 
-def test_weighted_gradients_of_float32_are_left_to_torch(monkeypatch):
-    assert [choose.combine(itemsize, True) for itemsize in (2, 4)] == ["triton", "torch"]
+def test_weighted_gradients_on_a_gpu_are_products_of_torch_after_one_pass(monkeypatch):
+    assert [choose.combine(triton) for triton in (True, False)] == ["one pass", "torch"]
     ran = record(monkeypatch, combine.IMPLEMENTATIONS)
     fk.combine(torch.ones(2, 3), torch.ones(2, 4), torch.ones(2))
     assert ran == ["torch"]

@@ -1,13 +1,12 @@
-"""Gram matrix by chunks of contributions: what the explicit kernels of linear layers and convolutions share.
+"""Forms per-sample contributions of linear layers and convolutions, a range of tiles of the weight at a time.
 
-C_n = E_n^T A_n of a chunk of weight tiles is written to scratch memory of N rows. Then C C^T is added to
-partial sums, one for each range of columns, which reduce.py sums at the end. Two kernels alternate, because
-one kernel that did both would have to keep its tile of C for all samples: N BO BI floats for each
-multiprocessor (with 128 samples and 64x64 tiles 2 MiB, or 264 MiB on 132 multiprocessors). It would also have
-no more programs than the weight has tiles.
+The rows of a product are output positions, taken in blocks of some rows and columns of the image, so that the
+offsets in a block never change: a step of the loop moves it by a number that is the same for all threads. A
+convolution reads its patches from x; a linear layer is a convolution with kernels of one pixel.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -15,12 +14,144 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import capability, dot, multiprocessors
-from .reduce import sum_partials
-from .tiles import Tile, tile
+from ...geometry import ConvGeometry
+from .common import aligned, capability, dot
+from .rounding import rounded
+from .tiles import Tile, position_block, tile
 
-MIN_STEPS = 4
-"""Minimum steps of a program of the product C C^T; for fewer, one more partial sum is not worth its cost."""
+TAP_CHANNELS = 32
+"""From this many channels per group on, a tile holds channels of one kernel offset, with one mask."""
+
+# Specialized code (for 1 or multiples of 16) would not load wider, so all layers share one version.
+NOT_SPECIALIZED = [
+    "first_tile",
+    "tiles_o",
+    "tiles_i",
+    "height",
+    "width",
+    *(f"{name}_{axis}" for name in ("size", "kernel", "step", "padding", "dilation") for axis in "dhw"),
+]
+
+
+@triton.jit
+def _inside(offs, corner, size):
+    """Return whether 0 <= offs + corner < size for all pairs; on unsigned numbers this is one comparison."""
+    return (offs[:, None] + corner[None, :]).to(tl.uint32) < size.to(tl.uint32)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def _contributions_kernel(
+    X,
+    E,
+    C,
+    channels,
+    outputs,
+    depth,
+    height,
+    width,
+    steps_h,
+    steps_w,
+    first_tile,
+    tiles_o,
+    tiles_i,
+    extent_o,
+    extent_i,
+    size_d,
+    size_h,
+    size_w,
+    kernel_d,
+    kernel_h,
+    kernel_w,
+    stride_xn,
+    stride_xc,
+    stride_xd,
+    stride_xh,
+    stride_xw,
+    stride_en,
+    stride_eo,
+    stride_ed,
+    stride_eh,
+    stride_ew,
+    stride_cn,
+    step_d,
+    step_h,
+    step_w,
+    padding_d,
+    padding_h,
+    padding_w,
+    dilation_d,
+    dilation_h,
+    dilation_w,
+    HAS_DEPTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    ONE_TAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BO: tl.constexpr,
+    BI: tl.constexpr,
+    BT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    pid_w, pid_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    at = first_tile + pid_w
+    pid_i, pid_o, pid_g = at % tiles_i, at // tiles_i % tiles_o, at // (tiles_i * tiles_o)
+    offs_o = pid_o * extent_o + tl.arange(0, BO)
+    # Columns of the weight are ordered (kernel offset, channel); K does not depend on their order.
+    taps = kernel_d * kernel_h * kernel_w
+    if ONE_TAP:
+        tiles_c = tiles_i // taps
+        tap = tl.zeros([1], dtype=tl.int32) + pid_i // tiles_c  # [1]
+        offs_c = pid_i % tiles_c * extent_i + tl.arange(0, BI)
+    else:
+        offs_i = pid_i * extent_i + tl.arange(0, BI)
+        tap, offs_c = offs_i // channels, offs_i % channels  # [BI]
+    mask_o, mask_i = offs_o < outputs, (offs_c < channels) & (tap < taps)
+    # The pixel that output position 0 reads for each kernel offset.
+    corner_d = tap // (kernel_h * kernel_w) * dilation_d - padding_d
+    corner_h = tap // kernel_w % kernel_h * dilation_h - padding_h
+    corner_w = tap % kernel_w * dilation_w - padding_w
+    corner = (
+        corner_d.to(tl.int64) * stride_xd + corner_h.to(tl.int64) * stride_xh + corner_w.to(tl.int64) * stride_xw
+    )
+    offs_xc, offs_eo = (pid_g * channels + offs_c).to(tl.int64), (pid_g * outputs + offs_o).to(tl.int64)
+    column_x = X + pid_n * stride_xn + offs_xc * stride_xc + corner  # [BI]
+    column_e = E + pid_n * stride_en + offs_eo * stride_eo  # [BO]
+
+    # Positions of a block, and the pixels that they read.
+    offs_h, offs_w = tl.arange(0, BT) // COLUMNS, tl.arange(0, BT) % COLUMNS
+    row_e = offs_h.to(tl.int64) * stride_eh + offs_w.to(tl.int64) * stride_ew  # [BT]
+    row_x = (offs_h * step_h).to(tl.int64) * stride_xh + (offs_w * step_w).to(tl.int64) * stride_xw  # [BT]
+    tile_e, tile_x = column_e[None, :] + row_e[:, None], column_x[None, :] + row_x[:, None]
+
+    c = tl.zeros([BO, BI], dtype=tl.float32)
+    for step in range(0, depth * steps_h * steps_w):
+        first_h, first_w = step // steps_w * (BT // COLUMNS), step % steps_w * COLUMNS
+        move_e, move_x = tl.zeros([], dtype=tl.int64), tl.zeros([], dtype=tl.int64)
+        if HAS_DEPTH:
+            at_d, first_h = step // (steps_h * steps_w), step // steps_w % steps_h * (BT // COLUMNS)
+            move_e += at_d.to(tl.int64) * stride_ed
+            move_x += (at_d * step_d).to(tl.int64) * stride_xd
+        move_e += first_h.to(tl.int64) * stride_eh + first_w.to(tl.int64) * stride_ew
+        move_x += (first_h * step_h).to(tl.int64) * stride_xh + (first_w * step_w).to(tl.int64) * stride_xw
+        at_h, at_w = offs_h + first_h, offs_w + first_w
+        inside_e = ((at_h < height) & (at_w < width))[:, None]  # [BT, 1]
+        inside_x = inside_e
+        if PADDED:
+            inside_x &= _inside(at_h * step_h, corner_h, size_h) & _inside(at_w * step_w, corner_w, size_w)
+            if HAS_DEPTH:
+                inside_x &= _inside(tl.zeros([1], dtype=tl.int32) + at_d * step_d, corner_d, size_d)
+        e = tl.load(tile_e + move_e, mask=inside_e & mask_o[None, :], other=0)  # [BT, BO]
+        x = tl.load(tile_x + move_x, mask=inside_x & mask_i[None, :], other=0)  # [BT, BI]
+        c = dot(tl.trans(e), x, c, PRECISION)  # [BO, BI]
+
+    if PRECISION == "tf32" and C.dtype.element_ty == tl.float32:
+        # Rounded to nearest here, because the product truncates: K would be 7e-4 too small.
+        bits = (c.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
+        c = tl.where(c == c, bits.to(tl.float32, bitcast=True), c)
+    # The extent_o x extent_i elements of the tile, without gaps.
+    rows, columns = tl.arange(0, BO), tl.arange(0, BI)
+    row_c = C + pid_n * stride_cn + pid_w.to(tl.int64) * extent_o * extent_i
+    mask = (rows < extent_o)[:, None] & (columns < extent_i)[None, :]
+    tl.store(row_c + rows[:, None] * extent_i + columns[None, :], rounded(c, C.dtype.element_ty), mask=mask)
 
 
 class Weight(NamedTuple):
@@ -36,15 +167,84 @@ class Weight(NamedTuple):
     area: int
     form: Callable[[Tensor, int, int], None]
 
-    def tiles_at_once(self, columns: int) -> int:
-        """Return how many tiles make a chunk of at most `columns` columns, of equal chunks; at least one."""
-        chunks = triton.cdiv(self.tiles, max(1, columns // self.area))
-        return triton.cdiv(self.tiles, chunks)
+
+def contributions(
+    x: Tensor, e: Tensor, geometry: ConvGeometry, precision: str, dtype: torch.dtype, room: int
+) -> Weight:
+    """Return how C of x (N,C,D,H,W) and e (N,O,D,H,W) is formed, in tiles of which `room` bytes hold one.
+
+    Args:
+        x: Input of the convolution.
+        e: Gradient at its output.
+        geometry: The convolution, in three dimensions.
+        precision: How float32 inputs are multiplied; "tf32" also says that C in float32 will be.
+        dtype: The dtype of C.
+        room: Bytes for a tile of all samples, exceeded by the smallest tile only.
+    """
+    _, stride, padding, dilation, groups = geometry
+    kernel = geometry.kernel
+    channels, outputs = x.shape[1] // groups, e.shape[1] // groups
+    taps = prod(kernel)
+    one_tap = channels >= TAP_CHANNELS
+    inputs = channels if one_tap else taps * channels
+    depth, height, width = e.shape[2:]
+    if not one_tap:
+        kernel_name = "contributions_taps"
+    else:
+        wide = aligned(x.movedim(1, -1), e.movedim(1, -1))
+        kernel_name = "contributions" if wide else "contributions_unaligned"
+    chosen = tile(kernel_name, capability(x.device), x.itemsize)
+    options = _launch_options(chosen, len(x) * dtype.itemsize, outputs, inputs, height * width, room)
+    if not one_tap:
+        # Each column then has its own offset and mask, and more columns would not fit into registers.
+        options["BI"] = min(options["BI"], 16 * options["num_warps"])
+    block = position_block(height, width, options["BT"])
+    extent_o, extent_i = _extent(outputs, options["BO"]), _extent(inputs, options["BI"])
+    tiles_o = triton.cdiv(outputs, extent_o)
+    tiles_i = triton.cdiv(inputs, extent_i) * (taps if one_tap else 1)
+
+    def form(scratch: Tensor, first: int, count: int) -> None:
+        _contributions_kernel[(count, len(x))](
+            X=x,
+            E=e,
+            C=scratch,
+            channels=channels,
+            outputs=outputs,
+            depth=depth,
+            height=height,
+            width=width,
+            steps_h=triton.cdiv(height, block.rows),
+            steps_w=triton.cdiv(width, block.columns),
+            first_tile=first,
+            tiles_o=tiles_o,
+            tiles_i=tiles_i,
+            extent_o=extent_o,
+            extent_i=extent_i,
+            **_axes("size_", x.shape[2:]),
+            **_axes("kernel_", kernel),
+            stride_xn=x.stride(0),
+            stride_xc=x.stride(1),
+            **_axes("stride_x", x.stride()[2:]),
+            stride_en=e.stride(0),
+            stride_eo=e.stride(1),
+            **_axes("stride_e", e.stride()[2:]),
+            stride_cn=scratch.stride(0),
+            **_axes("step_", stride),
+            **_axes("padding_", padding),
+            **_axes("dilation_", dilation),
+            HAS_DEPTH=any(sizes[0] > 1 for sizes in (x.shape[2:], e.shape[2:], kernel)) or padding[0] > 0,
+            PADDED=any(padding),
+            ONE_TAP=one_tap,
+            PRECISION=precision,
+            COLUMNS=block.columns,
+            **options,
+        )
+
+    return Weight(groups * tiles_o * tiles_i, extent_o * extent_i, form)
 
 
-def extent(size: int, block: int) -> int:
-    """Return the common size, at most `block`, of the fewest equal tiles that cover `size`."""
-    return triton.cdiv(size, triton.cdiv(size, block))
+def _axes(name: str, values: Sequence[int]) -> dict[str, int]:
+    return {f"{name}{axis}": value for axis, value in zip("dhw", values, strict=True)}
 
 
 def block_size(size: int, limit: int) -> int:
@@ -52,15 +252,21 @@ def block_size(size: int, limit: int) -> int:
     return min(limit, max(16, triton.next_power_of_2(size)))
 
 
-def launch_options(
-    chosen: Tile, samples: int, outputs: int, inputs: int, positions: int, workspace: int
-) -> dict[str, int]:
-    """Return blocks and launch options for C of a layer: the tile, reduced to fit layer and workspace.
+def _extent(size: int, block: int) -> int:
+    """Return the common size, at most `block`, of the fewest equal tiles that cover `size`.
 
-    One tile of all samples fits into the part of the workspace that partial sums leave.
+    Tiles of more than 16 begin at multiples of 16, for wide loads and stores.
     """
+    extent = triton.cdiv(size, triton.cdiv(size, block))
+    return extent if extent <= 16 else triton.cdiv(extent, 16) * 16
+
+
+def _launch_options(
+    chosen: Tile, bytes_per_weight: int, outputs: int, inputs: int, positions: int, room: int
+) -> dict[str, int]:
+    """Return blocks and launch options for C of a layer: the tile, reduced to fit layer and room."""
     bo, bi = block_size(outputs, chosen.blocks["BO"]), block_size(inputs, chosen.blocks["BI"])
-    while 4 * samples * bo * bi > workspace - workspace // 4 and max(bo, bi) > 16:
+    while bytes_per_weight * bo * bi > room and max(bo, bi) > 16:
         bo, bi = (bo // 2, bi) if bo >= bi else (bo, bi // 2)
     return {
         "BO": bo,
@@ -69,147 +275,3 @@ def launch_options(
         "num_warps": min(chosen.num_warps, max(4, bo * bi // 2048)),
         "num_stages": chosen.num_stages,
     }
-
-
-def default_precision(dtype: torch.dtype) -> str:
-    """Return how C C^T is multiplied for inputs of a dtype: C of half-precision inputs in tf32."""
-    return "ieee" if dtype == torch.float32 else "tf32"
-
-
-@triton.jit
-def store_contributions(
-    C,
-    c,  # [BO, BI]
-    pid_w,
-    pid_n,
-    extent_o,
-    extent_i,
-    stride_cn,
-    PRECISION: tl.constexpr,
-    BO: tl.constexpr,
-    BI: tl.constexpr,
-):
-    """Store tile pid_w of sample pid_n: its extent_o x extent_i elements, without gaps."""
-    if PRECISION == "tf32":
-        # Rounded to nearest here, because the product truncates: K would be 7e-4 too small.
-        bits = (c.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
-        c = tl.where(c == c, bits.to(tl.float32, bitcast=True), c)
-    offs_o, offs_i = tl.arange(0, BO), tl.arange(0, BI)
-    row = C + pid_n * stride_cn + pid_w.to(tl.int64) * extent_o * extent_i
-    mask = (offs_o < extent_o)[:, None] & (offs_i < extent_i)[None, :]
-    tl.store(row + offs_o[:, None] * extent_i + offs_i[None, :], c, mask=mask)
-
-
-@triton.jit
-def _block_product(
-    X,
-    Y,
-    mask_x,
-    mask_y,
-    first,
-    last,
-    SAME: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-):
-    acc = tl.zeros([BN, BN], dtype=tl.float32)
-    for start in range(first, last, BK):
-        offs_k = start + tl.arange(0, BK)
-        mask_k = offs_k < last
-        x = tl.load(X[:, None] + offs_k[None, :], mask=mask_x[:, None] & mask_k[None, :], other=0)  # [BN, BK]
-        if SAME:
-            y = x
-        else:
-            y = tl.load(Y[:, None] + offs_k[None, :], mask=mask_y[:, None] & mask_k[None, :], other=0)
-        acc = dot(x, tl.trans(y), acc, PRECISION)
-    return acc  # [BN, BN]
-
-
-@triton.jit(do_not_specialize=["started"])
-def _add_gram_kernel(
-    C,
-    PARTIAL,
-    n,
-    columns,
-    part_columns,
-    stride_cn,
-    stride_pp,
-    stride_pn,
-    started,
-    PRECISION: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-):
-    pid_i, pid_j, pid_p = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if pid_j > pid_i:
-        return
-    offs_i = (pid_i * BN + tl.arange(0, BN)).to(tl.int64)
-    offs_j = (pid_j * BN + tl.arange(0, BN)).to(tl.int64)
-    mask_i, mask_j = offs_i < n, offs_j < n
-    first = pid_p * part_columns
-    last = tl.minimum(first + part_columns, columns)
-    rows_i, rows_j = C + offs_i * stride_cn, C + offs_j * stride_cn
-    if pid_i == pid_j:
-        acc = _block_product(rows_i, rows_i, mask_i, mask_i, first, last, True, PRECISION, BN, BK)
-    else:
-        acc = _block_product(rows_i, rows_j, mask_i, mask_j, first, last, False, PRECISION, BN, BK)
-    block = PARTIAL + pid_p.to(tl.int64) * stride_pp + offs_i[:, None] * stride_pn + offs_j[None, :]
-    mask = mask_i[:, None] & mask_j[None, :]
-    before = tl.load(block, mask=mask & (started != 0), other=0)  # [BN, BN]
-    tl.store(block, before + acc, mask=mask)
-
-
-def gram_by_chunks(weights: list[Weight], inputs: Tensor, precision: str, workspace: int) -> Tensor:
-    """Return K = sum of C C^T over all tiles of all weights; scratch and partial sums fit into `workspace`.
-
-    For each contribution, costs N^2/2 MACs, one store and about one load of 4 bytes beside what forming it
-    costs.
-    """
-    n = inputs.shape[0]
-    chosen = tile("add_gram", capability(inputs.device), 4)
-    bn = block_size(n, chosen.blocks["BN"])
-    # With fewer rows, longer pieces of each are read, so that a step loads about as many bytes.
-    bk = chosen.blocks["BK"] * min(2, chosen.blocks["BN"] // bn)
-    grid = triton.cdiv(n, bn)
-    widest = max(weight.tiles * weight.area for weight in weights)
-    # Programs of few rows load few bytes at a time, so each multiprocessor gets several of them.
-    programs = multiprocessors(inputs.device) * max(1, 64 // bn)
-    parts = min(
-        programs // (grid * (grid + 1) // 2),
-        triton.cdiv(widest, MIN_STEPS * bk),
-        workspace // (16 * n * n),
-    )
-    parts = max(1, parts)
-    partial = inputs.new_empty((parts, n, n), dtype=torch.float32)
-
-    # A single partial sum becomes K and is not counted as scratch memory. Rows start at multiples of 64
-    # bytes.
-    room = (workspace - (partial.nbytes if parts > 1 else 0)) // (64 * n) * 16
-    steps = [weight.tiles_at_once(room) for weight in weights]
-    widest = max(step * weight.area for step, weight in zip(steps, weights, strict=True))
-    scratch = inputs.new_empty((n, triton.cdiv(widest, 16) * 16), dtype=torch.float32)
-    started = 0
-    for weight, step in zip(weights, steps, strict=True):
-        for first in range(0, weight.tiles, step):
-            count = min(step, weight.tiles - first)
-            weight.form(scratch, first, count)
-            width = count * weight.area
-            _add_gram_kernel[(grid, grid, parts)](
-                C=scratch,
-                PARTIAL=partial,
-                n=n,
-                columns=width,
-                part_columns=triton.cdiv(triton.cdiv(width, parts), bk) * bk,
-                stride_cn=scratch.stride(0),
-                stride_pp=partial.stride(0),
-                stride_pn=partial.stride(1),
-                started=started,
-                PRECISION=precision,
-                num_warps=chosen.num_warps,
-                num_stages=chosen.num_stages,
-                BN=bn,
-                BK=bk,
-            )
-            started = 1
-    return sum_partials(partial)

@@ -1,27 +1,51 @@
 """Costs of the Triton kernels; standard library only.
 
-Costs are in multiply-adds (MACs) of bfloat16. The prices are taken from data sheets.
+Costs are in multiply-adds (MACs) of the inputs' dtype on tensor cores. The prices are taken from data sheets.
 """
 
+from dataclasses import replace
 from math import ceil
 
 from ...plans import LayerSizes, Plan
 
-CONTRIBUTION_PASS = 200.0
-"""Cost of storing and loading one contribution in a GPU's L2 cache, in MACs."""
+BYTE_PASS = {2: 50.0, 4: 16.0}
+"""Cost of storing or loading one byte of scratch memory in a GPU's L2 cache, by bytes of an input element."""
 
-TF32_MAC = 2.0
-"""Cost of a MAC of contributions in tf32, in MACs."""
+FORMED_MAC = 1.5
+"""Cost of a MAC of a contribution, which has few positions for each byte that it reads."""
 
 
 def linear(layer: LayerSizes, itemsize: int, workspace: int) -> Plan:
     """Plan a linear layer: pairs of positions stay in registers, contributions go through L2."""
+    pairs, cost = _pairs(layer, itemsize)
+    formed, formed_cost = _explicit(layer, itemsize, workspace)
+    return pairs if layer.positions == 1 or cost < formed_cost else formed
+
+
+def conv(layer: LayerSizes, padded: int, itemsize: int, workspace: int) -> Plan:
+    """Plan a convolution: contributions, or pairs of positions if patches are cheaper and fit.
+
+    Args:
+        layer: The layer.
+        padded: Pixels of one sample's input with its padding.
+        itemsize: Bytes of an element of the inputs.
+        workspace: Upper bound of scratch memory in bytes.
+    """
+    formed, formed_cost = _explicit(layer, itemsize, workspace)
+    inputs = layer.inputs * layer.kernel
+    pairs, cost = _pairs(replace(layer, pixels=layer.positions, inputs=inputs, kernel=1), itemsize)
+    patches = layer.samples * layer.positions * inputs * itemsize
+    needed = patches + layer.samples * padded * layer.inputs * itemsize
+    if layer.groups > 1 or needed > workspace or cost + 2 * patches * BYTE_PASS[itemsize] >= formed_cost:
+        return formed
+    moved = pairs.bytes_moved + 2 * needed
+    return replace(pairs, unfolded=True, bytes_moved=moved, workspace=needed)
+
+
+def _pairs(layer: LayerSizes, itemsize: int) -> tuple[Plan, float]:
     n, t = layer.samples, layer.positions
     macs = n * (n + 1) // 2 * t * t * (layer.inputs + layer.outputs)
-    formed, cost = _explicit(layer, itemsize, workspace)
-    if t > 1 and macs >= cost:
-        return formed
-    return Plan(
+    chosen = Plan(
         algorithm="hadamard" if t == 1 else "pairs",
         sample_chunk=n,
         group_chunk=1,
@@ -33,16 +57,13 @@ def linear(layer: LayerSizes, itemsize: int, workspace: int) -> Plan:
         workspace=0,
         backend="triton",
     )
-
-
-def conv(layer: LayerSizes, itemsize: int, workspace: int) -> Plan:
-    """Plan the kernels of a convolution, which form contributions."""
-    return _explicit(layer, itemsize, workspace)[0]
+    return chosen, macs
 
 
 def _explicit(layer: LayerSizes, itemsize: int, workspace: int) -> tuple[Plan, float]:
     n, weights = layer.samples, layer.weights
     formed, summed = n * layer.positions * weights, n * (n + 1) // 2 * weights
+    contributions = n * weights * itemsize
     chosen = Plan(
         algorithm="explicit",
         sample_chunk=n,
@@ -50,9 +71,8 @@ def _explicit(layer: LayerSizes, itemsize: int, workspace: int) -> tuple[Plan, f
         out_chunk=layer.outputs,
         in_chunk=layer.inputs,
         macs=formed + summed,
-        bytes_moved=layer.input_bytes * itemsize // layer.size + 2 * n * weights * 4,
-        workspace=min(workspace, 4 * n * weights),
+        bytes_moved=layer.input_bytes * itemsize // layer.size + 2 * contributions,
+        workspace=min(workspace, contributions),
         backend="triton",
     )
-    tf32 = TF32_MAC if itemsize == 2 else 1.0
-    return chosen, formed + tf32 * summed + CONTRIBUTION_PASS * n * weights
+    return chosen, FORMED_MAC * formed + summed + 2 * contributions * BYTE_PASS[itemsize]

@@ -1,7 +1,9 @@
 """Gram matrix of an embedding from all pairs of positions that hold the same id.
 
 K_ij = sum_{t,u} [ids_it = ids_ju] <e_it, e_ju>. The rows of a tile are a
-chunk of the positions of a few samples. For a pair of tiles without a common id no product is computed.
+chunk of the positions of a few samples. For a pair of tiles without a common id no product is computed. Where
+the positions of a sample fill several tiles they are taken in the order of their ids, so that most pairs of
+tiles have none.
 """
 
 import torch
@@ -9,7 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import capability, lower_block, multiprocessors, rows_product, sample_sums, store_symmetric
+from .common import (
+    aligned,
+    capability,
+    lower_block,
+    multiprocessors,
+    rows_product,
+    sample_sums,
+    store_symmetric,
+)
 from .reduce import sum_partials
 from .tiles import PairGrid, Tile, diagonal_grid, pair_grid, tile
 
@@ -17,6 +27,7 @@ from .tiles import PairGrid, Tile, diagonal_grid, pair_grid, tile
 @triton.jit(do_not_specialize=["padding_idx"], do_not_specialize_on_alignment=["pairs"])
 def _gram_embedding_kernel(
     IDS,
+    ORDER,
     E,
     K,
     n,
@@ -25,6 +36,7 @@ def _gram_embedding_kernel(
     pairs,
     stride_in,
     stride_it,
+    stride_on,
     stride_en,
     stride_et,
     stride_ed,
@@ -33,6 +45,7 @@ def _gram_embedding_kernel(
     stride_kj,
     padding_idx,
     HAS_PADDING: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
     DIAGONAL: tl.constexpr,
     PRECISION: tl.constexpr,
     SAMPLES: tl.constexpr,
@@ -68,6 +81,9 @@ def _gram_embedding_kernel(
         if HAS_PADDING:
             same &= ids_i[:, None] != padding_idx
         if tl.max(tl.max(same.to(tl.int32), axis=1), axis=0) > 0:
+            if HAS_ORDER:
+                offs_t_i = tl.load(ORDER + offs_n_i * stride_on + offs_t_i, mask=mask_i, other=0)
+                offs_t_j = tl.load(ORDER + offs_n_j * stride_on + offs_t_j, mask=mask_j, other=0)
             e = rows_product(
                 E,
                 offs_n_i * stride_en + offs_t_i * stride_et,
@@ -89,7 +105,12 @@ def _gram_embedding_kernel(
     store_symmetric(K, acc, block_i * SAMPLES + samples, block_j * SAMPLES + samples, n, stride_ki, stride_kj)
 
 
-def gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, precision: str = "ieee") -> Tensor:
+def _tile(e: Tensor) -> Tile:
+    kernel = "gram_embedding" if aligned(e) else "gram_embedding_unaligned"
+    return tile(kernel, capability(e.device), e.itemsize)
+
+
+def gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, precision: str = "tf32x3") -> Tensor:
     """Return K_ij = sum_{t,u} [ids_it = ids_ju] <e_it, e_ju> for ids (N,T) and e (N,T,D).
 
     Costs at most N^2 T^2 D / 2 MACs, only in pairs of tiles that share an id. Partial sums are as in
@@ -102,20 +123,20 @@ def gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, precision: s
         precision: "ieee", "tf32" or "tf32x3": how float32 is multiplied.
     """
     n, positions = ids.shape
-    chosen = tile("gram_embedding", capability(e.device), e.itemsize)
+    chosen = _tile(e)
     grid = pair_grid(n, positions, chosen.blocks["ROWS"], 2 * multiprocessors(e.device))
     k = e.new_empty((grid.parts, n, n), dtype=torch.float32)
     _launch(ids, e, k, k.stride(), padding_idx, False, precision, grid, chosen)
     return k[0] if grid.parts == 1 else sum_partials(k)
 
 
-def gram_embedding_diag(ids: Tensor, e: Tensor, padding_idx: int | None, precision: str = "ieee") -> Tensor:
+def gram_embedding_diag(ids: Tensor, e: Tensor, padding_idx: int | None, precision: str = "tf32x3") -> Tensor:
     """Return the diagonal (N,) of `gram_embedding`: squared norms of the samples' contributions.
 
     Costs at most N T^2 D / 2 MACs.
     """
     n, positions = ids.shape
-    chosen = tile("gram_embedding", capability(e.device), e.itemsize)
+    chosen = _tile(e)
     grid = diagonal_grid(n, positions, chosen.blocks["ROWS"], 2 * multiprocessors(e.device))
     norms = e.new_empty((grid.parts, n), dtype=torch.float32)
     _launch(ids, e, norms, (n, 1, 0), padding_idx, True, precision, grid, chosen)
@@ -133,8 +154,12 @@ def _launch(
     grid: PairGrid,
     chosen: Tile,
 ) -> None:
+    order = None
+    if ids.shape[1] > grid.positions:
+        ids, order = ids.sort(dim=1)
     _gram_embedding_kernel[(grid.blocks, grid.parts)](
         IDS=ids,
+        ORDER=order,
         E=e,
         K=k,
         n=e.shape[0],
@@ -143,6 +168,7 @@ def _launch(
         pairs=grid.pairs,
         stride_in=ids.stride(0),
         stride_it=ids.stride(1),
+        stride_on=ids.shape[1],
         stride_en=e.stride(0),
         stride_et=e.stride(1),
         stride_ed=e.stride(2),
@@ -151,6 +177,7 @@ def _launch(
         stride_kj=strides[2],
         padding_idx=0 if padding_idx is None else padding_idx,
         HAS_PADDING=padding_idx is not None,
+        HAS_ORDER=order is not None,
         DIAGONAL=diagonal,
         PRECISION=precision,
         SAMPLES=grid.samples,

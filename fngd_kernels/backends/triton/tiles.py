@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
         (80, 4): Tile({"ROWS": 32, "BK": 16}, 2, 3, _COMPILED),
         (90, 4): Tile({"ROWS": 64, "BK": 32}, 8, 3, _COMPILED),
     },
+    "gram_embedding_unaligned": {
+        (80, 2): Tile({"ROWS": 32, "BK": 32}, 4, 3, _COMPILED),
+        (80, 4): Tile({"ROWS": 32, "BK": 16}, 4, 3, _COMPILED),
+    },
     "gram_hadamard": {
         (80, 2): Tile({"ROWS": 128, "BK": 32}, 8, 4, _COMPILED),
         (80, 4): Tile({"ROWS": 64, "BK": 16}, 8, 3, _COMPILED),
@@ -61,16 +66,6 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
         (80, 2): Tile({"ROWS": 32, "BK": 64}, 4, 4, _COMPILED),
         (80, 4): Tile({"ROWS": 32, "BK": 32}, 4, 3, _COMPILED),
     },
-    "combine": {
-        (80, 2): Tile({"BO": 128, "BI": 128, "BK": 64}, 8, 3, _COMPILED),
-        (80, 4): Tile({"BO": 128, "BI": 128, "BK": 16}, 8, 4, _COMPILED),
-        (100, 4): Tile({"BO": 128, "BI": 128, "BK": 32}, 8, 3, _COMPILED),
-    },
-    "combine_unaligned": {
-        (80, 2): Tile({"BO": 128, "BI": 128, "BK": 32}, 8, 3, _COMPILED),
-        (80, 4): Tile({"BO": 128, "BI": 64, "BK": 16}, 8, 3, _COMPILED),
-    },
-    "combine_sum": {(80, 4): Tile({"BD": 1024}, 4, 1, _COMPILED)},
     "combine_embedding": {
         (80, 2): Tile({"BR": 16, "BD": 128}, 4, 1, _COMPILED),
         (80, 4): Tile({"BR": 16, "BD": 128}, 4, 1, _COMPILED),
@@ -80,21 +75,24 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
         (80, 4): Tile({"BO": 128, "BI": 128, "BT": 16}, 8, 3, _COMPILED),
         (90, 2): Tile({"BO": 128, "BI": 128, "BT": 64}, 8, 3, _COMPILED),
     },
-    "contributions_conv": {
+    "contributions_unaligned": {
         (80, 2): Tile({"BO": 128, "BI": 128, "BT": 32}, 8, 4, _COMPILED),
         (80, 4): Tile({"BO": 64, "BI": 64, "BT": 16}, 4, 3, _COMPILED),
         (100, 4): Tile({"BO": 64, "BI": 64, "BT": 16}, 4, 2, _COMPILED),
     },
     # Tiles of several kernel offsets: every column has its own addresses and masks.
-    "contributions_conv_taps": {
+    "contributions_taps": {
         (80, 2): Tile({"BO": 128, "BI": 128, "BT": 32}, 8, 4, _COMPILED),
         (80, 4): Tile({"BO": 128, "BI": 32, "BT": 16}, 4, 2, _COMPILED),
         (90, 4): Tile({"BO": 64, "BI": 64, "BT": 16}, 4, 2, _COMPILED),
         (100, 4): Tile({"BO": 128, "BI": 32, "BT": 16}, 4, 2, _COMPILED),
     },
+    # From sm_90 on, matrix products of a warp group have 64 rows or more.
     "add_gram": {
-        (80, 4): Tile({"BN": 128, "BK": 16}, 8, 4, _COMPILED),
-        (90, 4): Tile({"BN": 128, "BK": 32}, 8, 3, _COMPILED),
+        (80, 2): Tile({"BN": 128, "MIN_BN": 16, "BK": 32}, 8, 4, _COMPILED),
+        (80, 4): Tile({"BN": 128, "MIN_BN": 16, "BK": 16}, 8, 4, _COMPILED),
+        (90, 2): Tile({"BN": 128, "MIN_BN": 64, "BK": 64}, 8, 4, _COMPILED),
+        (90, 4): Tile({"BN": 128, "MIN_BN": 64, "BK": 16}, 8, 4, _COMPILED),
     },
     "sum_partials": {(80, 4): Tile({"BN": 8, "BP": 64}, 4, 1, _COMPILED)},
 }
@@ -143,6 +141,25 @@ def pair_grid(n: int, positions: int, rows: int, programs: int) -> PairGrid:
     chunks = (1 << bit for bit in range(rows.bit_length() - 1, 0, -1))
     chunk = min(chunks, key=lambda chunk: blocks(chunk) * ceil(positions / chunk) ** 2)
     return _divided(rows // chunk, chunk, blocks(chunk), ceil(positions / chunk) ** 2, programs)
+
+
+class PositionBlock(NamedTuple):
+    """Rows and columns of an image that make a block of positions."""
+
+    rows: int
+    columns: int
+
+
+@lru_cache(maxsize=1024)
+def position_block(height: int, width: int, positions: int) -> PositionBlock:
+    """Choose the block of so many positions, a power of two, of which fewest cover an image."""
+
+    def blocks(columns: int) -> tuple[int, int]:
+        across = ceil(width / columns)
+        return ceil(height / (positions // columns)) * across, across
+
+    columns = min((1 << bit for bit in range(positions.bit_length())), key=blocks)
+    return PositionBlock(positions // columns, columns)
 
 
 def diagonal_grid(n: int, positions: int, rows: int, programs: int) -> PairGrid:

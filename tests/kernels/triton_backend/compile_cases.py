@@ -76,28 +76,18 @@ def gram_hadamard(dtype: torch.dtype, precision: str) -> None:
 def gram_explicit(dtype: torch.dtype, precision: str) -> None:
     from fngd_kernels.backends.triton.gram_explicit import gram_explicit
 
-    precision = precision if dtype == FLOAT32 else "tf32"
+    precision = precision if dtype == FLOAT32 else None
     # Each in one chunk.
     for samples, size in ((256, 128), (64, 64), (16, 32)):
         a, e = meta(samples, 128, size, dtype=dtype), meta(samples, 128, 2 * size, dtype=dtype)
         gram_explicit(a, e, False, precision)
 
 
-def combine(dtype: torch.dtype, precision: str) -> None:
-    from fngd_kernels.backends.triton.combine import combine
-
-    s = meta(64, dtype=FLOAT32)
-    combine(meta(64, 128, 512, dtype=dtype), meta(64, 128, 2048, dtype=dtype), s, True, precision)
-    # Rows that start anywhere, and one position each.
-    combine(meta(64, 33, 513, dtype=dtype), meta(64, 33, 1001, dtype=dtype), s, True, precision)
-    combine(meta(64, 1, 784, dtype=dtype), meta(64, 1, 10, dtype=dtype), s, True, precision)
-
-
 def gram_conv_explicit(dtype: torch.dtype, precision: str) -> None:
-    from fngd_kernels.backends.triton.gram_conv_explicit import gram_conv_explicit
+    from fngd_kernels.backends.triton.gram_explicit import gram_conv_explicit
     from fngd_kernels.geometry import ConvGeometry
 
-    precision = precision if dtype == FLOAT32 else "tf32"
+    precision = precision if dtype == FLOAT32 else None
     # First layers on images, in both layouts: columns of many kernel offsets, pixels and patches.
     for outputs, kernel, stride, padding in ((64, 7, 2, 3), (384, 16, 16, 0), (96, 4, 4, 0)):
         size = (224 + 2 * padding - kernel) // stride + 1
@@ -128,7 +118,6 @@ def combine_embedding(dtype: torch.dtype, precision: str) -> None:
 
 # Each author adds the launches of a kernel: what a real layer would ask for.
 CASES: dict[str, Callable[[torch.dtype, str], None]] = {
-    "combine": combine,
     "combine_embedding": combine_embedding,
     "gram_explicit": gram_explicit,
     "gram_conv_explicit": gram_conv_explicit,

@@ -1,19 +1,16 @@
 import pytest
 import torch
-import triton
-import triton.language as tl
 from poison import poisoned
 from torch.nn import functional as F
 
 import fngd_kernels as fk
 import oracles
 from fngd_kernels.backends.torch.gram_conv_explicit import gram_conv_explicit as library_gram_conv_explicit
-from fngd_kernels.backends.triton.contributions import default_precision
-from fngd_kernels.backends.triton.gram_conv_explicit import _divided, gram_conv_explicit
+from fngd_kernels.backends.triton.gram_explicit import gram_conv_explicit
 from geometries import conv_geometry
 
-# On top of twice the library's error: rounding of sums, and of both factors to 10 bits in C C^T.
-TOLERANCE = {"ieee": 1e-6, "tf32x3": 1e-6, "tf32": 2**-10}
+# On top of twice the library's error: rounding of sums, and of both factors in C C^T to 10 or 8 bits.
+TOLERANCE = {"ieee": 1e-6, "tf32x3": 1e-6, "tf32": 2**-10, None: 2**-7}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CONV = {
     "1d": ((3, 4, 11), (6, 4, 3), {}),
@@ -56,7 +53,7 @@ def assert_as_good_as_the_library(x, e, weight_shape, geometry, bias, precision=
     library = library_gram_conv_explicit(x, e, whole, bias, plan)
     assert k.dtype == torch.float32
     assert torch.equal(k, k.T)
-    tolerance = TOLERANCE[precision or default_precision(x.dtype)]
+    tolerance = TOLERANCE["ieee" if x.dtype == torch.float32 and precision is None else precision]
     assert oracles.relative_error(k, truth) <= 2 * oracles.relative_error(library, truth) + tolerance
 
 
@@ -103,23 +100,3 @@ def test_offsets_beyond_32_bits(device):
     storage = torch.empty((2 << 30) + 50, dtype=x.dtype, device=device)
     far = storage.as_strided(x.shape, (25, 1 << 30, 5, 1)).copy_(x)
     assert_as_good_as_the_library(far, e, shape, {}, False)
-
-
-@triton.jit(do_not_specialize=["divisor"])
-def _division_kernel(X, QUOTIENT, REST, divisor, SIZE: tl.constexpr):
-    offs = tl.arange(0, SIZE)
-    quotient, rest = _divided(tl.load(X + offs), divisor, 0x7FFFFFFF // divisor)
-    tl.store(QUOTIENT + offs, quotient)
-    tl.store(REST + offs, rest)
-
-
-@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 56, 112, 1000, 65537, 2**31 - 1])
-def test_division_is_exact(divisor, device):
-    last = 2**31 - 1
-    multiples = divisor * torch.randint(0, last // divisor + 1, (60,))
-    x = torch.cat([multiples, (multiples - 1).clamp(0), torch.tensor([0, 1, divisor - 1, divisor, last])])
-    x = torch.cat([x, torch.randint(0, last, (3,))])
-    quotient, rest = torch.empty(2, 128, dtype=torch.int32, device=device)
-    _division_kernel[(1,)](x.to(device, torch.int32), quotient, rest, divisor, SIZE=128)
-    assert torch.equal(quotient.cpu().long(), x // divisor)
-    assert torch.equal(rest.cpu().long(), x % divisor)

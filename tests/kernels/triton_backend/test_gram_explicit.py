@@ -5,12 +5,12 @@ from poison import poisoned
 import fngd_kernels as fk
 import oracles
 from fngd_kernels.backends.torch.gram_explicit import gram_explicit as library_gram_explicit
-from fngd_kernels.backends.triton import contributions
+from fngd_kernels.backends.triton import gram_explicit as explicit
 from fngd_kernels.backends.triton.gram_explicit import gram_explicit
 from fngd_kernels.backends.triton.tiles import Tile
 
-# On top of twice the library's error: rounding of sums, and of both factors to 10 bits in C C^T.
-TOLERANCE = {"ieee": 1e-6, "tf32x3": 1e-6, "tf32": 2**-10}
+# On top of twice the library's error: rounding of sums, and of both factors in C C^T to 10 or 8 bits.
+TOLERANCE = {"ieee": 1e-6, "tf32x3": 1e-6, "tf32": 2**-10, None: 2**-7}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1, 1), (3, 33, 17, 40), (17, 3, 33, 1), (2, 20, 130, 129)]
 
@@ -27,15 +27,15 @@ def assert_as_good_as_the_library(a, e, bias, precision=None, **options):
     library = library_gram_explicit(a, e, bias, fk.plan(a.shape, e.shape, bias=bias))
     assert k.dtype == torch.float32
     assert torch.equal(k, k.T)
-    tolerance = TOLERANCE[precision or contributions.default_precision(a.dtype)]
+    tolerance = TOLERANCE["ieee" if a.dtype == torch.float32 and precision is None else precision]
     assert oracles.relative_error(k, truth) <= 2 * oracles.relative_error(library, truth) + tolerance
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks of samples, and partial sums of which the last are empty."""
-    monkeypatch.setattr(contributions, "multiprocessors", lambda _: 21)
-    monkeypatch.setattr(contributions, "tile", lambda *_: Tile({"BN": 16, "BK": 16}, 4, 1, ""))
+    monkeypatch.setattr(explicit, "multiprocessors", lambda _: 21)
+    monkeypatch.setattr(explicit, "tile", lambda *_: Tile({"BN": 16, "MIN_BN": 16, "BK": 16}, 4, 1, ""))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,13 +109,25 @@ def test_precision(precision, dtype, device):
     assert_as_good_as_the_library(*linear_case(3, 17, 5, 3, dtype, device), False, precision)
 
 
-def test_contributions_are_rounded_to_nearest_for_tf32(device):
-    a, e = linear_case(8, 16, 64, 64, torch.bfloat16, device)
+@pytest.mark.parametrize(
+    ("dtype", "precision", "bits", "bound"),
+    [(torch.float32, "tf32", 13, 1e-4), (torch.bfloat16, "tf32", 13, 1e-4), (torch.bfloat16, None, 16, 5e-4)],
+)
+def test_contributions_are_rounded_to_nearest(dtype, precision, bits, bound, device):
+    a, e = linear_case(8, 16, 64, 64, dtype, device)
     rows = oracles.linear_rows(a, e, False)
-    cut = (rows.float().view(torch.int32) & -(1 << 13)).view(torch.float32).double()
-    # What tensor cores make of rows that were not rounded: they cut the low 13 bits off.
-    assert 5e-4 < oracles.relative_error(cut @ cut.T, rows @ rows.T) < 1e-3
-    assert oracles.relative_error(gram_explicit(a, e, False), rows @ rows.T) < 1e-4
+    cut = (rows.float().view(torch.int32) & -(1 << bits)).view(torch.float32).double()
+    # What becomes of rows whose low bits are cut off, as tensor cores do it for tf32.
+    assert oracles.relative_error(cut @ cut.T, rows @ rows.T) > 4 * bound
+    assert oracles.relative_error(gram_explicit(a, e, False, precision), rows @ rows.T) < bound
+
+
+def test_contributions_of_16_bits_beyond_the_range_of_float16(device):
+    a, e = linear_case(3, 5, 4, 6, torch.float16, device)
+    rows = oracles.linear_rows(a * 64, e * 4096, False)
+    k = gram_explicit(a * 64, e * 4096, False)
+    assert rows.abs().max() > torch.finfo(torch.float16).max
+    assert oracles.relative_error(k, rows @ rows.T) < 2**-7
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="6 GiB that a CPU would have to write")
