@@ -42,10 +42,11 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
         (80, 2): Tile({"ROWS": 32, "BK": 64}, 4, 3, _COMPILED),
         (80, 4): Tile({"ROWS": 32, "BK": 16}, 2, 3, _COMPILED),
         (90, 4): Tile({"ROWS": 64, "BK": 32}, 8, 3, _COMPILED),
+        (100, 4): Tile({"ROWS": 64, "BK": 32}, 8, 2, _COMPILED),
     },
     "gram_embedding_unaligned": {
         (80, 2): Tile({"ROWS": 32, "BK": 32}, 4, 3, _COMPILED),
-        (80, 4): Tile({"ROWS": 32, "BK": 16}, 4, 3, _COMPILED),
+        (80, 4): Tile({"ROWS": 32, "BK": 16}, 4, 2, _COMPILED),
     },
     "gram_hadamard": {
         (80, 2): Tile({"ROWS": 128, "BK": 32}, 8, 4, _COMPILED),
@@ -82,10 +83,9 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
     },
     # Tiles of several kernel offsets: every column has its own addresses and masks.
     "contributions_taps": {
-        (80, 2): Tile({"BO": 128, "BI": 128, "BT": 32}, 8, 4, _COMPILED),
-        (80, 4): Tile({"BO": 128, "BI": 32, "BT": 16}, 4, 2, _COMPILED),
+        (80, 2): Tile({"BO": 128, "BI": 128, "BT": 32}, 8, 3, _COMPILED),
+        (80, 4): Tile({"BO": 64, "BI": 64, "BT": 16}, 4, 3, _COMPILED),
         (90, 4): Tile({"BO": 64, "BI": 64, "BT": 16}, 4, 2, _COMPILED),
-        (100, 4): Tile({"BO": 128, "BI": 32, "BT": 16}, 4, 2, _COMPILED),
     },
     # From sm_90 on, matrix products of a warp group have 64 rows or more.
     "add_gram": {
