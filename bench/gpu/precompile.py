@@ -14,13 +14,12 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 import triton
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
@@ -29,16 +28,14 @@ from triton.runtime import build, driver
 from triton.runtime.jit import JITFunction
 
 import fngd
-import fngd_kernels.ops.triton  # noqa: F401 - adds the Triton kernels to the operators' tables
+from bench.gpu.meta import launching, meta
 from bench.kernels.case import Case
 from bench.kernels.cases import cases
 from bench.kernels.shapes import NETWORKS, TINY
 from bench.models.translator import Translator
 from bench.steps.networks import MIXED, Batch, Network
-from fngd_kernels.ops import devices
 from fngd_kernels.ops.registration import OPERATORS
 
-PROCESSORS = 132
 HALF = torch.bfloat16
 VOCABULARY = 10_000
 FUSED = ("gram", "gram_conv", "gram_embedding", "combine", "combine_conv", "combine_embedding")
@@ -118,14 +115,8 @@ def compiling(capability: tuple[int, int]) -> Iterator[Compiled]:
         result = run(kernel, *arguments, grid=grid, warmup=True, **options)
         compiled.kernels[id(result)] = result
 
-    properties = SimpleNamespace(multi_processor_count=PROCESSORS)
     driver.set_active(compiled)
-    with (
-        mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch("torch.cuda.get_device_capability", return_value=capability),
-        mock.patch("torch.cuda.get_device_properties", return_value=properties),
-        mock.patch.object(devices, "runs_triton", return_value=True),
-    ):
+    with launching(compile_only, capability):
         yield compiled
 
 
@@ -170,7 +161,7 @@ class _OnCuda(TorchDispatchMode):
         name = op._schema.name.removeprefix("fngd::")
         if name in FUSED and op.namespace == "fngd":
             with unset_fake_temporarily():
-                inputs: Any = [_meta(x) if isinstance(x, Tensor) else x for x in args]
+                inputs = [meta(x) for x in args]
                 s = torch.empty(len(inputs[0]), device="meta")
                 OPERATORS[name](*inputs)
                 # What a solving step combines with the coefficients it solved for.
@@ -181,10 +172,6 @@ class _OnCuda(TorchDispatchMode):
                     ids, e, padding_idx = inputs[:3]
                     OPERATORS["combine_embedding"](ids, e, s, VOCABULARY, padding_idx)
         return op(*args, **(kwargs or {}))
-
-
-def _meta(x: Tensor) -> Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
