@@ -1,0 +1,280 @@
+"""The work of every kernel that a piece of code asks of a GPU, counted on tensors without data."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from bench.gpu.meta import meta
+from bench.kernels.ceilings import Ceilings
+from bench.kernels.roofline import Work
+from bench.kernels.shapes import Conv, Linear
+from fngd_kernels.geometry import ConvGeometry
+from fngd_kernels.ops import choose
+from fngd_kernels.ops.registration import OPERATORS
+
+ARITHMETIC = {torch.bfloat16: "bf16", torch.float16: "bf16", torch.float32: "fp32"}
+NO_KERNEL = {"_unsafe_view", "alias", "lift_fresh"}
+GATHERED = {("embedding", "weight"), ("index", "self"), ("index_select", "self")}
+"""Arguments of which as many bytes are read as the operator writes."""
+NOT_READ = {
+    *(("nll_loss_forward", "self"), ("nll_loss_backward", "self")),
+    *(("copy_", "self"), ("zero_", "self"), ("fill_", "self")),
+}
+"""Arguments of which only the shape or single elements are read."""
+NOT_WRITTEN = {("_fused_sgd_", "grads")}
+"""Arguments that torch's schema calls written, but that are written only with a scale of gradients."""
+CONVOLUTION_READS = (("grad_output", "weight"), ("grad_output", "input"), ("grad_output",))
+"""What each of the three results of a convolution's backward is computed from."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What one operator asks of the device.
+
+    Attributes:
+        part: The part of the step.
+        name: The operator.
+        layer: The layer that FNGD's operator was called for, "" outside of them.
+        algorithm: How a Gram matrix is formed, "" for everything else.
+        macs: Multiply-adds by arithmetic.
+        moved: Bytes of inputs and results, each moved once.
+        scratch: Bytes of the operator's own scratch memory, as often as its launches write and read it.
+        launches: Kernels launched.
+    """
+
+    part: str
+    name: str
+    layer: str
+    algorithm: str
+    macs: Counter[str]
+    moved: int
+    scratch: int = 0
+    launches: int = 1
+
+    def floor(self, ceilings: Ceilings, *, scratch: bool) -> float:
+        """Return the least seconds; `scratch` tells whether scratch memory goes through device memory."""
+        products = tuple((macs, arithmetic) for arithmetic, macs in self.macs.items())
+        return Work(products, self.moved + scratch * self.scratch).floor(ceilings)[0]
+
+
+class Described(NamedTuple):
+    """The layer, the algorithm and the multiply-adds of one of FNGD's operators."""
+
+    layer: str
+    algorithm: str = ""
+    macs: Counter[str] = Counter()  # noqa: RUF012 - never changed
+
+
+class KernelCounter(TorchDispatchMode):
+    """Counts the kernels of what runs inside; FNGD's operators run on meta tensors, to see what they launch.
+
+    Use it inside of FakeTensorMode, and of bench.gpu.meta.launching with its `launched`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[Kernel] = []
+        self._launches: list[dict[int, int]] = []
+        self._part, self._of = "", Described("")
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count what runs inside as this part of the step."""
+        before, self._part = self._part, name
+        try:
+            yield
+        finally:
+            self._part = before
+
+    def launched(self, kernel: Any, *arguments: Any, **options: Any) -> None:
+        """Take note of the launch of a Triton kernel."""
+        self._launches.append(_by_storage([*arguments, *options.values()]))
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = op(*args, **(kwargs or {}))
+        name = op._schema.name.partition("::")[2]
+        bound = _bound(op, args, kwargs or {})
+        if op.namespace == "fngd":
+            self._fngd(name, bound, result)
+        elif op.namespace == "aten" and not op.is_view and name not in NO_KERNEL and "empty" not in name:
+            self._aten(op, name, bound, result)
+        return result
+
+    def _add(self, name: str, macs: Counter[str], moved: int, scratch: int = 0, launches: int = 1) -> None:
+        kernel = Kernel(self._part, name, self._of.layer, self._of.algorithm, macs, moved, scratch, launches)
+        self.kernels.append(kernel)
+
+    def _aten(self, op: Any, name: str, bound: dict[str, Any], result: Any) -> None:
+        if name == "convolution_backward":
+            for i, reads in enumerate(CONVOLUTION_READS):
+                if bound["output_mask"][i]:
+                    mask = [i == other for other in range(3)]
+                    macs = _macs(op, name, bound | {"output_mask": mask}, result)
+                    self._add(name, macs, sum(_bytes(bound[read]) for read in reads) + _bytes(result[i]))
+            return
+        fresh = [return_.alias_info is None for return_ in op._schema.returns]
+        results = result if isinstance(result, tuple) else (result,)
+        written = sum(_bytes(x) for x, is_new in zip(results, fresh, strict=False) if is_new)
+        moved = written
+        only_shapes = name.startswith("new_") or name.endswith("_like")
+        for argument in op._schema.arguments:
+            key, value = (name, argument.name), bound.get(argument.name)
+            if key in GATHERED:
+                moved += written
+            elif key not in NOT_READ and not only_shapes:
+                moved += _bytes(value)
+            if argument.alias_info is not None and argument.alias_info.is_write and key not in NOT_WRITTEN:
+                moved += _bytes(value)
+        self._add(name, _macs(op, name, bound, result), moved)
+
+    def _fngd(self, name: str, bound: dict[str, Any], result: Any) -> None:
+        inputs, results = list(bound.values()), _tensors(result)
+        if name == "coefficients":
+            layers, n, _ = bound["k"].shape
+            with self.part("solve"):
+                self._add(name, Counter(fp32=layers * n**3 // 6), _bytes(inputs) + _bytes(results))
+            return
+        if name in ("scale_bias", "found_non_finite"):  # Kernels of the extension.
+            self._add(name, Counter(), _bytes(inputs) + _bytes(results))
+            return
+        before, first = (self._of, self._launches), len(self.kernels)
+        describe = DESCRIPTIONS.get(name)
+        self._of = Described(_shapes(name, inputs)) if describe is None else describe(*inputs)
+        self._launches = []
+        try:
+            with self.part(name.partition("_")[0]):
+                with unset_fake_temporarily():
+                    inputs = [meta(x) for x in inputs]
+                    with self:
+                        results = _tensors(OPERATORS[name](*inputs))
+                if self._launches and describe is None:
+                    raise NotImplementedError(f"{name}: how many multiply-adds its Triton kernels do")
+                self._add_launches(name, _by_storage([*inputs, *results]), self.kernels[first:])
+        finally:
+            self._of, self._launches = before
+
+    def _add_launches(self, name: str, ends: dict[int, int], inside: list[Kernel]) -> None:
+        """Add the Triton kernels of an operator as one: they do what torch's own kernels `inside` do not.
+
+        ends: the storages of inputs and results
+        """
+        macs = Counter(self._of.macs) if self._launches else Counter()
+        for kernel in inside:
+            macs -= kernel.macs
+        moved: dict[int, int] = {}
+        scratch = 0
+        for launch in self._launches:
+            for storage, size in launch.items():
+                if storage in ends:
+                    moved[storage] = max(size, moved.get(storage, 0))
+                else:
+                    scratch += size
+        self._add(name, macs, sum(moved.values()), scratch, len(self._launches))
+
+
+def _bound(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip((argument.name for argument in op._schema.arguments), args, strict=False)) | kwargs
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [x for part in value for x in _tensors(part)] if isinstance(value, (list, tuple)) else []
+
+
+def _bytes(value: Any) -> int:
+    """Return the bytes of all different elements of some tensors."""
+    return sum(
+        x.itemsize * prod(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride)
+        for x in _tensors(value)
+    )
+
+
+def _by_storage(values: Sequence[Any]) -> dict[int, int]:
+    """Return the bytes of the largest of some tensors on each storage."""
+    sizes: dict[int, int] = {}
+    for x in _tensors(values):
+        storage = x.untyped_storage()._cdata
+        sizes[storage] = max(_bytes(x), sizes.get(storage, 0))
+    return sizes
+
+
+def _macs(op: Any, name: str, bound: dict[str, Any], result: Any) -> Counter[str]:
+    if name.startswith("_scaled_dot_product"):
+        shapes = [bound[key].shape for key in ("grad_out", "query", "key", "value") if key in bound]
+        operations = (sdpa_flop_count if len(shapes) == 3 else sdpa_backward_flop_count)(*shapes)
+        # Blocks above the diagonal are skipped.
+        operations //= 2 if bound.get("is_causal") else 1
+        return Counter({ARITHMETIC[bound["query"].dtype]: operations // 2})
+    if op.overloadpacket not in flop_registry:
+        return Counter()
+    operations = flop_registry[op.overloadpacket](*bound.values(), out_val=result)
+    return Counter({ARITHMETIC[_tensors(list(bound.values()))[0].dtype]: operations // 2})
+
+
+def _of_plan(layer: object, plan: Any, dtype: torch.dtype) -> Described:
+    macs = Counter({ARITHMETIC[dtype]: plan.macs - plan.tf32_macs}) + Counter(tf32=plan.tf32_macs)
+    return Described(str(layer), plan.algorithm, macs)
+
+
+def _linear(a: Tensor, e: Tensor) -> Linear:
+    return Linear(a.shape[1] if a.ndim == 3 else 1, a.shape[-1], e.shape[-1])
+
+
+def _conv(x: Tensor, geometry: ConvGeometry) -> Conv:
+    outputs, inputs, kernel, *_ = geometry.weight_shape
+    return Conv(inputs, outputs, kernel, geometry.stride[0], x.shape[-1])
+
+
+def _gram(a: Tensor, e: Tensor, bias: bool, workspace: int, *_: Any) -> Described:
+    plan = choose.gram(tuple(a.shape), tuple(e.shape), bias, a.itemsize, workspace, True)
+    return _of_plan(_linear(a, e), plan, a.dtype)
+
+
+def _gram_conv(x: Tensor, e: Tensor, *arguments: Any) -> Described:
+    geometry, (bias, workspace) = ConvGeometry.from_schema(*arguments[:5]), arguments[5:7]
+    plan = choose.gram_conv(tuple(x.shape), tuple(e.shape), geometry, bias, x.itemsize, workspace, True)
+    return _of_plan(_conv(x, geometry), plan, x.dtype)
+
+
+def _gram_embedding(ids: Tensor, e: Tensor, *_: Any) -> Described:
+    n, t, d = e.shape
+    macs = n * (n + 1) // 2 * t * t * d
+    return Described(f"embedding T={t} D={d}", "pairs of equal ids", Counter({ARITHMETIC[e.dtype]: macs}))
+
+
+def _combine(a: Tensor, e: Tensor, *_: Any) -> Described:
+    return Described(str(_linear(a, e)), macs=Counter({ARITHMETIC[a.dtype]: a.numel() * e.shape[-1]}))
+
+
+def _combine_conv(x: Tensor, e: Tensor, s: Tensor, *geometry: Any) -> Described:
+    return Described(str(_conv(x, ConvGeometry.from_schema(*geometry[:5]))))
+
+
+def _combine_embedding(ids: Tensor, e: Tensor, *_: Any) -> Described:
+    return Described(f"embedding T={e.shape[-2]} D={e.shape[-1]}")
+
+
+def _shapes(name: str, inputs: Sequence[Any]) -> str:
+    shape = "x".join(map(str, _tensors(inputs)[0].shape[1:]))
+    return f"{name.partition('_')[2]} {shape}"
+
+
+DESCRIPTIONS: dict[str, Callable[..., Described]] = {
+    "gram": _gram,
+    "gram_conv": _gram_conv,
+    "gram_embedding": _gram_embedding,
+    "combine": _combine,
+    "combine_conv": _combine_conv,
+    "combine_embedding": _combine_embedding,
+}
+"""By operator, called with the arguments of its schema."""
