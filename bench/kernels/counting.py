@@ -100,12 +100,19 @@ class KernelCounter(TorchDispatchMode):
         self._launches.append(_by_storage([*arguments, *options.values()]))
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = op(*args, **(kwargs or {}))
-        name = op._schema.name.partition("::")[2]
-        bound = _bound(op, args, kwargs or {})
+        kwargs = kwargs or {}
+        if op.namespace not in ("aten", "fngd"):
+            return op(*args, **kwargs)
+        # What torch composes of other operators: those are the kernels.
+        with self:
+            result = op.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        result = op(*args, **kwargs)
+        name, bound = op._schema.name.partition("::")[2], _bound(op, args, kwargs)
         if op.namespace == "fngd":
             self._fngd(name, bound, result)
-        elif op.namespace == "aten" and not op.is_view and name not in NO_KERNEL and "empty" not in name:
+        elif not op.is_view and name not in NO_KERNEL and "empty" not in name:
             self._aten(op, name, bound, result)
         return result
 

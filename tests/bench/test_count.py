@@ -16,9 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.runtime.jit import JITFunction
+from unittest import mock
 import fngd_kernels as fk
 from bench.gpu.meta import launching
 from bench.kernels.counting import KernelCounter
+from fngd_kernels.ops.registration import OPERATORS
 
 def counted(run, *tensors):
     with FakeTensorMode():
@@ -38,8 +41,28 @@ def gradients(forward):
         torch.autograd.grad(y, [x, *weights], y.detach())
     return run
 
+def launched(x, *_):
+    JITFunction.run(None, X=x)
+    return x[0].clone()
+
+def launched_beside_product(a, e, s, bias):
+    JITFunction.run(None, A=a)
+    return [e.flatten(0, 1).T @ a.flatten(0, 1)]
+
+def combined(a, e, s):
+    with mock.patch.dict(OPERATORS, combine=launched_beside_product):
+        fk.combine(a, e, s)
+
+def combined_rows(g, s):
+    with mock.patch.dict(OPERATORS, combine_rows=launched):
+        try:
+            fk.combine_rows(g, s)
+        except NotImplementedError as error:
+            rows["not described"] = str(error)
+
+rows = {}
 half, single, ids = torch.bfloat16, torch.float32, torch.int64
-rows = {
+rows |= {
     "linear": counted(F.linear, ((4, 8), half), ((16, 8), half), ((16,), half)),
     "conv": counted(
         gradients(lambda x, w: F.conv2d(x, w, padding=1, stride=2)),
@@ -64,6 +87,8 @@ rows = {
         ((2, 3, 8, 8), half), ((2, 5, 8, 8), half), ((2,), single),
     ),
 }
+rows["beside a product"] = counted(combined, ((4, 3, 8), half), ((4, 3, 16), half), ((4,), single))
+counted(combined_rows, ((4, 8), half), ((4,), single))
 json.dump(rows, sys.stdout)
 """
 STEPS = """
@@ -107,7 +132,8 @@ def test_convolution_and_each_result_of_its_backward(kernels):
 
 
 def test_bytes_are_those_that_are_touched(kernels):
-    moved = {name: [row[3] for row in rows] for name, rows in kernels.items()}
+    names = ("embedding", "in place", "expanded", "copy", "views")
+    moved = {name: [row[3] for row in kernels[name]] for name in names}
     assert moved["embedding"] == [6 * IDS + 2 * 6 * 8 * SINGLE]
     assert moved["in place"] == [3 * 6 * SINGLE]
     assert moved["expanded"] == [(6 + 600) * SINGLE]
@@ -151,6 +177,16 @@ def test_operator_without_launches_is_the_sum_of_its_parts(kernels):
     assert rows["scale_bias"][2:4] == [{}, HALF * (2 * y + 5) + SINGLE * 2]
     assert rows["convolution_backward"][2:4] == [{"bf16": y * 27}, HALF * (y + x + w)]
     assert rows["combine_conv"][2:] == [{}, 0, 0, 0]
+
+
+def test_launches_do_what_products_of_torch_beside_them_do_not(kernels):
+    product, launch = kernels["beside a product"]
+    assert product[:3] == ["mm", "", {"bf16": 4 * 3 * 8 * 16}]
+    assert launch == ["combine", "", {}, HALF * 4 * 3 * 8, 0, 1]
+
+
+def test_launches_that_nobody_described_are_refused(kernels):
+    assert kernels["not described"] == "combine_rows: how many multiply-adds its Triton kernels do"
 
 
 def test_steps_differ_in_what_solving_adds(tmp_path):
