@@ -1,13 +1,12 @@
 """The work of every kernel that a piece of code asks of a GPU, counted on tensors without data."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,13 +14,10 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from bench.gpu.meta import meta
 from bench.kernels.ceilings import Ceilings
+from bench.kernels.descriptions import ARITHMETIC, DESCRIPTIONS, Described
 from bench.kernels.roofline import Work
-from bench.kernels.shapes import Conv, Linear
-from fngd_kernels.geometry import ConvGeometry
-from fngd_kernels.ops import choose
 from fngd_kernels.ops.registration import OPERATORS
 
-ARITHMETIC = {torch.bfloat16: "bf16", torch.float16: "bf16", torch.float32: "fp32"}
 NO_KERNEL = {"_unsafe_view", "alias", "lift_fresh"}
 GATHERED = {("embedding", "weight"), ("index", "self"), ("index_select", "self")}
 """Arguments of which as many bytes are read as the operator writes."""
@@ -66,14 +62,6 @@ class Kernel:
         return Work(products, self.moved + scratch * self.scratch).floor(ceilings)[0]
 
 
-class Described(NamedTuple):
-    """The layer, the algorithm and the multiply-adds of one of FNGD's operators."""
-
-    layer: str
-    algorithm: str = ""
-    macs: Counter[str] = Counter()  # noqa: RUF012 - never changed
-
-
 class KernelCounter(TorchDispatchMode):
     """Counts the kernels of what runs inside; FNGD's operators run on meta tensors, to see what they launch.
 
@@ -109,23 +97,24 @@ class KernelCounter(TorchDispatchMode):
         if result is not NotImplemented:
             return result
         result = op(*args, **kwargs)
-        name, bound = op._schema.name.partition("::")[2], _bound(op, args, kwargs)
+        name = op._schema.name.partition("::")[2]
         if op.namespace == "fngd":
-            self._fngd(name, bound, result)
+            self._fngd(name, args, result)
         elif not op.is_view and name not in NO_KERNEL and "empty" not in name:
-            self._aten(op, name, bound, result)
+            self._aten(op, name, args, kwargs, result)
         return result
 
     def _add(self, name: str, macs: Counter[str], moved: int, scratch: int = 0, launches: int = 1) -> None:
         kernel = Kernel(self._part, name, self._of.layer, self._of.algorithm, macs, moved, scratch, launches)
         self.kernels.append(kernel)
 
-    def _aten(self, op: Any, name: str, bound: dict[str, Any], result: Any) -> None:
+    def _aten(self, op: Any, name: str, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        bound = _bound(op, args, kwargs)
         if name == "convolution_backward":
             for i, reads in enumerate(CONVOLUTION_READS):
                 if bound["output_mask"][i]:
                     mask = [i == other for other in range(3)]
-                    macs = _macs(op, name, bound | {"output_mask": mask}, result)
+                    macs = _macs(op, (*args[:-1], mask), kwargs, result)
                     self._add(name, macs, sum(_bytes(bound[read]) for read in reads) + _bytes(result[i]))
             return
         fresh = [return_.alias_info is None for return_ in op._schema.returns]
@@ -141,31 +130,30 @@ class KernelCounter(TorchDispatchMode):
                 moved += _bytes(value)
             if argument.alias_info is not None and argument.alias_info.is_write and key not in NOT_WRITTEN:
                 moved += _bytes(value)
-        self._add(name, _macs(op, name, bound, result), moved)
+        self._add(name, _macs(op, args, kwargs, result), moved)
 
-    def _fngd(self, name: str, bound: dict[str, Any], result: Any) -> None:
-        inputs, results = list(bound.values()), _tensors(result)
+    def _fngd(self, name: str, inputs: Sequence[Any], result: Any) -> None:
         if name == "coefficients":
-            layers, n, _ = bound["k"].shape
+            layers, n, _ = inputs[0].shape
             with self.part("solve"):
-                self._add(name, Counter(fp32=layers * n**3 // 6), _bytes(inputs) + _bytes(results))
+                self._add(name, Counter(fp32=layers * n**3 // 6), _bytes(inputs) + _bytes(result))
             return
         if name in ("scale_bias", "found_non_finite"):  # Kernels of the extension.
-            self._add(name, Counter(), _bytes(inputs) + _bytes(results))
+            self._add(name, Counter(), _bytes(inputs) + _bytes(result))
             return
         before, first = (self._of, self._launches), len(self.kernels)
         describe = DESCRIPTIONS.get(name)
-        self._of = Described(_shapes(name, inputs)) if describe is None else describe(*inputs)
+        self._of = Described(_shape(name, inputs)) if describe is None else describe(*inputs)
         self._launches = []
         try:
             with self.part(name.partition("_")[0]):
                 with unset_fake_temporarily():
                     inputs = [meta(x) for x in inputs]
                     with self:
-                        results = _tensors(OPERATORS[name](*inputs))
+                        result = OPERATORS[name](*inputs)
                 if self._launches and describe is None:
                     raise NotImplementedError(f"{name}: how many multiply-adds its Triton kernels do")
-                self._add_launches(name, _by_storage([*inputs, *results]), self.kernels[first:])
+                self._add_launches(name, _by_storage([inputs, result]), self.kernels[first:])
         finally:
             self._of, self._launches = before
 
@@ -215,73 +203,20 @@ def _by_storage(values: Sequence[Any]) -> dict[int, int]:
     return sizes
 
 
-def _macs(op: Any, name: str, bound: dict[str, Any], result: Any) -> Counter[str]:
-    if name.startswith("_scaled_dot_product"):
+def _macs(op: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Counter[str]:
+    if op._schema.name.startswith("aten::_scaled_dot_product"):
+        bound = _bound(op, args, kwargs)
         shapes = [bound[key].shape for key in ("grad_out", "query", "key", "value") if key in bound]
         operations = (sdpa_flop_count if len(shapes) == 3 else sdpa_backward_flop_count)(*shapes)
-        # Blocks above the diagonal are skipped.
+        # Blocks above the diagonal are left out.
         operations //= 2 if bound.get("is_causal") else 1
-        return Counter({ARITHMETIC[bound["query"].dtype]: operations // 2})
-    if op.overloadpacket not in flop_registry:
+    elif op.overloadpacket in flop_registry:
+        operations = flop_registry[op.overloadpacket](*args, **kwargs, out_val=result)
+    else:
         return Counter()
-    operations = flop_registry[op.overloadpacket](*bound.values(), out_val=result)
-    return Counter({ARITHMETIC[_tensors(list(bound.values()))[0].dtype]: operations // 2})
+    return Counter({ARITHMETIC[_tensors(args)[0].dtype]: operations // 2})
 
 
-def _of_plan(layer: object, plan: Any, dtype: torch.dtype) -> Described:
-    macs = Counter({ARITHMETIC[dtype]: plan.macs - plan.tf32_macs}) + Counter(tf32=plan.tf32_macs)
-    return Described(str(layer), plan.algorithm, macs)
-
-
-def _linear(a: Tensor, e: Tensor) -> Linear:
-    return Linear(a.shape[1] if a.ndim == 3 else 1, a.shape[-1], e.shape[-1])
-
-
-def _conv(x: Tensor, geometry: ConvGeometry) -> Conv:
-    outputs, inputs, kernel, *_ = geometry.weight_shape
-    return Conv(inputs, outputs, kernel, geometry.stride[0], x.shape[-1])
-
-
-def _gram(a: Tensor, e: Tensor, bias: bool, workspace: int, *_: Any) -> Described:
-    plan = choose.gram(tuple(a.shape), tuple(e.shape), bias, a.itemsize, workspace, True)
-    return _of_plan(_linear(a, e), plan, a.dtype)
-
-
-def _gram_conv(x: Tensor, e: Tensor, *arguments: Any) -> Described:
-    geometry, (bias, workspace) = ConvGeometry.from_schema(*arguments[:5]), arguments[5:7]
-    plan = choose.gram_conv(tuple(x.shape), tuple(e.shape), geometry, bias, x.itemsize, workspace, True)
-    return _of_plan(_conv(x, geometry), plan, x.dtype)
-
-
-def _gram_embedding(ids: Tensor, e: Tensor, *_: Any) -> Described:
-    n, t, d = e.shape
-    macs = n * (n + 1) // 2 * t * t * d
-    return Described(f"embedding T={t} D={d}", "pairs of equal ids", Counter({ARITHMETIC[e.dtype]: macs}))
-
-
-def _combine(a: Tensor, e: Tensor, *_: Any) -> Described:
-    return Described(str(_linear(a, e)), macs=Counter({ARITHMETIC[a.dtype]: a.numel() * e.shape[-1]}))
-
-
-def _combine_conv(x: Tensor, e: Tensor, s: Tensor, *geometry: Any) -> Described:
-    return Described(str(_conv(x, ConvGeometry.from_schema(*geometry[:5]))))
-
-
-def _combine_embedding(ids: Tensor, e: Tensor, *_: Any) -> Described:
-    return Described(f"embedding T={e.shape[-2]} D={e.shape[-1]}")
-
-
-def _shapes(name: str, inputs: Sequence[Any]) -> str:
-    shape = "x".join(map(str, _tensors(inputs)[0].shape[1:]))
-    return f"{name.partition('_')[2]} {shape}"
-
-
-DESCRIPTIONS: dict[str, Callable[..., Described]] = {
-    "gram": _gram,
-    "gram_conv": _gram_conv,
-    "gram_embedding": _gram_embedding,
-    "combine": _combine,
-    "combine_conv": _combine_conv,
-    "combine_embedding": _combine_embedding,
-}
-"""By operator, called with the arguments of its schema."""
+def _shape(name: str, inputs: Sequence[Any]) -> str:
+    sizes = "x".join(map(str, _tensors(inputs)[0].shape[1:]))
+    return f"{name.partition('_')[2]} {sizes}"
