@@ -38,7 +38,7 @@ from fngd_kernels.ops.registration import OPERATORS
 
 HALF = torch.bfloat16
 VOCABULARY = 10_000
-FUSED = ("gram", "gram_conv", "gram_embedding", "combine", "combine_conv", "combine_embedding")
+FUSED = ("gram", "gram_conv", "gram_embedding", "combine_embedding")
 # Triton's platform_key() with and without the program `file`, which platform.architecture() asks.
 PLATFORMS = ("x86_64,Linux,64bit,ELF", "x86_64,Linux,64bit,")
 
@@ -155,21 +155,18 @@ def _solving_step(network: Network) -> None:
 
 
 class _OnCuda(TorchDispatchMode):
-    """Operators launch what they do on CUDA, on meta tensors; Gram matrices are followed by combinations."""
+    """Operators launch what they do on CUDA, on meta tensors."""
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = op._schema.name.removeprefix("fngd::")
         if name in FUSED and op.namespace == "fngd":
             with unset_fake_temporarily():
                 inputs = [meta(x) for x in args]
-                s = torch.empty(len(inputs[0]), device="meta")
                 OPERATORS[name](*inputs)
-                # What a solving step combines with the coefficients it solved for.
-                if name == "gram":
-                    a, e, bias, _ = inputs[:4]
-                    OPERATORS["combine"](a, e, s, bias)
-                elif name == "gram_embedding":
+                if name == "gram_embedding":
+                    # What a solving step combines with the coefficients it solved for.
                     ids, e, padding_idx = inputs[:3]
+                    s = torch.empty(len(ids), device="meta")
                     OPERATORS["combine_embedding"](ids, e, s, VOCABULARY, padding_idx)
         return op(*args, **(kwargs or {}))
 

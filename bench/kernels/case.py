@@ -62,11 +62,6 @@ class Setting:
         """Return the arithmetic of products of inputs; both half precisions run at one rate."""
         return "fp32" if self.dtype == torch.float32 else "bf16"
 
-    @property
-    def contraction(self) -> str:
-        """Return the arithmetic of products of explicit contributions, which stay in float32."""
-        return "fp32" if self.dtype == torch.float32 else "tf32"
-
     def random(self, *shape: int) -> Tensor:
         """Return random activations or gradients."""
         return torch.randn(shape, device=self.device).to(self.dtype)

@@ -1,6 +1,7 @@
 """Cases of convolutions."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,9 +41,10 @@ def _layout_cases(setting: Setting, layer: Conv, layout: str) -> Iterator[Case]:
 
 def _gram(setting: Setting, layer: Conv, name: str, inputs: Inputs, moved: int) -> Case:
     n = setting.batch
-    formed = (n * layer.space**2 * layer.weights, setting.arithmetic)
-    contracted = (n * n // 2 * layer.weights, setting.contraction)
-    work = Work((formed, contracted), moved + 4 * n * n)
+    positions, columns = layer.space**2, layer.weights // layer.outputs
+    pairs = n * n // 2 * positions**2 * (columns + layer.outputs)
+    explicit = n * positions * layer.weights + n * n // 2 * layer.weights
+    work = Work(((min(pairs, explicit), setting.arithmetic),), moved + 4 * n * n)
 
     def unfolded(x: Tensor, e: Tensor) -> Tensor:
         return plain.gram_conv(x, e, layer, False)
@@ -52,11 +54,13 @@ def _gram(setting: Setting, layer: Conv, name: str, inputs: Inputs, moved: int) 
 
     contenders = {"fngd": Contender(gram, work), "plain unfold": Contender(unfolded, work, "plain")}
     if setting.fused:
-        from fngd_kernels.backends.triton.gram_conv_explicit import gram_conv_explicit
+        from fngd_kernels.backends.triton.gram_explicit import gram_conv_explicit
 
         stride, padding = (layer.stride,) * 2, (layer.padding,) * 2
         geometry = ConvGeometry(layer.weight_shape, stride, padding, (1, 1), 1)
-        contenders["fused explicit"] = Contender(lambda x, e: gram_conv_explicit(x, e, geometry, False), work)
+        formed = Work(((explicit, setting.arithmetic),), moved + 4 * n * n)
+        run = partial(gram_conv_explicit, geometry=geometry, bias=False)
+        contenders["fused explicit"] = Contender(run, formed)
     return setting.case("gram_conv", name, inputs, unfolded, contenders)
 
 

@@ -25,8 +25,8 @@ class Described(NamedTuple):
 
 
 def _of_plan(layer: object, plan: Plan, dtype: torch.dtype) -> Described:
-    macs = Counter({ARITHMETIC[dtype]: plan.macs - plan.tf32_macs}) + Counter(tf32=plan.tf32_macs)
-    return Described(str(layer), plan.algorithm, macs)
+    algorithm = f"{plan.algorithm} on patches" if plan.unfolded else plan.algorithm
+    return Described(str(layer), algorithm, Counter({ARITHMETIC[dtype]: plan.macs}))
 
 
 def _linear(a: Tensor, e: Tensor) -> Linear:
@@ -52,7 +52,9 @@ def _gram_conv(x: Tensor, e: Tensor, *arguments: Any) -> Described:
 def _gram_embedding(ids: Tensor, e: Tensor, *_: Any) -> Described:
     n, t, d = e.shape
     macs = n * (n + 1) // 2 * t * t * d
-    return Described(f"embedding T={t} D={d}", "pairs of equal ids", Counter({ARITHMETIC[e.dtype]: macs}))
+    # float32 is multiplied in three terms of tf32.
+    work = Counter(tf32=3 * macs) if e.dtype == torch.float32 else Counter({ARITHMETIC[e.dtype]: macs})
+    return Described(f"embedding T={t} D={d}", "pairs of equal ids", work)
 
 
 def _combine(a: Tensor, e: Tensor, *_: Any) -> Described:

@@ -33,8 +33,7 @@ def _gram(setting: Setting, layer: Linear, inputs: Inputs, moved: int) -> Case:
     n, t, i, o = setting.batch, layer.positions, layer.inputs, layer.outputs
     half = n * n // 2
     pairs = Work(((half * t * t * (i + o), setting.arithmetic),), moved)
-    formed, contracted = (n * t * i * o, setting.arithmetic), (half * i * o, setting.contraction)
-    explicit = Work((formed, contracted), moved)
+    explicit = Work(((n * t * i * o + half * i * o, setting.arithmetic),), moved)
     cheapest = min(pairs, explicit, key=lambda work: work.macs)
 
     contenders = {
@@ -69,10 +68,6 @@ def _combine(setting: Setting, layer: Linear, inputs: Inputs, work: Work, bias: 
         "plain scaled": Contender(scaled, work, "plain"),
         "plain unweighted": Contender(lambda a, e, s: plain.unweighted(a, e, bias), work, "unweighted"),
     }
-    if setting.fused:
-        from fngd_kernels.backends.triton.combine import combine
-
-        contenders["fused"] = Contender(lambda a, e, s: combine(a, e, s, bias), work)
     op = "combine with bias" if bias else "combine"
     return setting.case(op, layer, lambda: (*inputs(), setting.coefficients()), scaled, contenders)
 

@@ -26,7 +26,7 @@ def _one_pass(a: Tensor, e: Tensor, s: Tensor, bias: bool) -> list[Tensor]:
     """Scale e and sum it for the bias in one pass, then take the library's product."""
     scaled, bias_gradient = scale_bias(e, s, e.ndim - 1, True, bias)
     weight, _ = weighted_gradients(a, scaled, None, True, False)
-    return [weight] if bias_gradient is None else [weight, bias_gradient]
+    return [sums for sums in (weight, bias_gradient) if sums is not None]
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, bool], list[Tensor]]] = {

@@ -116,7 +116,8 @@ def _library_precision(dtype: torch.dtype) -> str | None:
     """Return how float32 is multiplied in convolutions, as torch was told for its own."""
     if dtype != torch.float32:
         return None
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    allowed = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if allowed == "tf32" else "ieee"
 
 
 @with_geometry(2)

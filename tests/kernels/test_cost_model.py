@@ -55,15 +55,6 @@ def test_conv_algorithm(x_shape, weight_shape, stride, algorithm):
     assert conv_plan(x_shape, weight_shape, stride, padding=1).algorithm == algorithm
 
 
-def test_contributions_of_16_bits_are_multiplied_in_tf32():
-    shapes, n, weights = ((8, 256, 32), (8, 256, 32)), 8, 32 * 32
-    half, single = (plan(*shapes, itemsize=size, capability=(9, 0)) for size in (2, 4))
-    assert half.algorithm == single.algorithm == "explicit"
-    assert half.tf32_macs == n * (n + 1) // 2 * weights
-    assert single.tf32_macs == 0
-    assert plan((8, 2, 32), (8, 2, 32), itemsize=2, capability=(9, 0)).tf32_macs == 0  # by pairs
-
-
 def test_macs_by_hand():
     assert plan((10, 7), (10, 3)).macs == 10 * 10 * (7 + 3)
     # 2 samples of 3 positions in one block: every pair of positions, both factors.

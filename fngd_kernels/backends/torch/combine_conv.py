@@ -24,5 +24,5 @@ def combine_conv(x: Tensor, e: Tensor, s: Tensor, geometry: ConvGeometry, bias: 
 
 def conv_weight_gradient(x: Tensor, e: Tensor, geometry: ConvGeometry) -> Tensor:
     """Return the ordinary gradient of a convolution's weight."""
-    weight = x.new_zeros(()).expand(geometry.weight_shape)
+    weight = x.new_empty(()).expand(geometry.weight_shape)
     return weight_gradient(e, x, weight, arguments_of(geometry)).contiguous()

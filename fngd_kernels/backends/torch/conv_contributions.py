@@ -21,7 +21,7 @@ def conv_contributions(x: Tensor, e: Tensor, geometry: ConvGeometry, dtype: torc
     c = weight_gradient(
         e.to(dtype).reshape(1, -1, *e.shape[3:]),
         x.to(dtype).reshape(1, -1, *x.shape[3:]),
-        x.new_zeros((), dtype=dtype).expand(count * outputs, inputs, *geometry.kernel),
+        x.new_empty((), dtype=dtype).expand(count * outputs, inputs, *geometry.kernel),
         arguments_of(geometry)._replace(groups=count),
     )
     return c.reshape(samples, -1)

@@ -1,4 +1,4 @@
-"""A convolution as a linear layer: its patches, and layouts in which the channels of a pixel are neighbours."""
+"""A convolution as a linear layer on its patches, and the layout in which channels are neighbours."""
 
 import torch
 from torch import Tensor

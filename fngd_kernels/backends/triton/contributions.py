@@ -110,7 +110,9 @@ def _contributions_kernel(
     corner_h = tap // kernel_w % kernel_h * dilation_h - padding_h
     corner_w = tap % kernel_w * dilation_w - padding_w
     corner = (
-        corner_d.to(tl.int64) * stride_xd + corner_h.to(tl.int64) * stride_xh + corner_w.to(tl.int64) * stride_xw
+        corner_d.to(tl.int64) * stride_xd
+        + corner_h.to(tl.int64) * stride_xh
+        + corner_w.to(tl.int64) * stride_xw
     )
     offs_xc, offs_eo = (pid_g * channels + offs_c).to(tl.int64), (pid_g * outputs + offs_o).to(tl.int64)
     column_x = X + pid_n * stride_xn + offs_xc * stride_xc + corner  # [BI]

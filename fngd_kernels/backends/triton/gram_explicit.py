@@ -165,10 +165,11 @@ def gram_conv_explicit(
     for weight, step in zip(weights, steps, strict=True):
         for first in range(0, weight.tiles, step):
             count = min(step, weight.tiles - first)
-            weight.form(scratch, first, count)
             width = count * weight.area
+            chunk = scratch[:, :width]
+            weight.form(chunk, first, count)
             _add_gram_kernel[(grid, grid, parts)](
-                C=scratch,
+                C=chunk,
                 PARTIAL=partial,
                 n=n,
                 columns=width,
@@ -196,12 +197,18 @@ def _in_three_dimensions(x: Tensor, e: Tensor, geometry: ConvGeometry) -> tuple[
         return (fill,) * before + tuple(values) + (fill,) * after
 
     whole = ConvGeometry(
-        (outputs, inputs, *axes(tuple(kernel), 1)), axes(stride, 1), axes(padding, 0), axes(dilation, 1), groups
+        (outputs, inputs, *axes(tuple(kernel), 1)),
+        axes(stride, 1),
+        axes(padding, 0),
+        axes(dilation, 1),
+        groups,
     )
 
     def view(t: Tensor) -> Tensor:
         # Axes of size 1 are never moved along; Triton sees that 16 divides 0.
-        strides = [stride if size > 1 else 0 for size, stride in zip(t.shape[2:], t.stride()[2:], strict=True)]
+        strides = [
+            stride if size > 1 else 0 for size, stride in zip(t.shape[2:], t.stride()[2:], strict=True)
+        ]
         return t.as_strided(
             (*t.shape[:2], *axes(t.shape[2:], 1)), (*t.stride()[:2], *axes(tuple(strides), 0))
         )

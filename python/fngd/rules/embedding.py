@@ -70,8 +70,9 @@ class ScaledEmbeddingRule(EmbeddingRule):
 
 def _positions(uses: Sequence[Use]) -> tuple[Tensor, Tensor]:
     """Return all uses as one: ids (N, T), e (N, T, D)."""
-    ids = torch.cat([ids.reshape(ids.shape[0], -1) for ids, *_ in uses], dim=1)
-    return ids, torch.cat([e.reshape(e.shape[0], -1, e.shape[-1]) for _, e, _ in uses], dim=1)
+    ids = [ids.reshape(ids.shape[0], -1) for ids, *_ in uses]
+    e = [e.reshape(e.shape[0], -1, e.shape[-1]) for _, e, _ in uses]
+    return (ids[0], e[0]) if len(uses) == 1 else (torch.cat(ids, 1), torch.cat(e, 1))
 
 
 def masked_positions(module: Any, uses: Sequence[Use]) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,9 @@ import contextlib
 import io
 import json
 import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -20,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
@@ -116,6 +118,40 @@ def combine_embedding(dtype: torch.dtype, precision: str) -> None:
     combine_embedding(ids, meta(64, 128, 77, dtype=dtype), s, 1001, None)
 
 
+def networks(dtype: torch.dtype, precision: str) -> None:
+    """Layers of ResNet-18 on 32 x 32 images, a Transformer (T = 30), GPT-2 (T = 1024)."""
+    from fngd_kernels.backends.triton.gram_embedding import gram_embedding
+    from fngd_kernels.backends.triton.gram_explicit import gram_conv_explicit, gram_explicit
+    from fngd_kernels.backends.triton.gram_hadamard import gram_hadamard
+    from fngd_kernels.backends.triton.gram_pairs import gram_pairs
+    from fngd_kernels.geometry import ConvGeometry
+
+    for inputs, outputs, kernel, stride, size in (
+        (64, 64, 3, 1, 32),
+        (64, 128, 3, 2, 32),
+        (64, 128, 1, 2, 32),
+        (128, 128, 3, 1, 16),
+        (256, 256, 3, 1, 8),
+    ):
+        space = size // stride
+        x, e = meta(128, inputs, size, size, dtype=dtype), meta(128, outputs, space, space, dtype=dtype)
+        x, e = (t.to(memory_format=torch.channels_last) for t in (x, e))
+        padding = (kernel // 2,) * 2
+        geometry = ConvGeometry((outputs, inputs, kernel, kernel), (stride,) * 2, padding, (1, 1), 1)
+        gram_conv_explicit(x, e, geometry, False)
+    # A convolution of 4 x 4 positions by its patches.
+    for positions, inputs, outputs in ((16, 4608, 512), (30, 512, 512), (30, 512, 2048), (30, 512, 10_000)):
+        a, e = meta(128, positions, inputs, dtype=dtype), meta(128, positions, outputs, dtype=dtype)
+        gram_pairs(a, e, True)
+    for inputs, outputs in ((768, 2304), (3072, 768), (768, 50_272)):
+        gram_explicit(meta(32, 1024, inputs, dtype=dtype), meta(32, 1024, outputs, dtype=dtype), False)
+    gram_hadamard(meta(4096, 1, 512, dtype=dtype), meta(4096, 1, 512, dtype=dtype), True)
+    # Autocast leaves what an embedding returns, and its gradient, in float32.
+    for samples, positions, size in ((128, 30, 512), (32, 1024, 768)):
+        ids, e = meta(samples, positions, dtype=torch.int64), meta(samples, positions, size, dtype=FLOAT32)
+        gram_embedding(ids, e, 0)
+
+
 # Each author adds the launches of a kernel: what a real layer would ask for.
 CASES: dict[str, Callable[[torch.dtype, str], None]] = {
     "combine_embedding": combine_embedding,
@@ -124,6 +160,7 @@ CASES: dict[str, Callable[[torch.dtype, str], None]] = {
     "gram_embedding": gram_embedding,
     "gram_hadamard": gram_hadamard,
     "gram_pairs": gram_pairs,
+    "networks": networks,
 }
 
 
@@ -165,7 +202,18 @@ def compiled(source: ASTSource, options: dict, target: GPUTarget) -> dict:
         "shared": result.metadata.shared,
         "registers": int(re.search(r"Used (\d+) registers", log.getvalue())[1]),
         "spilled": int(re.search(r"(\d+) bytes spill stores", log.getvalue())[1]),
+        "instructions": sorted(instructions(result)) if target.arch == 90 else [],
     }
+
+
+def instructions(result: CompiledKernel) -> set[str]:
+    """Return the instructions of a kernel that multiply matrices or read device memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(result.asm["cubin"])
+        cubin.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", cubin.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return set(re.findall(r"\b(?:HGMMA|HMMA|FFMA|LDGSTS|LDG)(?![A-Z])(?:\.\w+)*", text))
 
 
 def main(arch: int, names: list[str]) -> None:

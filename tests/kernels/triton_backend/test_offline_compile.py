@@ -24,15 +24,34 @@ def compile_in_own_process(arch, names):
 
 
 def assert_fits(arch, names, *flags):
+    """Return what was compiled."""
     kernels = compile_in_own_process(arch, [*flags, *names])
     assert {kernel["case"] for kernel in kernels} == set(names)
     assert not [kernel for kernel in kernels if kernel["spilled"]]
     assert not [kernel for kernel in kernels if kernel["shared"] > SHARED_KIB[arch] << 10]
+    return kernels
 
 
 @pytest.mark.parametrize("variant", ["bfloat16-ieee", "float32-ieee"])
 def test_every_case_compiles_for_hopper(variant):
     assert_fits(90, [f"{case}-{variant}" for case in CASES])
+
+
+def test_layers_of_real_networks_use_the_tensor_cores_of_hopper_and_load_16_bytes():
+    kernels = [
+        k for k in assert_fits(90, ["networks-bfloat16-ieee"]) if k["kernel"] != "_sum_partials_kernel"
+    ]
+    assert len({kernel["kernel"] for kernel in kernels}) == 5
+    for kernel in kernels:
+        products = {name.split(".")[0] for name in kernel["instructions"] if "MMA" in name or "FMA" in name}
+        assert "HGMMA" in products, kernel
+        assert "HMMA" not in products, kernel
+        loads = {name for name in kernel["instructions"] if name.startswith("LDG") and "U16" in name}
+        assert not loads, kernel
+        copies = {name for name in kernel["instructions"] if name.startswith("LDGSTS.")}
+        assert all(name.endswith(".128") for name in copies), kernel
+        # One step needs no copies in advance.
+        assert copies or "LDG.E.128" in kernel["instructions"], kernel
 
 
 @pytest.mark.parametrize("arch", [80, 100])

@@ -202,7 +202,9 @@ def test_the_plan_of_a_convolution_says_what_runs(x_shape, weight_shape, options
     )
     fk.gram_conv(x, e, weight_shape, **options)
     algorithm = chosen.algorithm if chosen.unfolded else f"conv {chosen.algorithm}"
-    assert chosen.unfolded == ("groups" not in options and x_shape != (2, 4, 3, 2)) or chosen.backend == "torch"
+    assert (
+        chosen.unfolded == ("groups" not in options and x_shape != (2, 4, 3, 2)) or chosen.backend == "torch"
+    )
     assert launched == ([algorithm] if chosen.backend == "triton" else [])
     assert (chosen.backend == "torch") == (dtype == torch.float64)
 
