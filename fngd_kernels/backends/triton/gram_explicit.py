@@ -205,12 +205,9 @@ def _in_three_dimensions(x: Tensor, e: Tensor, geometry: ConvGeometry) -> tuple[
     )
 
     def view(t: Tensor) -> Tensor:
+        space = zip(t.shape[2:], t.stride()[2:], strict=True)
         # Axes of size 1 are never moved along; Triton sees that 16 divides 0.
-        strides = [
-            stride if size > 1 else 0 for size, stride in zip(t.shape[2:], t.stride()[2:], strict=True)
-        ]
-        return t.as_strided(
-            (*t.shape[:2], *axes(t.shape[2:], 1)), (*t.stride()[:2], *axes(tuple(strides), 0))
-        )
+        strides = axes(tuple(stride if size > 1 else 0 for size, stride in space), 0)
+        return t.as_strided((*t.shape[:2], *axes(t.shape[2:], 1)), (*t.stride()[:2], *strides))
 
     return view(x), view(e), whole

@@ -178,22 +178,24 @@ def test_the_plan_of_a_linear_layer_says_what_runs(shape, dtype, device, launche
 
 @pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize(
-    ("x_shape", "weight_shape", "options"),
+    ("x_shape", "weight_shape", "options", "unfolded"),
     [
-        ((2, 4, 3, 2), (5, 4, 3, 2), {"padding": 1}),
+        ((2, 4, 3, 2), (5, 4, 3, 2), {"padding": 1}, False),
         # A linear layer on its pixels: few of them, one, many.
-        ((2, 20, 2, 2), (17, 20, 1, 1), {}),
-        ((2, 4, 1, 1), (5, 4, 1, 1), {}),
-        ((2, 4, 6, 6), (5, 4, 1, 1), {}),
+        ((2, 20, 2, 2), (17, 20, 1, 1), {}, True),
+        ((2, 4, 1, 1), (5, 4, 1, 1), {}, True),
+        ((2, 4, 6, 6), (5, 4, 1, 1), {}, True),
         # On its patches: strided, padded.
-        ((2, 20, 3, 3), (17, 20, 1, 1), {"stride": 2}),
-        ((2, 20, 2, 2), (17, 20, 1, 1), {"padding": 1}),
-        ((2, 40, 2, 2), (48, 40, 3, 3), {"padding": 1}),
+        ((2, 20, 3, 3), (17, 20, 1, 1), {"stride": 2}, True),
+        ((2, 20, 2, 2), (17, 20, 1, 1), {"padding": 1}, True),
+        ((2, 40, 2, 2), (48, 40, 3, 3), {"padding": 1}, True),
         # Neither: in groups, many positions.
-        ((2, 20, 2, 2), (18, 10, 1, 1), {"groups": 2}),
+        ((2, 20, 2, 2), (18, 10, 1, 1), {"groups": 2}, False),
     ],
 )
-def test_the_plan_of_a_convolution_says_what_runs(x_shape, weight_shape, options, dtype, device, launched):
+def test_the_plan_of_a_convolution_says_what_runs(
+    x_shape, weight_shape, options, unfolded, dtype, device, launched
+):
     x = torch.randn(x_shape)
     e = torch.randn_like(F.conv2d(x, torch.zeros(weight_shape), **options))
     x, e = x.to(device, dtype), e.to(device, dtype)
@@ -202,9 +204,7 @@ def test_the_plan_of_a_convolution_says_what_runs(x_shape, weight_shape, options
     )
     fk.gram_conv(x, e, weight_shape, **options)
     algorithm = chosen.algorithm if chosen.unfolded else f"conv {chosen.algorithm}"
-    assert (
-        chosen.unfolded == ("groups" not in options and x_shape != (2, 4, 3, 2)) or chosen.backend == "torch"
-    )
+    assert chosen.unfolded == (unfolded and chosen.backend == "triton")
     assert launched == ([algorithm] if chosen.backend == "triton" else [])
     assert (chosen.backend == "torch") == (dtype == torch.float64)
 
