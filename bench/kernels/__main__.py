@@ -16,13 +16,15 @@ from bench.kernels.ceilings import CEILINGS, known
 from bench.kernels.run import Row, check, run
 from bench.kernels.shapes import NETWORKS, TINY
 from bench.tools import arguments, environment, jsonl
+from bench.tools.precision import allow_tf32
 from bench.tools.timing import synchronise
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
+@allow_tf32(False)
 def main(argv: Sequence[str] | None = None) -> int:
-    """Gate, time and record every case; return how many failed."""
+    """Gate, time and record every case, float32 multiplied as such; return how many failed."""
     options = _parser().parse_args(argv)
     device = torch.device(options.device)
     if device.type == "cpu":

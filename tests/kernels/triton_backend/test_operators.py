@@ -1,6 +1,7 @@
 """The operators as CUDA tensors see them: every route against float64 gradients per sample."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,9 +188,9 @@ def test_the_plan_of_a_linear_layer_says_what_runs(shape, dtype, device, launche
         ((2, 4, 6, 6), (5, 4, 1, 1), {}, True),
         # On its patches: strided, padded.
         ((2, 20, 3, 3), (17, 20, 1, 1), {"stride": 2}, True),
-        ((2, 20, 2, 2), (17, 20, 1, 1), {"padding": 1}, True),
         ((2, 40, 2, 2), (48, 40, 3, 3), {"padding": 1}, True),
-        # Neither: in groups, many positions.
+        # Neither: padding makes many positions, groups.
+        ((2, 20, 2, 2), (17, 20, 1, 1), {"padding": 1}, False),
         ((2, 20, 2, 2), (18, 10, 1, 1), {"groups": 2}, False),
     ],
 )
@@ -209,8 +210,9 @@ def test_the_plan_of_a_convolution_says_what_runs(
     assert (chosen.backend == "torch") == (dtype == torch.float64)
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
-def test_precisions_reach_every_kernel(precision, device, monkeypatch):
+@pytest.fixture
+def precisions(monkeypatch):
+    """Return a list of the precisions that kernels were launched with."""
     seen = []
 
     def spy(launcher, *arguments):
@@ -219,10 +221,37 @@ def test_precisions_reach_every_kernel(precision, device, monkeypatch):
 
     for name in (*LAUNCHERS, "triton_gram_embedding"):
         monkeypatch.setattr(triton, name, partial(spy, getattr(triton, name)))
+    return seen
+
+
+@pytest.mark.parametrize("allowed", ["tf32", "ieee"])
+def test_float32_is_multiplied_as_torch_was_told(allowed, device, precisions, monkeypatch):
+    other = "ieee" if allowed == "tf32" else "tf32"
+    # Not the attributes of torch's own objects, which cannot be put back.
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=allowed))
+    monkeypatch.setitem(vars(torch.backends.cudnn), "conv", SimpleNamespace(fp32_precision=other))
+    fk.gram(*linear_case((2, 2, 20, 17), torch.float32, device))
+    assert precisions == [allowed]
+    for weight_shape in (
+        (3, 2, 3, 3),
+        (3, 2, 4, 4),
+    ):  # contributions; one position, a linear layer on patches
+        x, e = (
+            torch.randn(2, 2, 4, 4, device=device),
+            torch.randn(2, 3, *[5 - weight_shape[2]] * 2).to(device),
+        )
+        fk.gram_conv(x, e, weight_shape)
+    ids, e = torch.zeros(2, 3, dtype=torch.int64, device=device), torch.randn(2, 3, 4, device=device)
+    fk.gram_embedding(ids, e)
+    assert precisions == [allowed, other, other, "tf32x3"]
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
+def test_precisions_reach_every_kernel(precision, device, precisions):
     for shape in ((3, None, 4, 2), (2, 2, 20, 17), (2, 33, 5, 4)):
         fk.gram(*linear_case(shape, torch.float32, device), precision=precision)
     x, e = torch.randn(2, 2, 4, 4, device=device), torch.randn(2, 3, 2, 2, device=device)
     fk.gram_conv(x, e, (3, 2, 3, 3), precision=precision)
     ids, e = torch.zeros(2, 3, dtype=torch.int64, device=device), torch.randn(2, 3, 4, device=device)
     fk.gram_embedding(ids, e, precision=precision)
-    assert seen == [precision] * 5
+    assert precisions == [precision] * 5
