@@ -37,7 +37,7 @@ def run(cache):
 def test_kernels_of_a_solving_step_are_in_the_cache(tmp_path):
     count, *names = run(tmp_path)
     assert {
-        "_combine_kernel",
+        "_sum_chunks_kernel",
         "_gram_embedding_kernel",
         "_gram_hadamard_kernel",
         "_gram_pairs_kernel",

@@ -160,8 +160,8 @@ CASES: dict[str, Callable[[torch.dtype, str], None]] = {
     "gram_embedding": gram_embedding,
     "gram_hadamard": gram_hadamard,
     "gram_pairs": gram_pairs,
-    "networks": networks,
 }
+NETWORKS = {"networks": networks}
 
 
 def recorded(launch: Callable[[], None], arch: int) -> list[tuple]:
@@ -222,7 +222,7 @@ def main(arch: int, names: list[str]) -> None:
     seen = set()
     for name in names[once:]:
         case, variant = name.split("-", 1)
-        for kernel, arguments in recorded(partial(CASES[case], *VARIANTS[variant]), arch):
+        for kernel, arguments in recorded(partial((CASES | NETWORKS)[case], *VARIANTS[variant]), arch):
             source, options = source_of(kernel, arguments, target)
             key = source.name if once else (source.hash(), str(options))
             if key not in seen:

@@ -20,9 +20,11 @@ FORMED = BOUND | {torch.bfloat16: 2**-7}  # where contributions are formed, and 
 
 @pytest.fixture(autouse=True)
 def _runs_triton(monkeypatch):
-    """Let the operators treat a CPU on which Triton interprets as they treat a CUDA device."""
+    """Let the operators treat a CPU on which Triton interprets as they treat a CUDA device, without tf32."""
     if common.INTERPRET:
         monkeypatch.setattr(devices, "runs_triton", lambda device: True)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 def linear_case(shape, dtype, device):
