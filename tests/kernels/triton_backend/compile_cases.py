@@ -2,7 +2,7 @@
 
 A case is a launch on meta tensors: signature, constants and alignments are those of the real launch.
 `python compile_cases.py 90 gram_pairs-bfloat16-ieee ...` prints one JSON object for each compilation, with
-`--first` before the cases one for each kernel.
+`--first` before the cases one for each kernel of a case.
 """
 
 import contextlib
@@ -224,7 +224,7 @@ def main(arch: int, names: list[str]) -> None:
         case, variant = name.split("-", 1)
         for kernel, arguments in recorded(partial((CASES | NETWORKS)[case], *VARIANTS[variant]), arch):
             source, options = source_of(kernel, arguments, target)
-            key = source.name if once else (source.hash(), str(options))
+            key = (case, source.name) if once else (source.hash(), str(options))
             if key not in seen:
                 seen.add(key)
                 result = compiled(source, options, target)
