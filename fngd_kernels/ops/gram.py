@@ -19,8 +19,10 @@ from ..backends.torch.gram_pairs import gram_pairs
 from ..backends.torch.products import accumulation_dtype
 from ..backends.torch.squared_norms import linear_norms
 from ..plans import Plan
+from ..sketch import INPUTS, OUTPUTS, Sketch, as_sketch
 from . import choose, devices
 from .registration import call, register
+from .sketch import sketched
 
 Implementation = Callable[[Tensor, Tensor, bool, Plan, int, str | None], Tensor]
 
@@ -45,6 +47,7 @@ def gram(
     diag: bool = False,
     workspace: int | None = None,
     precision: str | None = None,
+    sketch: int | Sketch | None = None,
 ) -> Tensor:
     """Return the Gram matrix of a linear layer's contributions.
 
@@ -60,6 +63,7 @@ def gram(
         workspace: Upper bound of scratch memory in bytes, by default 64 MiB.
         precision: How float32 is multiplied on a GPU: "ieee", "tf32" or "tf32x3"; by default what
             torch.set_float32_matmul_precision says. On a CPU it is always "ieee".
+        sketch: A Sketch, or its size alone, to compress both sides of the contributions; None for the exact K.
 
     Returns:
         K, (N,N) float32 or float64; with diag (N,).
@@ -73,6 +77,8 @@ def gram(
     flag("diag", diag)
     workspace = checks.workspace_bytes(workspace)
     checks.check_precision(precision)
+    sketch = as_sketch(sketch)
+    a, e = sketched(a, a.ndim - 1, INPUTS, sketch), sketched(e, e.ndim - 1, OUTPUTS, sketch)
     op = torch.ops.fngd.gram_diag if diag else torch.ops.fngd.gram
     return call(op.default, a, e, bias, workspace, precision)
 
