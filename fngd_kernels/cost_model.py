@@ -79,9 +79,7 @@ def plan(
     sketch = as_sketch(sketch)
     if geometry is None:
         if sketch is not None:
-            a_shape, e_shape = (
-                (*shape[:-1], min(shape[-1], sketch.size)) for shape in (a_shape, e_shape)
-            )
+            a_shape, e_shape = ((*shape[:-1], min(shape[-1], sketch.size)) for shape in (a_shape, e_shape))
         return plan_linear(a_shape, e_shape, bias, itemsize, workspace, on_triton)
     if sketch is not None:
         geometry = sketched_geometry(geometry, sketch)

@@ -63,7 +63,8 @@ def gram(
         workspace: Upper bound of scratch memory in bytes, by default 64 MiB.
         precision: How float32 is multiplied on a GPU: "ieee", "tf32" or "tf32x3"; by default what
             torch.set_float32_matmul_precision says. On a CPU it is always "ieee".
-        sketch: A Sketch, or its size alone, to compress both sides of the contributions; None for the exact K.
+        sketch: A Sketch, or its size alone, to compress both sides of the contributions;
+            None for the exact K.
 
     Returns:
         K, (N,N) float32 or float64; with diag (N,).
@@ -78,7 +79,7 @@ def gram(
     workspace = checks.workspace_bytes(workspace)
     checks.check_precision(precision)
     sketch = as_sketch(sketch)
-    a, e = sketched(a, a.ndim - 1, INPUTS, sketch), sketched(e, e.ndim - 1, OUTPUTS, sketch)
+    a, e = sketched(a, INPUTS, sketch), sketched(e, OUTPUTS, sketch)
     op = torch.ops.fngd.gram_diag if diag else torch.ops.fngd.gram
     return call(op.default, a, e, bias, workspace, precision)
 

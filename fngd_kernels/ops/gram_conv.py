@@ -15,7 +15,7 @@ from ..plans import Plan
 from ..sketch import INPUTS, OUTPUTS, Sketch, as_sketch, sketched_geometry
 from . import choose, devices, gram
 from .registration import GEOMETRY, call, register, with_geometry
-from .sketch import sketched
+from .sketch import sketched_images
 
 Implementation = Callable[[Tensor, Tensor, ConvGeometry, bool, Plan, int, str | None], Tensor]
 
@@ -78,8 +78,8 @@ def gram_conv(
     workspace = checks.workspace_bytes(workspace)
     checks.check_precision(precision)
     if (sketch := as_sketch(sketch)) is not None:
-        x = sketched(x, 1, INPUTS, sketch, geometry.groups)
-        e = sketched(e, 1, OUTPUTS, sketch, geometry.groups)
+        x = sketched_images(x, INPUTS, sketch, geometry.groups)
+        e = sketched_images(e, OUTPUTS, sketch, geometry.groups)
         geometry = sketched_geometry(geometry, sketch)
     op = torch.ops.fngd.gram_conv_diag if diag else torch.ops.fngd.gram_conv
     return call(op.default, x, e, *geometry, bias, workspace, precision)

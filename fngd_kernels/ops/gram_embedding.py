@@ -64,7 +64,8 @@ def gram_embedding(
         workspace: Upper bound of scratch memory in bytes, by default 64 MiB.
         precision: How float32 is multiplied on a GPU: "ieee", "tf32" or "tf32x3"; by default what
             torch.set_float32_matmul_precision says. On a CPU it is always "ieee".
-        sketch: A Sketch, or its size alone, to compress the D columns of the contributions; None for the exact K.
+        sketch: A Sketch, or its size alone, to compress the D columns of the contributions;
+            None for the exact K.
 
     Returns:
         K, (N,N) float32 or float64; with diag (N,).
@@ -78,7 +79,7 @@ def gram_embedding(
     flag("diag", diag)
     workspace = checks.workspace_bytes(workspace)
     checks.check_precision(precision)
-    e = sketched(e, e.ndim - 1, INPUTS, as_sketch(sketch))
+    e = sketched(e, INPUTS, as_sketch(sketch))
     op = torch.ops.fngd.gram_embedding_diag if diag else torch.ops.fngd.gram_embedding
     return call(op.default, ids, e, padding_idx, workspace, precision)
 

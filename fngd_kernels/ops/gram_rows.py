@@ -45,7 +45,7 @@ def gram_rows(
     flag("diag", diag)
     workspace = checks.workspace_bytes(workspace)
     if (sketch := as_sketch(sketch)) is not None:
-        g = sketched(g.reshape(len(g), prod(g.shape[1:])), 1, ROWS, sketch)
+        g = sketched(g.reshape(len(g), prod(g.shape[1:])), ROWS, sketch)
     op = torch.ops.fngd.gram_rows_diag if diag else torch.ops.fngd.gram_rows
     return call(op.default, g, workspace)
 

@@ -11,32 +11,45 @@ from ..sketch import Sketch
 from . import choose, devices
 from .registration import call, register
 
-IMPLEMENTATIONS: dict[str, Callable[[Tensor, int, int, int, int], Tensor]] = {"torch": torch_sketch}
-"""By backend."""
+IMPLEMENTATIONS: dict[str, Callable[[Tensor, int, int, int, Tensor], None]] = {"torch": torch_sketch}
+"""By backend; for x (N,P,C) and the result (N,P,groups * size), which is written to."""
 
 
-def sketched(x: Tensor, channel: int, side: int, sketch: Sketch | None, groups: int = 1) -> Tensor:
-    """Return x with the channels of each group summed in buckets, or x itself where nothing is to be done.
+def sketched(x: Tensor, side: int, sketch: Sketch | None) -> Tensor:
+    """Return x (N,C) or (N,T,C) with its channels summed in buckets, or x itself where there is no need.
 
     y_b = sum_{i mod r = b} sign_i x_i
 
     Args:
-        x: (N,...) float.
-        channel: The dimension of channels, not the first.
+        x: The tensor, float.
         side: One of those named in `fngd_kernels.sketch`, which has signs of its own.
         sketch: The sketch, None for no compression.
-        groups: Groups of channels; each has signs of its own.
 
     Returns:
-        y of x's dtype, summed in at least float32 and rounded once; its channels are innermost in memory.
+        y of x's dtype, summed in at least float32 and rounded once.
     """
-    if sketch is None or x.shape[channel] // groups <= sketch.buckets(side):
+    if sketch is None or x.shape[-1] <= sketch.buckets(side):
         return x
-    size, key = sketch.buckets(side), sketch.key(side)
-    return call(torch.ops.fngd.sketch.default, x, channel, groups, size, key)
+    rows = x.unsqueeze(1) if x.ndim == 2 else x
+    return _compressed(rows, 1, side, sketch, True).view(*x.shape[:-1], -1)
 
 
-def sketched_ids(ids: Tensor, e: Tensor, rows: int, side: int, sketch: Sketch) -> tuple[Tensor, Tensor]:
+def sketched_images(x: Tensor, side: int, sketch: Sketch, groups: int) -> Tensor:
+    """Return x (N,C,*space) with the channels of each group compressed; see `sketched`.
+
+    The result's channels are innermost in memory where Triton kernels will read it, else outermost, as the
+    convolutions on a CPU want them.
+    """
+    if x.shape[1] // groups <= sketch.buckets(side):
+        return x
+    innermost = devices.runs_triton(x.device)
+    y = _compressed(x.flatten(2).mT, groups, side, sketch, innermost)
+    return y.mT.unflatten(2, x.shape[2:])
+
+
+def sketched_ids(
+    ids: Tensor, e: Tensor, rows: int, side: int, sketch: Sketch | None
+) -> tuple[Tensor, Tensor]:
     """Return ids and gradients of the embedding whose contributions have their rows compressed.
 
     Args:
@@ -44,20 +57,30 @@ def sketched_ids(ids: Tensor, e: Tensor, rows: int, side: int, sketch: Sketch) -
         e: (N,T,D) float, gradient at its output.
         rows: Rows of its weight; as channels they would be the side named.
         side: As for `sketched`.
-        sketch: The sketch.
+        sketch: The sketch, None for no compression.
     """
-    if rows <= sketch.buckets(side):
+    if sketch is None or rows <= sketch.buckets(side):
         return ids, e
-    return ids % sketch.buckets(side), e * signs(ids, sketch.key(side), e.dtype).unsqueeze(-1)
+    return ids % sketch.buckets(side), e * signs(ids, sketch.key(side)).unsqueeze(-1)
 
 
-def _sketch(x: Tensor, channel: int, groups: int, size: int, key: int) -> Tensor:
-    return IMPLEMENTATIONS[choose.sketch(devices.triton_serves(x))](x, channel, groups, size, key)
+def _compressed(x: Tensor, groups: int, side: int, sketch: Sketch, innermost: bool) -> Tensor:
+    size, key = sketch.buckets(side), sketch.key(side)
+    return call(torch.ops.fngd.sketch.default, x, groups, size, key, innermost)
 
 
-def _fake(x: Tensor, channel: int, groups: int, size: int, key: int) -> Tensor:
-    rows = x.movedim(channel, -1)
-    return rows.new_empty((*rows.shape[:-1], groups * size)).movedim(-1, channel)
+def _sketch(x: Tensor, groups: int, size: int, key: int, innermost: bool) -> Tensor:
+    y = _fake(x, groups, size, key, innermost)
+    if y.numel():
+        IMPLEMENTATIONS[choose.sketch(devices.triton_serves(x))](x, groups, size, key, y)
+    return y
 
 
-register("sketch(Tensor x, int channel, int groups, int size, int key) -> Tensor", _sketch, _fake)
+def _fake(x: Tensor, groups: int, size: int, key: int, innermost: bool) -> Tensor:
+    samples, positions, channels = x.shape[0], x.shape[1], groups * size
+    if innermost:
+        return x.new_empty((samples, positions, channels))
+    return x.new_empty((samples, channels, positions)).mT
+
+
+register("sketch(Tensor x, int groups, int size, int key, bool innermost) -> Tensor", _sketch, _fake)
