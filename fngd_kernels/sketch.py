@@ -1,24 +1,28 @@
 """Sketches: how contributions are compressed before they are compared; standard library only."""
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
-from .arguments import integer
+from .arguments import LIMIT
 from .geometry import ConvGeometry
 
 INPUTS, OUTPUTS, ROWS = range(3)
-"""What is compressed: A and the rows of an embedding, E, and contributions that are already formed."""
+"""The sides: A and gradients of an embedding, E, and contributions that are already formed."""
+
+SIZE_LIMIT = 2**15
+"""Sizes must be smaller than this: contributions that are already formed go into size^2 columns."""
 
 
 @dataclass(frozen=True)
 class Sketch:
     """A count sketch of both sides of the contributions C_n = E_n^T A_n.
 
-    C_n' = (E_n R)^T (A_n Q), with R (O,r) and Q (I,r) of one sign in each row, drawn at random, channel i's in
+    C_n' = (E_n R)^T (A_n Q), with R (O,r) and Q (I,r) of one random sign in each row, that of channel i in
     column i mod r. E[R R^T] = I and E[Q Q^T] = I, so <C_i', C_j'> is right in expectation. A side with at
     most r channels is left as it is. Contributions that are already formed, (N,D), go into r^2 columns.
 
-    Source: the count sketch of Charikar, Chen, Farach-Colton 2002.
+    Source: the count sketch, Charikar, Chen and Farach-Colton 2002, its columns taken in turn.
 
     Attributes:
         size: r, 1 or more.
@@ -29,8 +33,8 @@ class Sketch:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "size", _integer("size", self.size, 1))
-        object.__setattr__(self, "seed", _integer("seed", self.seed, 0))
+        object.__setattr__(self, "size", _integer("size", self.size, 1, SIZE_LIMIT))
+        object.__setattr__(self, "seed", _integer("seed", self.seed, 0, LIMIT))
 
     def buckets(self, side: int) -> int:
         """Return how many channels are left of a side that has more."""
@@ -49,7 +53,7 @@ def as_sketch(sketch: Any) -> Sketch | None:
     """Require a Sketch, its size alone, or None; return the sketch."""
     if sketch is None or isinstance(sketch, Sketch):
         return sketch
-    return Sketch(_integer("sketch", sketch, 1))
+    return Sketch(_integer("sketch", sketch, 1, SIZE_LIMIT, "an int, a Sketch or None"))
 
 
 def sketched_geometry(geometry: ConvGeometry, sketch: Sketch) -> ConvGeometry:
@@ -59,8 +63,11 @@ def sketched_geometry(geometry: ConvGeometry, sketch: Sketch) -> ConvGeometry:
     return geometry._replace(weight_shape=(outputs, min(inputs, sketch.size), *kernel))
 
 
-def _integer(name: str, value: Any, least: int) -> int:
-    """Require an integer of at least `least` that is not True or False; return it as an int."""
-    if isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {value}")
-    return integer(name, value, least)
+def _integer(name: str, value: Any, least: int, limit: int, expected: str = "an int") -> int:
+    """Require an integer from `least` to below `limit` that is not True or False; return it as an int."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected {expected}, got {value!r:.80}")
+    number = int(value)
+    if not least <= number < limit:
+        raise ValueError(f"{name}: expected an int, {least} or more and below {limit}, got {number}")
+    return number

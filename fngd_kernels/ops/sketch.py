@@ -31,7 +31,7 @@ def sketched(x: Tensor, side: int, sketch: Sketch | None) -> Tensor:
     if sketch is None or x.shape[-1] <= sketch.buckets(side):
         return x
     rows = x.unsqueeze(1) if x.ndim == 2 else x
-    return _compressed(rows, 1, side, sketch, True).view(*x.shape[:-1], -1)
+    return _compressed(rows, 1, side, sketch, True).view(*x.shape[:-1], sketch.buckets(side))
 
 
 def sketched_images(x: Tensor, side: int, sketch: Sketch, groups: int) -> Tensor:
