@@ -1,8 +1,8 @@
 """Compare coefficients of sketched Gram matrices with the exact ones.
 
-`python -m bench.kernels.sketch_accuracy` trains four networks for some steps of SGD, and then takes the Gram matrix
-of every layer for one batch, in float64, exactly and sketched. What the gradient sum_n s_n C_n loses follows from
-the exact matrix K: the squared length of a weighted gradient is s^T K s.
+`python -m bench.kernels.sketch_accuracy` trains four networks for some steps of SGD, and then takes the Gram
+matrix of every layer for one batch, in float64, exactly and sketched. What the gradient sum_n s_n C_n loses
+follows from the exact matrix K: the squared length of a weighted gradient is s^T K s.
 """
 
 import argparse
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 import fngd
 import fngd_kernels as fk
-from bench import workloads
 from bench.models import images
 from bench.steps.networks import TRANSFORMER
 from bench.tools import arguments, environment, jsonl
 from bench.tools.jsonl import Row
+from bench.workloads import cifar, digits
+from bench.workloads.images import Workload
 
 BATCH, LEARNING_RATE, MOMENTUM = 64, 0.05, 0.9
 MEASURES = ("s_error", "s_correlation", "gradient_error", "gradient_cosine")
@@ -56,12 +57,12 @@ class Case:
 
 def cases(data_dir: Path | None) -> list[Case]:
     """Return the networks; they learn digits, the CNN CIFAR-10 where there is a folder with it."""
-    digits = workloads.load("digits")
-    pictures = workloads.load("cifar10", data_dir=data_dir) if data_dir else digits
+    numerals = digits.load()
+    pictures = cifar.load("cifar10", data_dir, cache_dir=Path("runs/cache")) if data_dir else numerals
     torch.manual_seed(0)
     return [
-        Case("MLP", images.mlp(64, 10, units=256), _of_images(digits)),
-        Case("MLP with BatchNorm", _normalised_mlp(64, 10, units=256), _of_images(digits)),
+        Case("MLP", images.mlp(64, 10, units=256), _of_images(numerals)),
+        Case("MLP with BatchNorm", _normalised_mlp(64, 10, units=256), _of_images(numerals)),
         Case("CNN", pictures.model("cnn", 32), _of_images(pictures)),
         Case("Transformer", TRANSFORMER.build(torch.device("cpu")), _progressions),
     ]
@@ -73,7 +74,7 @@ def _normalised_mlp(inputs: int, classes: int, *, units: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), *hidden, *second, nn.Linear(units, classes))
 
 
-def _of_images(data: workloads.Workload) -> Callable[[int], tuple[Tensor, Tensor]]:
+def _of_images(data: Workload) -> Callable[[int], tuple[Tensor, Tensor]]:
     def draw(step: int) -> tuple[Tensor, Tensor]:
         rows = torch.randint(len(data.train), (BATCH,), generator=torch.Generator().manual_seed(step))
         return data.standardise(data.train.x[rows]), data.train.y[rows]
@@ -164,24 +165,28 @@ def table(rows: Sequence[Row], measures: tuple[str, str]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print both tables; append the rows where a file is named."""
     options = _parser().parse_args(argv)
+    where = environment.describe(torch.device("cpu"))
     rows: list[Row] = []
     for case in cases(options.data_dir):
         found = list(measure(case, options.steps, options.sizes, options.dampings, options.seeds))
         rows += found
         if options.output:
-            where = environment.describe(torch.device("cpu"))
             jsonl.append(options.output, [{**row, **where} for row in found])
-    print("Coefficients: relative error, correlation\n\n" + table(rows, ("s_error", "s_correlation")))
+    print(f"Medians over layers and {options.seeds} seeds of the sketch, after {options.steps} steps of SGD ")
     print(
-        "\nWeighted gradient: relative error, cosine\n\n" + table(rows, ("gradient_error", "gradient_cosine"))
+        f"(momentum {MOMENTUM}), batch {BATCH}. Commit {where['commit']}, {where['cpu']}, torch {where['torch']}."
     )
+    print("\n## Coefficients: relative error, correlation\n")
+    print(table(rows, ("s_error", "s_correlation")))
+    print("\n## Weighted gradient: relative error, cosine\n")
+    print(table(rows, ("gradient_error", "gradient_cosine")))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels.sketch_accuracy", description=__doc__)
     parser.add_argument("--sizes", nargs="+", type=arguments.positive_int, default=[8, 16, 32, 64, 128])
     parser.add_argument("--dampings", nargs="+", type=arguments.positive_float, default=[0.01, 0.1, 1.0])
-    parser.add_argument("--steps", type=arguments.positive_int, default=60)
+    parser.add_argument("--steps", type=arguments.positive_int, default=400)
     parser.add_argument("--seeds", type=arguments.positive_int, default=7)
     parser.add_argument("--data-dir", type=Path, help="folder with CIFAR-10, for the convolutions")
     parser.add_argument("--output", type=Path, help="file to append rows to")
