@@ -8,7 +8,8 @@ import fngd_kernels as fk
 import oracles
 from fngd_kernels.backends.triton import common
 from fngd_kernels.backends.triton.sketch import sketch
-from fngd_kernels.ops import devices
+from fngd_kernels.ops import devices, triton
+from fngd_kernels.ops import sketch as operator
 from fngd_kernels.sketch import OUTPUTS
 
 SEED = 3
@@ -46,23 +47,30 @@ def test_any_strides(device):
     assert_compressed(torch.randn(20, 3, 7, device=device).permute(2, 1, 0), 5, 3)
 
 
-@pytest.mark.parametrize("size", [2, 9])
-def test_the_operators_take_it(size, device, monkeypatch):
+def test_the_operators_take_it(device, monkeypatch):
+    launched = []
+
+    def spy(x, *arguments):
+        launched.append(x.shape)
+        triton.triton_sketch(x, *arguments)
+
+    monkeypatch.setitem(operator.IMPLEMENTATIONS, "triton", spy)
     if common.INTERPRET:
         monkeypatch.setattr(devices, "runs_triton", lambda device: True)
     a, e = torch.randn(4, 3, 20, device=device), torch.randn(4, 3, 17, device=device)
     x, y = torch.randn(3, 18, 5, 4, device=device), torch.randn(3, 20, 4, 3, device=device)
     found = [
-        fk.gram(a, e, bias=True, sketch=size),
-        fk.gram_conv(x, y, (20, 9, 2, 2), groups=2, sketch=size),
-        fk.gram_rows(a, sketch=size),
+        fk.gram(a, e, bias=True, sketch=2),
+        fk.gram_conv(x, y, (20, 9, 2, 2), groups=2, sketch=2),
+        fk.gram_rows(a, sketch=2),
     ]
+    assert launched == [(4, 3, 20), (4, 3, 17), (3, 20, 18), (3, 12, 20), (4, 1, 60)]
     # Equal to those of wider numbers, which another implementation compresses.
     a, e, x, y = (t.double() for t in (a, e, x, y))
     expected = [
-        fk.gram(a, e, bias=True, sketch=size),
-        fk.gram_conv(x, y, (20, 9, 2, 2), groups=2, sketch=size),
-        fk.gram_rows(a, sketch=size),
+        fk.gram(a, e, bias=True, sketch=2),
+        fk.gram_conv(x, y, (20, 9, 2, 2), groups=2, sketch=2),
+        fk.gram_rows(a, sketch=2),
     ]
     for k, truth in zip(found, expected, strict=True):
         assert oracles.relative_error(k, truth) < 1e-5
