@@ -174,9 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             jsonl.append(options.output, [{**row, **where} for row in found])
     print("# What coefficients lose by a sketch\n")
     print(f"Medians over layers and {options.seeds} seeds of the sketch, after {options.steps} steps of SGD")
-    print(
-        f"(momentum {MOMENTUM}), batch {BATCH}, float64. A column of equal coefficients, s = 1, for comparison."
-    )
+    print(f"(momentum {MOMENTUM}), batch {BATCH}, float64; equal coefficients, s = 1, for comparison.")
     print(f"Commit {where['commit']}, {where['cpu']}, torch {where['torch']}.")
     print("\n## Coefficients: relative error, correlation\n")
     print(table(rows, ("s_error", "s_correlation")))
