@@ -3,7 +3,8 @@
 All Gram matrices K (N,N) of this package are float64 for float64 input and float32 otherwise, and every sum
 is kept in that dtype. K is exactly symmetric. It is not differentiable; `fngd_kernels.reference` is. Scratch
 memory stays under `workspace` bytes, unless the chunk of a single input and output needs more. Not counted
-are matrices of K's size and the buffers of the library's matrix product (about 256 KiB for each thread).
+are matrices of K's size, inputs that a sketch has compressed, and the buffers of the library's matrix product
+(about 256 KiB for each thread).
 """
 
 from collections.abc import Callable

@@ -252,6 +252,18 @@ def test_the_compressed_channels_lie_as_the_next_kernel_reads_them():
         assert torch.ops.fngd.sketch(x, 1, 4, 5, innermost).stride() == stride
 
 
+def test_signs_first_drawn_under_another_mode_serve_all_others():
+    a, e = torch.randn(5, 37), torch.randn(5, 20)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fk.gram(mode.from_tensor(a), mode.from_tensor(e), sketch=fk.Sketch(4, 77))
+    fk.gram(a.to("meta"), e.to("meta"), sketch=fk.Sketch(4, 77))
+    with torch.inference_mode():
+        first = fk.gram(a, e, sketch=fk.Sketch(4, 77))
+    again = fk.gram(a.requires_grad_(), e, sketch=fk.Sketch(4, 77))
+    assert torch.equal(first, again)
+    assert not again.requires_grad
+
+
 def test_autocast_rounds_nothing():
     a, e = torch.randn(5, 37), torch.randn(5, 20)
     with torch.autocast("cpu", torch.bfloat16):
