@@ -23,6 +23,7 @@ from .ops.gram_embedding import gram_embedding
 from .ops.gram_rows import gram_rows
 from .ops.solve import solve
 from .plans import Plan
+from .sketch import Sketch
 
 if devices.HAS_TRITON:
     # Adds the Triton kernels to the operators' tables.
@@ -36,6 +37,7 @@ elif torch.version.cuda is not None:
 
 __all__ = [
     "Plan",
+    "Sketch",
     "combine",
     "combine_conv",
     "combine_embedding",

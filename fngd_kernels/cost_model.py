@@ -11,6 +11,7 @@ from .backends.torch import costs as torch_costs
 from .backends.triton import costs as triton_costs
 from .geometry import ConvGeometry, pixel_grids
 from .plans import LayerSizes, Plan
+from .sketch import Sketch, as_sketch, sketched_geometry
 from .workspace import WORKSPACE
 
 
@@ -27,6 +28,7 @@ def plan(
     itemsize: int = 4,
     workspace: int = WORKSPACE,
     capability: tuple[int, int] | None = None,
+    sketch: int | Sketch | None = None,
 ) -> Plan:
     """Return how `gram` or `gram_conv` forms the Gram matrix of a layer.
 
@@ -50,6 +52,7 @@ def plan(
             output does not fit.
         capability: Compute capability of the GPU whose Triton kernels are available, None for a CPU. They do
             not support float64 (itemsize 8), which takes torch's products on a GPU, too.
+        sketch: As for `gram`; what compressing takes is not in the plan.
 
     Returns:
         The plan.
@@ -73,8 +76,16 @@ def plan(
         if itemsize not in (2, 4, 8):
             raise ValueError(f"itemsize: expected 2, 4 or 8 bytes on a GPU, got {itemsize}")
     on_triton = capability is not None and itemsize < 8
+    sketch = as_sketch(sketch)
     if geometry is None:
+        if sketch is not None:
+            a_shape, e_shape = ((*shape[:-1], min(shape[-1], sketch.size)) for shape in (a_shape, e_shape))
         return plan_linear(a_shape, e_shape, bias, itemsize, workspace, on_triton)
+    if sketch is not None:
+        geometry = sketched_geometry(geometry, sketch)
+        outputs, inputs = geometry.weight_shape[:2]
+        a_shape = (a_shape[0], geometry.groups * inputs, *a_shape[2:])
+        e_shape = (e_shape[0], outputs, *e_shape[2:])
     return plan_conv(a_shape, e_shape, geometry, bias, itemsize, workspace, on_triton)
 
 

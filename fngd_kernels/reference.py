@@ -1,7 +1,7 @@
 """What every operator computes: its definition, in plain torch of any dtype and differentiable.
 
-Arguments and errors are those of the operator of the same name; `diag`, `workspace` and `precision` do not
-exist.
+Arguments and errors are those of the operator of the same name; `diag`, `workspace`, `precision` and
+`sketch` do not exist.
 """
 
 from collections.abc import Sequence

@@ -49,6 +49,25 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float(difference / expected.abs().max().clamp_min(torch.finfo(torch.float64).tiny))
 
 
+def sketch_matrix(channels: int, size: int, seed: int, side: int, groups: int = 1) -> Tensor:
+    """Return the signs (groups, channels / groups, size) of a sketch, as they are written down: splitmix64
+    gives the key of a side, the last steps of MurmurHash3 the signs of its channels.
+    """
+    if channels // groups <= size:
+        return torch.eye(channels // groups, dtype=torch.float64).expand(groups, -1, -1)
+    x = (3 * seed + side + 1) * 0x9E3779B97F4A7C15 % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    key = ((x ^ x >> 27) * 0x94D049BB133111EB % 2**64) >> 33
+    matrix = torch.zeros(groups, channels // groups, size, dtype=torch.float64)
+    for channel in range(channels):
+        x = (channel * 0x9E3779B1 + key) % 2**32
+        x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+        x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+        group, number = divmod(channel, channels // groups)
+        matrix[group, number, number % size] = 1 - 2 * (x >> 31)
+    return matrix
+
+
 def peak_allocation(run: Callable[[], object]) -> int:
     """Return the most bytes that tensors made by `run` held at one time on the CPU."""
     with torch.profiler.profile(

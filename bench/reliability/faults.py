@@ -108,7 +108,7 @@ def backward(loop: Loop, ids: Tensor) -> None:
 def memory(loop: Loop, ids: Tensor) -> None:
     """Run out of memory in every Gram matrix, whatever the workspace."""
 
-    def fail(uses: object) -> Tensor:
+    def fail(uses: object, sketch: object) -> Tensor:
         raise torch.OutOfMemoryError
 
     gram = fngd.preconditioner.block_gram

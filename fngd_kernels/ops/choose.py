@@ -55,6 +55,11 @@ def scale_bias(native: bool) -> str:
     return "native" if native else "torch"
 
 
+def sketch(triton: bool) -> str:
+    """Return "triton" or "torch"."""
+    return "triton" if triton else "torch"
+
+
 def solve(order: int, device: str, native: bool) -> str:
     """Return "native" or "torch", for a solve and for coefficients of matrices of this order."""
     return "native" if native and order <= NATIVE_MAX_ORDER.get(device, 0) else "torch"

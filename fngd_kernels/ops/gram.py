@@ -3,7 +3,8 @@
 All Gram matrices K (N,N) of this package are float64 for float64 input and float32 otherwise, and every sum
 is kept in that dtype. K is exactly symmetric. It is not differentiable; `fngd_kernels.reference` is. Scratch
 memory stays under `workspace` bytes, unless the chunk of a single input and output needs more. Not counted
-are matrices of K's size and the buffers of the library's matrix product (about 256 KiB for each thread).
+are matrices of K's size, inputs that a sketch has compressed, and the buffers of the library's matrix product
+(about 256 KiB for each thread).
 """
 
 from collections.abc import Callable
@@ -19,8 +20,10 @@ from ..backends.torch.gram_pairs import gram_pairs
 from ..backends.torch.products import accumulation_dtype
 from ..backends.torch.squared_norms import linear_norms
 from ..plans import Plan
+from ..sketch import INPUTS, OUTPUTS, Sketch, as_sketch
 from . import choose, devices
 from .registration import call, register
+from .sketch import sketched
 
 Implementation = Callable[[Tensor, Tensor, bool, Plan, int, str | None], Tensor]
 
@@ -45,6 +48,7 @@ def gram(
     diag: bool = False,
     workspace: int | None = None,
     precision: str | None = None,
+    sketch: int | Sketch | None = None,
 ) -> Tensor:
     """Return the Gram matrix of a linear layer's contributions.
 
@@ -62,6 +66,8 @@ def gram(
             torch.backends.cuda.matmul.fp32_precision says. Contributions of 16-bit inputs, where they are
             formed, are rounded to bfloat16 by default, |K'_ij - K_ij| <= 2^-7 ||C_i|| ||C_j||, and kept in
             float32 with a precision. On a CPU it is always "ieee".
+        sketch: A Sketch, or its size alone, to compress both sides of the contributions;
+            None for the exact K.
 
     Returns:
         K, (N,N) float32 or float64; with diag (N,).
@@ -75,6 +81,8 @@ def gram(
     flag("diag", diag)
     workspace = checks.workspace_bytes(workspace)
     checks.check_precision(precision)
+    sketch = as_sketch(sketch)
+    a, e = sketched(a, INPUTS, sketch), sketched(e, OUTPUTS, sketch)
     op = torch.ops.fngd.gram_diag if diag else torch.ops.fngd.gram
     return call(op.default, a, e, bias, workspace, precision)
 

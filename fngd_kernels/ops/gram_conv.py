@@ -13,8 +13,10 @@ from ..backends.torch.patches import channels_last, patches
 from ..backends.torch.squared_norms import conv_norms
 from ..geometry import ConvGeometry
 from ..plans import Plan
+from ..sketch import INPUTS, OUTPUTS, Sketch, as_sketch, sketched_geometry
 from . import choose, devices, gram
 from .registration import GEOMETRY, call, register, with_geometry
+from .sketch import sketched_images
 
 Implementation = Callable[[Tensor, Tensor, ConvGeometry, bool, Plan, int, str | None], Tensor]
 
@@ -43,6 +45,7 @@ def gram_conv(
     diag: bool = False,
     workspace: int | None = None,
     precision: str | None = None,
+    sketch: int | Sketch | None = None,
 ) -> Tensor:
     """Return the Gram matrix of a 1-3 d convolution's contributions, without a patch tensor.
 
@@ -63,6 +66,8 @@ def gram_conv(
         workspace: Upper bound of scratch memory in bytes, by default 64 MiB.
         precision: How float32 is multiplied on a GPU: "ieee", "tf32" or "tf32x3"; by default what
             torch.backends.cudnn.conv.fp32_precision says. Otherwise as in `gram`.
+        sketch: A Sketch, or its size alone, to compress both sides of the contributions,
+            within each group; None for the exact K.
 
     Returns:
         K, (N,N) float32 or float64; with diag (N,).
@@ -76,6 +81,10 @@ def gram_conv(
     flag("diag", diag)
     workspace = checks.workspace_bytes(workspace)
     checks.check_precision(precision)
+    if (sketch := as_sketch(sketch)) is not None:
+        x = sketched_images(x, INPUTS, sketch, geometry.groups)
+        e = sketched_images(e, OUTPUTS, sketch, geometry.groups)
+        geometry = sketched_geometry(geometry, sketch)
     op = torch.ops.fngd.gram_conv_diag if diag else torch.ops.fngd.gram_conv
     return call(op.default, x, e, *geometry, bias, workspace, precision)
 

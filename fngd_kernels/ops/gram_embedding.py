@@ -11,10 +11,12 @@ from ..backends.torch import gram_embedding_linear as embedding_linear
 from ..backends.torch.gram_embedding import gram_embedding as gram_embedding_sorted
 from ..backends.torch.ids import check_ids
 from ..backends.torch.squared_norms import embedding_norms
+from ..sketch import INPUTS, Sketch, as_sketch
 from ..workspace import default_workspace
 from . import choose, devices
 from .gram import empty_diagonal, empty_gram, with_positions
 from .registration import call, register
+from .sketch import sketched
 
 Implementation = Callable[[Tensor, Tensor, int | None, int, str | None], Tensor]
 
@@ -45,6 +47,7 @@ def gram_embedding(
     diag: bool = False,
     workspace: int | None = None,
     precision: str | None = None,
+    sketch: int | Sketch | None = None,
 ) -> Tensor:
     """Return the Gram matrix of an embedding's contributions.
 
@@ -61,6 +64,8 @@ def gram_embedding(
         workspace: Upper bound of scratch memory in bytes, by default 64 MiB.
         precision: How float32 is multiplied on a GPU: "ieee", "tf32" or "tf32x3" (default), which is about
             as exact as "ieee" and runs on tensor cores. On a CPU it is always "ieee".
+        sketch: A Sketch, or its size alone, to compress the D columns of the contributions;
+            None for the exact K.
 
     Returns:
         K, (N,N) float32 or float64; with diag (N,).
@@ -74,6 +79,7 @@ def gram_embedding(
     flag("diag", diag)
     workspace = checks.workspace_bytes(workspace)
     checks.check_precision(precision)
+    e = sketched(e, INPUTS, as_sketch(sketch))
     op = torch.ops.fngd.gram_embedding_diag if diag else torch.ops.fngd.gram_embedding
     return call(op.default, ids, e, padding_idx, workspace, precision)
 

@@ -12,9 +12,10 @@ from ..backends.triton.gram_embedding import gram_embedding_diag as triton_gram_
 from ..backends.triton.gram_explicit import gram_conv_explicit, gram_explicit
 from ..backends.triton.gram_hadamard import gram_hadamard
 from ..backends.triton.gram_pairs import gram_pairs, gram_pairs_diag
+from ..backends.triton.sketch import sketch as triton_sketch
 from ..geometry import ConvGeometry
 from ..plans import Plan
-from . import combine_embedding, gram, gram_conv, gram_embedding
+from . import combine_embedding, gram, gram_conv, gram_embedding, sketch
 
 
 def _hadamard(a: Tensor, e: Tensor, bias: bool, plan: Plan, workspace: int, precision: str | None) -> Tensor:
@@ -85,3 +86,4 @@ gram_conv.IMPLEMENTATIONS["triton", "explicit"] = _on_device(_conv_explicit)
 gram_embedding.IMPLEMENTATIONS["triton"] = _on_device(_embedding)
 gram_embedding.DIAGONALS["triton"] = _on_device(_embedding_diag)
 combine_embedding.IMPLEMENTATIONS["triton"] = _on_device(triton_combine_embedding)
+sketch.IMPLEMENTATIONS["triton"] = _on_device(triton_sketch)

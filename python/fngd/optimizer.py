@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fngd_kernels import Sketch
 from fngd_kernels.ops.coefficients import DAMPING_MODES, NORMALIZATIONS
+from fngd_kernels.sketch import as_sketch
 
 from .capture import USER_REASONS, find_blocks, release, route
 from .coefficients import SHARES, Report, Schedule, Solver
@@ -59,6 +61,8 @@ class FNGD(Optimizer):
             step.
         refresh_every: Epochs between new solves; None solves in the first epoch only.
         norms: Scale and shift of normalisation layers take the "plain" or the "weighted" gradient.
+        sketch: An fngd_kernels.Sketch, or its size alone, to solve with Gram matrices of compressed
+            contributions: right in expectation and cheaper; None for the exact ones.
         skip: fnmatch patterns of the names of modules that keep the plain gradient.
         strict: Raise for a module with trainable parameters that no rule serves.
         process_group: The data-parallel ranks that share coefficients where torch.distributed is in use, by
@@ -97,6 +101,7 @@ class FNGD(Optimizer):
         share: str = "sample",
         refresh_every: int | None = None,
         norms: str = "plain",
+        sketch: int | Sketch | None = None,
         skip: Sequence[str] = (),
         strict: bool = False,
         process_group: "torch.distributed.ProcessGroup | None" = None,
@@ -116,6 +121,7 @@ class FNGD(Optimizer):
         _one_of("norms", norms, ("plain", "weighted"))
         if refresh_every is not None and (not isinstance(refresh_every, int) or refresh_every < 1):
             raise ValueError(f"refresh_every: expected epochs >= 1 or None, got {refresh_every!r}")
+        sketch = as_sketch(sketch)
         if isinstance(skip, str):
             raise TypeError(f"skip: expected a sequence of module-name patterns, got the string {skip!r}")
 
@@ -146,7 +152,7 @@ class FNGD(Optimizer):
         self._schedule = Schedule(share, refresh_every, len(blocks), device, process_group)
         self._report = Report(blocks, device)
         solver = Solver(float(damping), damping_mode, normalize)
-        self._preconditioner = Preconditioner(blocks, self._schedule, solver, self._report)
+        self._preconditioner = Preconditioner(blocks, self._schedule, solver, self._report, sketch)
         self._restore: Callable[[], None] | None = None
         release(model, optimized)
         self.attach()

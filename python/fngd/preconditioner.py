@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fngd_kernels import Sketch
+
 from .capture import Collected, Gradients, ParameterBlock, RoutedModule, UseCollector, Uses, combined
 from .coefficients import OUT_OF_MEMORY, Batch, Report, Schedule, Solver
 from .memory import within_memory
@@ -22,11 +24,17 @@ class Preconditioner(UseCollector):
     """
 
     def __init__(
-        self, blocks: Sequence[ParameterBlock], schedule: Schedule, solver: Solver, report: Report
+        self,
+        blocks: Sequence[ParameterBlock],
+        schedule: Schedule,
+        solver: Solver,
+        report: Report,
+        sketch: Sketch | None,
     ) -> None:
         super().__init__()
         self.blocks = list(blocks)
         self._schedule, self._solver, self._report = schedule, solver, report
+        self._sketch = sketch
         self._watches: list[Any] = []  # handles of hooks that note gradients from elsewhere
 
     @property
@@ -96,7 +104,7 @@ class Preconditioner(UseCollector):
             reason = "used on batches of several sizes"
             block.keep_plain(reason, f"{reason} ({sorted(sizes)}) in one backward")
             return None
-        k = within_memory(partial(block_gram, uses))
+        k = within_memory(partial(block_gram, uses, self._sketch))
         if k is None:
             block.keep_plain(OUT_OF_MEMORY)
         return k

@@ -55,7 +55,7 @@ def test_a_matrix_that_cannot_be_factored(monkeypatch, lines):
     opt = fngd.FNGD(model, share="none")
     identity = torch.eye(N, dtype=torch.float64)
     identity[3, 1] = float("inf")
-    monkeypatch.setattr(fngd.preconditioner, "block_gram", lambda parts: identity)
+    monkeypatch.setattr(fngd.preconditioner, "block_gram", lambda uses, sketch: identity)
     F.cross_entropy(model(x), y).backward()
     stats = opt.stats()
     assert (stats["failed_solves"], stats["zero_grams"], stats["raised_dampings"]) == (2, 0, 0)
@@ -129,11 +129,11 @@ def test_when_memory_runs_out_the_workspace_is_halved_until_it_suffices(monkeypa
     F.cross_entropy(calm(x), y).backward()
     tried, real = [], fngd.preconditioner.block_gram
 
-    def scarce(uses):
+    def scarce(uses, sketch):
         tried.append((next(iter(uses)).module is model[0], default_workspace() >> 20))
         if not (tried[-1][0] and default_workspace() <= 8 << 20):
             raise error
-        return real(uses)
+        return real(uses, sketch)
 
     monkeypatch.setattr(fngd.preconditioner, "block_gram", scarce)
     F.cross_entropy(model(x), y).backward()
@@ -150,7 +150,7 @@ def test_other_errors_in_a_kernel_reach_the_user(monkeypatch):
     model, x, y = make("mlp", N)
     opt = fngd.FNGD(model, share="none")
 
-    def broken(parts):
+    def broken(uses, sketch):
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(fngd.preconditioner, "block_gram", broken)

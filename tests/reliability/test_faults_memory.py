@@ -25,11 +25,11 @@ def fail_at_first(monkeypatch, times, error):
     """Let every Gram matrix fail so many times; return the scratch memory of each attempt."""
     gram, attempts = fngd.preconditioner.block_gram, []
 
-    def failing(parts):
+    def failing(uses, sketch):
         attempts.append(default_workspace())
         if len(attempts) <= times:
             raise error
-        return gram(parts)
+        return gram(uses, sketch)
 
     monkeypatch.setattr(fngd.preconditioner, "block_gram", failing)
     return attempts

@@ -94,6 +94,10 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
         (90, 2): Tile({"BN": 128, "MIN_BN": 64, "BK": 64}, 8, 4, _COMPILED),
         (90, 4): Tile({"BN": 128, "MIN_BN": 64, "BK": 16}, 8, 4, _COMPILED),
     },
+    "sketch": {
+        (80, 2): Tile({"BP": 128, "BR": 32}, 4, 1, _COMPILED),
+        (80, 4): Tile({"BP": 128, "BR": 32}, 4, 1, _COMPILED),
+    },
     "sum_partials": {(80, 4): Tile({"BN": 8, "BP": 64}, 4, 1, _COMPILED)},
 }
 

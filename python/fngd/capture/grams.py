@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fngd_kernels import Sketch
+from fngd_kernels.sketch import as_sketch
+
 from ..rules import block_gram
 from .block import Gradients, ParameterBlock, RoutedModule, Uses
 from .collector import Collected, UseCollector
@@ -14,7 +17,9 @@ from .discovery import find_blocks
 from .routing import route
 
 
-def layer_grams(model: nn.Module, closure: Callable[[], Tensor]) -> dict[str, Tensor]:
+def layer_grams(
+    model: nn.Module, closure: Callable[[], Tensor], *, sketch: int | Sketch | None = None
+) -> dict[str, Tensor]:
     """Return K (N, N) of every layer: K_ij = <C_i, C_j>, C_n the contribution of sample n to its gradient.
 
     For tangent kernels, influence functions, gradient diversity and, on the diagonal, per-sample norms; the
@@ -25,24 +30,28 @@ def layer_grams(model: nn.Module, closure: Callable[[], Tensor]) -> dict[str, Te
         model: The network, in training mode; modules that no rule serves are named in a warning and left out.
         closure: () -> scalar loss, runs the forward; with a batch mean C_n carries the factor 1/N. It is
             called a second time where the loss holds derivatives of the model.
+        sketch: An fngd_kernels.Sketch, or its size alone, to compress contributions; None for the exact K.
 
     Returns:
         {module name: K}, float32 (float64 for a float64 layer), for the layers that the loss depends on.
 
     Raises:
-        ValueError: A model without layers to serve, or a closure without a differentiable loss.
+        ValueError: A model without layers to serve, a closure without a differentiable loss, or a
+            sketch out of range.
+        TypeError: A sketch of another type.
 
     Source: the Gram form of the empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).
     """
+    sketch = as_sketch(sketch)
     blocks, left_out = find_blocks(model, model.parameters(), affine=True)
     if not blocks:
         raise ValueError(f"model: no supported layer in {type(model).__name__}")
     if left_out:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         warnings.warn(f"layer_grams leaves out {reasons}", stacklevel=2)
-    collector = _GramCollector(keeps_uses=False)
+    collector = _GramCollector(sketch, keeps_uses=False)
     if not _run(closure, blocks, collector):
-        collector = _GramCollector(keeps_uses=True)
+        collector = _GramCollector(sketch, keeps_uses=True)
         _run(closure, blocks, collector)
     return {block.name: collector.grams[block] for block in blocks if block in collector.grams}
 
@@ -68,9 +77,9 @@ class _GramCollector(UseCollector):
 
     returns_gradients = False
 
-    def __init__(self, *, keeps_uses: bool) -> None:
+    def __init__(self, sketch: Sketch | None, *, keeps_uses: bool) -> None:
         super().__init__()
-        self.keeps_uses = keeps_uses
+        self.sketch, self.keeps_uses = sketch, keeps_uses
         self.missed = False  # whether a use came after those before it were let go
         self.grams: dict[ParameterBlock, Tensor] = {}
 
@@ -82,7 +91,7 @@ class _GramCollector(UseCollector):
     def complete(self, block: ParameterBlock, uses: Uses) -> None:
         self.missed |= block in self.grams and not self.keeps_uses
         if not self.missed:
-            self.grams[block] = block_gram(uses)
+            self.grams[block] = block_gram(uses, self.sketch)
         if not self.keeps_uses:
             uses.clear()
 

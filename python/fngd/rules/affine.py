@@ -33,8 +33,8 @@ class AffineRule(Rule):
         y = x_hat * weight.view(-1, *shape)
         return (y if bias is None else y + bias.view(-1, *shape)).to(x_hat.dtype)
 
-    def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
-        return fk.gram_rows(_summed(uses))
+    def gram(self, module: Any, uses: Sequence[Use], sketch: fk.Sketch | None = None) -> Tensor:
+        return fk.gram_rows(_summed(uses), sketch=sketch)
 
     def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
         rows = _summed(uses)

@@ -72,9 +72,9 @@ class Rule(ABC):
     def contributions(self, module: Any, uses: Sequence[Use]) -> Sequence[Tensor | None]:
         """Return C_n (N, *shape) of weight and bias, summed over the uses; None for one without a part."""
 
-    def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
-        """Return K (N, N), K_ij = <C_i, C_j>."""
-        shares = [fk.gram_rows(c) for c in self.contributions(module, uses) if c is not None]
+    def gram(self, module: Any, uses: Sequence[Use], sketch: fk.Sketch | None = None) -> Tensor:
+        """Return K (N, N), K_ij = <C_i, C_j>, of sketched contributions if a sketch is given."""
+        shares = [fk.gram_rows(c, sketch=sketch) for c in self.contributions(module, uses) if c is not None]
         return shares[0] if len(shares) == 1 else torch.stack(shares).sum(0)
 
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Sequence[Tensor | None]:
@@ -112,9 +112,9 @@ def bias_contributions(module: Any, uses: Sequence[Use], channel: int) -> Tensor
     return torch.stack(summed).sum(0) if summed else None
 
 
-def with_bias(k: Tensor, bias: Tensor | None) -> Tensor:
+def with_bias(k: Tensor, bias: Tensor | None, sketch: fk.Sketch | None) -> Tensor:
     """Return the Gram matrix of weight and bias from the weight's own and the bias' contributions (N, O)."""
-    return k if bias is None else k + fk.gram_rows(bias)
+    return k if bias is None else k + fk.gram_rows(bias, sketch=sketch)
 
 
 def combined_bias(bias: Tensor | None, s: Tensor) -> Tensor | None:

@@ -37,15 +37,16 @@ class ConvRule(Rule):
             x = F.pad(x, before, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
         return nodes.conv(x, module.weight, module.bias, coefficients, on_use, **geometry(module))
 
-    def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
+    def gram(self, module: Any, uses: Sequence[Use], sketch: fk.Sketch | None = None) -> Tensor:
         if len(uses) == 1:
             (use,) = uses
             some = bool(biased(module, uses))
-            return fk.gram_conv(use.a, use.e, module.weight.shape, bias=some, **geometry(module))
+            options = geometry(module)
+            return fk.gram_conv(use.a, use.e, module.weight.shape, bias=some, sketch=sketch, **options)
         # A sample's contributions are summed over the uses before the inner product, cross terms included.
         weight, bias = self.contributions(module, uses)
         assert weight is not None
-        return with_bias(fk.gram_rows(weight), bias)
+        return with_bias(fk.gram_rows(weight, sketch=sketch), bias, sketch)
 
     def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
         shape, options = module.weight.shape, geometry(module)
@@ -91,8 +92,9 @@ class ConvTransposeRule(ConvRule):
             output_padding=output_padding(module, x, output_size),
         )
 
-    def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
-        return with_bias(super().gram(module, _exchanged(uses)), bias_contributions(module, uses, 1))
+    def gram(self, module: Any, uses: Sequence[Use], sketch: fk.Sketch | None = None) -> Tensor:
+        k = super().gram(module, _exchanged(uses), sketch)
+        return with_bias(k, bias_contributions(module, uses, 1), sketch)
 
     def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
         weight, _ = super().contributions(module, _exchanged(uses))

@@ -36,8 +36,8 @@ class EmbeddingRule(Rule):
         padding_idx = -1 if module.padding_idx is None else module.padding_idx
         return nodes.embedding(x, module.weight, coefficients, on_use, padding_idx=padding_idx)
 
-    def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
-        return fk.gram_embedding(*_positions(uses), padding_idx=module.padding_idx)
+    def gram(self, module: Any, uses: Sequence[Use], sketch: fk.Sketch | None = None) -> Tensor:
+        return fk.gram_embedding(*_positions(uses), padding_idx=module.padding_idx, sketch=sketch)
 
     def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
         ids, e = masked_positions(module, uses)

@@ -23,11 +23,12 @@ class LinearRule(Rule):
     ) -> Tensor:
         return nodes.linear(x, module.weight, module.bias, coefficients, on_use)
 
-    def gram(self, module: Any, uses: Sequence[Use]) -> Tensor:
+    def gram(self, module: Any, uses: Sequence[Use], sketch: fk.Sketch | None = None) -> Tensor:
         biases = len(biased(module, uses))
         if biases in (0, len(uses)):
-            return fk.gram(*positions(uses), bias=biases > 0)
-        return with_bias(fk.gram(*positions(uses)), bias_contributions(module, uses, -1))
+            return fk.gram(*positions(uses), bias=biases > 0, sketch=sketch)
+        k = fk.gram(*positions(uses), sketch=sketch)
+        return with_bias(k, bias_contributions(module, uses, -1), sketch)
 
     def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
         a, e = positions(uses)

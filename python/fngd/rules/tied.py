@@ -9,6 +9,8 @@ from torch.nn import Parameter
 
 import fngd_kernels as fk
 from fngd_kernels.ops.gram_embedding import gram_embedding_linear
+from fngd_kernels.ops.sketch import sketched, sketched_ids
+from fngd_kernels.sketch import INPUTS, OUTPUTS
 
 from . import embedding, linear
 from .base import Rule, Use, bias_contributions
@@ -21,28 +23,36 @@ class Ruled(Protocol):
     module: Any
 
 
-def block_gram(uses: Mapping[Any, Sequence[Use]]) -> Tensor:
+def block_gram(uses: Mapping[Any, Sequence[Use]], sketch: fk.Sketch | None) -> Tensor:
     """Return K (N, N), K_ij = <C_i, C_j>, with C_n summed over the uses of all modules of a block.
 
     Args:
         uses: By module (`Ruled`); every use has the same N samples.
+        sketch: Compresses all contributions alike, so that cross terms are right in expectation, too.
     """
     if len(uses) == 1:
         ((routed, found),) = uses.items()
-        return routed.rule.gram(routed.module, found)
+        # A rule of somebody's own may not know of sketches.
+        options = () if sketch is None else (sketch,)
+        return routed.rule.gram(routed.module, found, *options)
     linears = {routed: found for routed, found in uses.items() if linear.is_linear_map(routed.rule)}
     embeddings = {
         routed: found for routed, found in uses.items() if isinstance(routed.rule, embedding.EmbeddingRule)
     }
     if len(linears) + len(embeddings) < len(uses):
-        return _gram_of_formed(uses)
-    shares = _bias_grams(linears)
+        return _gram_of_formed(uses, sketch)
+    shares = _bias_grams(linears, sketch)
     if linears:
         a, e = linear.positions([use for found in linears.values() for use in found])
+        a, e = sketched(a, INPUTS, sketch), sketched(e, OUTPUTS, sketch)
         shares.append(fk.gram(a, e))
     if embeddings:
         pairs = [embedding.masked_positions(routed.module, found) for routed, found in embeddings.items()]
         ids, g = (torch.cat(column, 1) for column in zip(*pairs, strict=True))
+        g = sketched(g, INPUTS, sketch)
+        if linears:
+            rows = next(iter(embeddings)).module.num_embeddings
+            ids, g = sketched_ids(ids, g, rows, OUTPUTS, sketch)
         shares.append(fk.gram_embedding(ids, g))
     if linears and embeddings:
         cross = gram_embedding_linear(ids, g, a, e)
@@ -50,17 +60,17 @@ def block_gram(uses: Mapping[Any, Sequence[Use]]) -> Tensor:
     return torch.stack(shares).sum(0)
 
 
-def _bias_grams(uses: Mapping[Any, Sequence[Use]]) -> list[Tensor]:
+def _bias_grams(uses: Mapping[Any, Sequence[Use]], sketch: fk.Sketch | None) -> list[Tensor]:
     """Return the share of each bias in K."""
     found = (
         (routed.module.bias, c)
         for routed, own in uses.items()
         if (c := bias_contributions(routed.module, own, -1)) is not None
     )
-    return [fk.gram_rows(c) for c in _summed(found)]
+    return [fk.gram_rows(c, sketch=sketch) for c in _summed(found)]
 
 
-def _gram_of_formed(uses: Mapping[Any, Sequence[Use]]) -> Tensor:
+def _gram_of_formed(uses: Mapping[Any, Sequence[Use]], sketch: fk.Sketch | None) -> Tensor:
     """Return K of contributions that are formed, for modules without a way to avoid it."""
     found = (
         (parameter, c)
@@ -72,7 +82,7 @@ def _gram_of_formed(uses: Mapping[Any, Sequence[Use]]) -> Tensor:
         )
         if parameter is not None and c is not None
     )
-    return torch.stack([fk.gram_rows(c) for c in _summed(found)]).sum(0)
+    return torch.stack([fk.gram_rows(c, sketch=sketch) for c in _summed(found)]).sum(0)
 
 
 def _summed(contributions: Iterable[tuple[Parameter, Tensor]]) -> Iterable[Tensor]:

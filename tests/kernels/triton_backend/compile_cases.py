@@ -152,6 +152,21 @@ def networks(dtype: torch.dtype, precision: str) -> None:
         gram_embedding(ids, e, 0)
 
 
+def sketch(dtype: torch.dtype, precision: str) -> None:
+    from fngd_kernels.backends.triton.sketch import sketch
+
+    # Channels innermost, positions innermost, in groups, of formed contributions, and sizes without a factor.
+    for x, groups, size in (
+        (meta(64, 128, 512, dtype=dtype), 1, 64),
+        (meta(64, 512, 784, dtype=dtype).mT, 1, 16),
+        (meta(64, 784, 512, dtype=dtype), 32, 8),
+        (meta(128, 1, 100_000, dtype=dtype), 1, 4096),
+        (meta(64, 33, 513, dtype=dtype), 1, 10),
+    ):
+        y = meta(*x.shape[:2], groups * size, dtype=dtype)
+        sketch(x, groups, size, 123456789, y)
+
+
 # Each author adds the launches of a kernel: what a real layer would ask for.
 CASES: dict[str, Callable[[torch.dtype, str], None]] = {
     "combine_embedding": combine_embedding,
@@ -160,6 +175,7 @@ CASES: dict[str, Callable[[torch.dtype, str], None]] = {
     "gram_embedding": gram_embedding,
     "gram_hadamard": gram_hadamard,
     "gram_pairs": gram_pairs,
+    "sketch": sketch,
 }
 NETWORKS = {"networks": networks}
 

@@ -12,6 +12,8 @@ from torch.nn.utils.parametrize import is_parametrized
 import fngd_kernels as fk
 from fngd_kernels.ops import nodes
 from fngd_kernels.ops.nodes import UseHandler
+from fngd_kernels.ops.sketch import sketched
+from fngd_kernels.sketch import ROWS
 
 from ...torch_private import DROPOUTS, current_graph_task, tree_flatten, tree_unflatten, version
 from ..base import Rule, Use
@@ -78,9 +80,12 @@ class GenericRule(Rule):
             _hook(t, partial(_scaled, _along(s, t, dim)))
         return result
 
-    def gram(self, module: GenericModule, uses: Sequence[Use]) -> Tensor:
+    def gram(self, module: GenericModule, uses: Sequence[Use], sketch: fk.Sketch | None = None) -> Tensor:
         samples = len(uses[0].e)
         chunks = module.chunks(samples)
+        if sketch is not None:
+            parts = [sketched(_contributions(module, uses, some), ROWS, sketch) for some in chunks]
+            return fk.gram_rows(torch.cat(parts))
         if len(chunks) == 1:
             return fk.gram_rows(_contributions(module, uses, chunks[0]))
         dtype = torch.promote_types(module.parameters[0].dtype, torch.float32)
