@@ -12,7 +12,8 @@ Two floors are given: scratch memory goes through device memory, or all of it st
 
 Not counted: the time of launching, reads that miss a cache and come again, padding of tiles, work of the
 host. The Gram matrix of an embedding counts all pairs of positions, the most that it can cost: how many
-tiles are skipped, because no two of their ids are equal, depends on the data.
+tiles are skipped, because no two of their ids are equal, depends on the data. Sketched Gram matrices have
+64 channels on either side.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from fngd.update import Update
 
 CAPABILITY = (9, 0)
 CPU = torch.device("cpu")
+SKETCH = 64
 GPT2_VOCABULARY, GPT2_LENGTH = 50_257, 1024
 
 
@@ -66,6 +68,9 @@ NETWORKS = {
 STEPS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "SGD": partial(base_optimizer, base="sgd", mode="eager", fused=True),
     "FNGD solving": partial(fngd_optimizer, base="sgd", mode="eager", fused=True, share="none"),
+    "FNGD sketched": partial(
+        fngd_optimizer, base="sgd", mode="eager", fused=True, share="none", sketch=SKETCH
+    ),
 }
 
 
@@ -118,7 +123,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in options.network:
         network = NETWORKS[name]
         counted = {step: kernels_of(network, step) for step in STEPS}
-        print(f"\n## {network.name}\n\n{_table(counted)}\n\n{_ratios(counted)}")
+        print(f"\n## {network.name}\n\n{_table(counted)}\n")
+        for step in list(STEPS)[1:]:
+            print(_ratios(counted, step))
         if options.layers:
             print(f"\nGram matrices of all layers of a kind:\n\n{_layer_table(counted['FNGD solving'])}")
         if options.output:
@@ -156,9 +163,9 @@ def _columns(sums: dict[str, float]) -> dict[str, float]:
     return columns
 
 
-def _ratios(counted: dict[str, list[Kernel]]) -> str:
-    """Return what a solving step costs in steps of SGD."""
-    sgd, solving = (figures(counted[step]) for step in STEPS)
+def _ratios(counted: dict[str, list[Kernel]], step: str) -> str:
+    """Return what a step costs in steps of SGD."""
+    sgd, solving = (figures(counted[step]) for step in ("SGD", step))
     macs = [sum(value for key, value in sums.items() if key.startswith("macs_")) for sums in (sgd, solving)]
     ratios = {"multiply-adds": macs[1] / macs[0]}
     for gpu in ASSUMED:
@@ -166,7 +173,7 @@ def _ratios(counted: dict[str, list[Kernel]]) -> str:
         ratios[f"{gpu} floor, scratch in L2"] = (
             solving[f"floor_cached_{gpu}_s"] / sgd[f"floor_cached_{gpu}_s"]
         )
-    return "FNGD solving / SGD: " + ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items())
+    return f"{step} / SGD: " + ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items())
 
 
 def _layer_table(kernels: Sequence[Kernel]) -> str:

@@ -69,6 +69,10 @@ def _combine_embedding(ids: Tensor, e: Tensor, *_: Any) -> Described:
     return Described(f"embedding T={e.shape[-2]} D={e.shape[-1]}")
 
 
+def _sketch(x: Tensor, *_: Any) -> Described:
+    return Described(f"sketch of {x.shape[-1]} channels")
+
+
 DESCRIPTIONS: dict[str, Callable[..., Described]] = {
     "gram": _gram,
     "gram_conv": _gram_conv,
@@ -76,5 +80,6 @@ DESCRIPTIONS: dict[str, Callable[..., Described]] = {
     "combine": _combine,
     "combine_conv": _combine_conv,
     "combine_embedding": _combine_embedding,
+    "sketch": _sketch,
 }
 """By operator, called with the arguments of its schema."""

@@ -78,7 +78,7 @@ rows |= {
         *[((2, 3, 16, 8), half)] * 3,
     ),
     "pairs": counted(lambda a, e: fk.gram(a, e), ((128, 30, 512), half), ((128, 30, 512), half)),
-    "explicit": counted(lambda a, e: fk.gram(a, e), ((8, 256, 32), half), ((8, 256, 32), half)),
+    "explicit": counted(lambda a, e: fk.gram(a, e), ((8, 1024, 32), half), ((8, 1024, 32), half)),
     "gram of embedding": counted(
         lambda i, e: fk.gram_embedding(i, e), ((128, 30), ids), ((128, 30, 64), single)
     ),
@@ -156,8 +156,8 @@ def test_gram_matrix_by_pairs(kernels):
 def test_gram_matrix_by_contributions_writes_and_reads_them(kernels):
     ((_, algorithm, macs, moved, scratch, launches),) = kernels["explicit"]
     assert algorithm == "explicit"
-    assert macs == {"bf16": (8 * 256 + 8 * 9 // 2) * 32 * 32}
-    assert moved == HALF * 8 * 256 * 64 + SINGLE * 8 * 8
+    assert macs == {"bf16": (8 * 1024 + 8 * 9 // 2) * 32 * 32}
+    assert moved == HALF * 8 * 1024 * 64 + SINGLE * 8 * 8
     # formed, contracted, summed; two partial sums of K, which the last two of these take
     assert launches == 3
     assert scratch == 2 * 8 * 32 * 32 * HALF + 2 * 2 * 8 * 8 * SINGLE

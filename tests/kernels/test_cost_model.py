@@ -55,6 +55,19 @@ def test_conv_algorithm(x_shape, weight_shape, stride, algorithm):
     assert conv_plan(x_shape, weight_shape, stride, padding=1).algorithm == algorithm
 
 
+def test_small_layers_on_a_gpu_save_launches_and_large_ones_multiply_adds():
+    def algorithm(*size):
+        n, t, channels = size
+        return plan((n, t, channels), (n, t, channels), itemsize=2, capability=(9, 0)).algorithm
+
+    # 3 times the multiply-adds in one launch instead of three; as many more where a launch is little.
+    assert [algorithm(16, 32, 64), algorithm(128, 30, 64), algorithm(128, 64, 512)] == [
+        "pairs",
+        "pairs",
+        "explicit",
+    ]
+
+
 def test_macs_by_hand():
     assert plan((10, 7), (10, 3)).macs == 10 * 10 * (7 + 3)
     # 2 samples of 3 positions in one block: every pair of positions, both factors.

@@ -11,6 +11,12 @@ from ...plans import LayerSizes, Plan
 BYTE_PASS = {2: 50.0, 4: 16.0}
 """Cost of storing or loading one byte of scratch memory in a GPU's L2 cache, by bytes of an input element."""
 
+LAUNCH = {2: 4e8, 4: 1e8}
+"""Cost of a launch, about 1.6 us, by bytes of an input element."""
+
+SCRATCH = 32 << 20
+"""Bytes of contributions formed at a time: they stay in the L2 cache (50 MB on an H100)."""
+
 FORMED_MAC = 1.5
 """Cost of a MAC of a contribution, which has few positions for each byte that it reads."""
 
@@ -36,7 +42,8 @@ def conv(layer: LayerSizes, padded: int, itemsize: int, workspace: int) -> Plan:
     pairs, cost = _pairs(replace(layer, pixels=layer.positions, inputs=inputs, kernel=1), itemsize)
     patches = layer.samples * layer.positions * inputs * itemsize
     needed = patches + layer.samples * padded * layer.inputs * itemsize
-    if layer.groups > 1 or needed > workspace or cost + 2 * patches * BYTE_PASS[itemsize] >= formed_cost:
+    cost += 2 * LAUNCH[itemsize] + 2 * patches * BYTE_PASS[itemsize]
+    if layer.groups > 1 or needed > workspace or cost >= formed_cost:
         return formed
     moved = pairs.bytes_moved + 2 * needed
     return replace(pairs, unfolded=True, bytes_moved=moved, workspace=needed)
@@ -57,7 +64,7 @@ def _pairs(layer: LayerSizes, itemsize: int) -> tuple[Plan, float]:
         workspace=0,
         backend="triton",
     )
-    return chosen, macs
+    return chosen, macs + LAUNCH[itemsize]
 
 
 def _explicit(layer: LayerSizes, itemsize: int, workspace: int) -> tuple[Plan, float]:
@@ -75,4 +82,7 @@ def _explicit(layer: LayerSizes, itemsize: int, workspace: int) -> tuple[Plan, f
         workspace=min(workspace, contributions),
         backend="triton",
     )
-    return chosen, FORMED_MAC * formed + summed + 2 * contributions * BYTE_PASS[itemsize]
+    # Each chunk is formed and added, and all are summed.
+    launches = 2 * ceil(contributions / max(1, min(workspace, SCRATCH))) + 1
+    cost = FORMED_MAC * formed + summed + 2 * contributions * BYTE_PASS[itemsize]
+    return chosen, cost + launches * LAUNCH[itemsize]

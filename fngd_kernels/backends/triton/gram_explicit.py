@@ -16,14 +16,12 @@ from ...geometry import ConvGeometry
 from ...workspace import WORKSPACE
 from .common import capability, dot, multiprocessors
 from .contributions import block_size, contributions
+from .costs import SCRATCH
 from .reduce import sum_partials
 from .tiles import tile
 
 MIN_STEPS = 4
 """Minimum steps of a program of the product C C^T; for fewer, one more partial sum is not worth its cost."""
-
-SCRATCH = 32 << 20
-"""Bytes of contributions formed at a time: they stay in the L2 cache (50 MB on an H100)."""
 
 
 @triton.jit
