@@ -33,12 +33,13 @@ from bench.kernels.case import Case
 from bench.kernels.cases import cases
 from bench.kernels.shapes import NETWORKS, TINY
 from bench.models.translator import Translator
+from bench.steps.contenders import SKETCH
 from bench.steps.networks import MIXED, Batch, Network
 from fngd_kernels.ops.registration import OPERATORS
 
 HALF = torch.bfloat16
 VOCABULARY = 10_000
-FUSED = ("gram", "gram_conv", "gram_embedding", "combine_embedding")
+FUSED = ("gram", "gram_conv", "gram_embedding", "sketch", "combine_embedding")
 # Triton's platform_key() with and without the program `file`, which platform.architecture() asks.
 PLATFORMS = ("x86_64,Linux,64bit,ELF", "x86_64,Linux,64bit,")
 
@@ -56,7 +57,8 @@ def quick() -> None:
 def steps() -> None:
     """Launch what solving steps of `bench.steps --size gpu` launch."""
     for sizes in MIXED.values():
-        _solving_step(sizes["gpu"])
+        for sketch in (None, SKETCH):
+            _solving_step(sizes["gpu"], sketch)
 
 
 def training() -> None:
@@ -147,11 +149,11 @@ def _kernels(chosen: Iterator[Case]) -> None:
                     contender.run(*inputs)
 
 
-def _solving_step(network: Network) -> None:
+def _solving_step(network: Network, sketch: int | None = None) -> None:
     """Run forward and backward on fake tensors, which have no data."""
     with FakeTensorMode(), _OnCuda():
         batch, model = network.draw(torch.device("cpu")), network.model()
-        fngd.layer_grams(model, lambda: network.objective(model, *batch))
+        fngd.layer_grams(model, lambda: network.objective(model, *batch), sketch=sketch)
 
 
 class _OnCuda(TorchDispatchMode):

@@ -33,7 +33,7 @@ from bench.gpu.meta import launching
 from bench.kernels.counting import Kernel, KernelCounter
 from bench.kernels.roofline import ASSUMED
 from bench.models.transformer import LanguageModel
-from bench.steps.contenders import base_optimizer, fngd_optimizer, training_step
+from bench.steps.contenders import SKETCH, base_optimizer, fngd_optimizer, training_step
 from bench.steps.networks import MIXED, Batch, Network
 from bench.tools import environment, jsonl
 from fngd.coefficients import Report
@@ -41,7 +41,6 @@ from fngd.update import Update
 
 CAPABILITY = (9, 0)
 CPU = torch.device("cpu")
-SKETCH = 64
 GPT2_VOCABULARY, GPT2_LENGTH = 50_257, 1024
 
 

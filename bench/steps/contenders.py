@@ -20,6 +20,7 @@ BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 }
 MODES = ("eager", "graphed", "compiled")
 CAPTURE_WARMUP = 3
+SKETCH = 64
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 
@@ -133,6 +134,9 @@ def step_makers(
     # A compiled network solves eagerly.
     if mode != "compiled":
         optimizers["fngd solving"] = lambda model: fngd_optimizer(model, base, mode, share="none")
+        optimizers["fngd sketched"] = lambda model: fngd_optimizer(
+            model, base, mode, share="none", sketch=SKETCH
+        )
 
     def make(optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> Step:
         model = network.build(batch[0].device)

@@ -15,11 +15,14 @@ from bench.tools.timing import Step, Timing
 
 CPU = torch.device("cpu")
 ROUNDS = 25
+CPU_SKETCH = 16
 BASELINES = {
     "forward + backward": "forward + backward",
     "layer Grams": "forward + backward",
+    "layer Grams, sketched": "forward + backward",
     "SGD step": "SGD step",
     "FNGD solving step": "SGD step",
+    "FNGD sketched step": "SGD step",
     "FNGD steady-state step": "SGD step",
 }
 
@@ -43,7 +46,7 @@ def test_steps(
 def calls(network: Network, batch: Batch) -> dict[str, Step]:
     """Return one call of each kind, on equal models of their own."""
     made = step_makers(network, batch, "sgd", "eager")
-    plain, grams = network.build(CPU), network.build(CPU)
+    plain, grams, sketched = (network.build(CPU) for _ in range(3))
 
     def forward_backward() -> None:
         plain.zero_grad()
@@ -52,7 +55,11 @@ def calls(network: Network, batch: Batch) -> dict[str, Step]:
     return {
         "forward + backward": forward_backward,
         "layer Grams": lambda: fngd.layer_grams(grams, lambda: network.objective(grams, *batch)),
+        "layer Grams, sketched": lambda: fngd.layer_grams(
+            sketched, lambda: network.objective(sketched, *batch), sketch=CPU_SKETCH
+        ),
         "SGD step": made["sgd"](),
         "FNGD solving step": made["fngd solving"](),
+        "FNGD sketched step": made["fngd sketched"](),
         "FNGD steady-state step": made["fngd steady"](),
     }

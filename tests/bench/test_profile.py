@@ -70,7 +70,7 @@ def test_profile_on_the_cpu(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert (tmp_path / "transformer-eager-sgd.md").read_text() in printed
     report = json.loads((tmp_path / "transformer-eager-sgd.json").read_text())
-    assert list(report["summaries"]) == ["sgd", "fngd steady", "fngd solving"]
+    assert list(report["summaries"]) == ["sgd", "fngd steady", "fngd solving", "fngd sketched"]
     for name, summary in report["summaries"].items():
         host = {phase: times["host_ms"] for phase, times in summary["phases"].items()}
         assert all(host[phase] > 0 for phase in ("forward", "backward", "update", "zero_grad")), name

@@ -15,7 +15,7 @@ def test_steps_on_the_cpu(network, tmp_path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for base in ("sgd", "adamw"):
         mine = {row["contender"]: row for row in rows if row["base"] == base}
-        assert list(mine) == [base, f"{base} fused", "fngd steady", "fngd solving"]
+        assert list(mine) == [base, f"{base} fused", "fngd steady", "fngd solving", "fngd sketched"]
         fastest = min(mine[base]["median_s"], mine[f"{base} fused"]["median_s"])
         for row in mine.values():
             assert row["ratio"] == row["median_s"] / fastest
@@ -30,7 +30,13 @@ def test_graphed_steps_without_a_device(monkeypatch, tmp_path):
     arguments = ["--device=cpu", "--mode=graphed", "--base=sgd", "--network=transformer", "--rounds=1"]
     assert steps.main([*arguments, f"--output={path}"]) == 0
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["contender"] for row in rows] == ["sgd", "sgd fused", "fngd steady", "fngd solving"]
+    assert [row["contender"] for row in rows] == [
+        "sgd",
+        "sgd fused",
+        "fngd steady",
+        "fngd solving",
+        "fngd sketched",
+    ]
     assert {row["peak_bytes"] for row in rows} == {None}
 
 
@@ -42,7 +48,7 @@ def test_a_contender_that_fails_is_left_out(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(steps.gate, "check", lambda *_: None)
     path = tmp_path / "rows.jsonl"
     arguments = ["--device=cpu", "--mode=eager", "--base=sgd", "--network=transformer", "--rounds=1"]
-    assert steps.main([*arguments, f"--output={path}"]) == 2
+    assert steps.main([*arguments, f"--output={path}"]) == 3
     assert "eager, sgd, fngd steady: RuntimeError: no such kernel" in capsys.readouterr().out
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["contender"] for row in rows] == ["sgd", "sgd fused"]
@@ -56,7 +62,7 @@ def test_a_mode_that_fails_its_gate_has_figures_of_the_base_alone(monkeypatch, t
     monkeypatch.setattr(steps.gate, "check_mode", fail)
     path = tmp_path / "rows.jsonl"
     arguments = ["--device=cpu", "--mode=graphed", "--base=sgd", "--network=transformer", "--rounds=1"]
-    assert steps.main([*arguments, f"--output={path}"]) == 2
+    assert steps.main([*arguments, f"--output={path}"]) == 3
     assert "graphed, gate: AssertionError: graphed step" in capsys.readouterr().out
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["contender"] for row in rows] == ["sgd", "sgd fused"]
