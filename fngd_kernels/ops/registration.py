@@ -46,8 +46,10 @@ def with_geometry(place: int) -> Callable[[Callable[..., Any]], Callable[..., An
 def call(op: Callable[..., Any], tensor: torch.Tensor, *args: Any) -> Any:
     """Call an operator without gradients, and without autocast, which would round its float32 sums."""
     device = tensor.device.type
-    with torch.no_grad():
-        if device != "meta" and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return op(tensor, *args)
-        return op(tensor, *args)
+    if device != "meta" and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return call(op, tensor, *args)
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return op(tensor, *args)
+    return op(tensor, *args)

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from ..distributed import is_initialized
 from ..rules import Use, added
-from ..torch_private import at_end_of_backward, current_graph_task, has_gradient_hooks
+from ..torch_private import at_end_of_backward, current_graph_task
 from .barrier import Barrier, ShieldedParameters
 from .block import Gradients, ParameterBlock, RoutedModule, Uses
 
@@ -166,7 +166,7 @@ class UseCollector:
 
     def is_awaited(self, block: ParameterBlock) -> bool:
         """Return whether a hook or a gradient reducer waits for the block's gradient inside backward."""
-        return self.returns_gradients and (is_initialized() or any(map(has_gradient_hooks, block.parameters)))
+        return self.returns_gradients and (is_initialized() or block.has_gradient_hooks())
 
     def _shield(self, block: ParameterBlock, batch: Any) -> ShieldedParameters:
         """Return the shield that all calls of a block in this forward share."""

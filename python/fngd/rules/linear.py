@@ -72,7 +72,9 @@ def is_linear_map(rule: Rule) -> bool:
 
 def positions(uses: Sequence[Use]) -> tuple[Tensor, Tensor]:
     """Return all uses as one: a (N, T, I), e (N, T, O)."""
-    a, e = (
-        [x.reshape(len(x), -1, x.shape[-1]) for x in column] for column in list(zip(*uses, strict=True))[:2]
-    )
+    a, e = [_rows(use.a) for use in uses], [_rows(use.e) for use in uses]
     return (a[0], e[0]) if len(uses) == 1 else (torch.cat(a, 1), torch.cat(e, 1))
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.ndim == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
