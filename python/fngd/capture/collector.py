@@ -8,7 +8,7 @@ The life of a use:
 2. Backward reaches the node, whose handler receives the layer input and grad_output: a `Use`. It is filed in
    the `Backward` of the running autograd graph task, under its batch and its block.
 3. When a block has no open call left, `complete` is called at once, while grad_output is in the cache: FNGD
-   forms the Gram matrix there. If a further use comes (a derivative of the forward was taken), `complete` is
+   forms the Gram matrix there on a CPU; on a GPU `deliver` forms many together. If a further use comes (a derivative of the forward was taken), `complete` is
    called again with all uses, and its earlier result is dropped.
 4. At the end of the graph task `deliver` gets all that was collected and yields gradients, which are added to
    `.grad`.
@@ -111,6 +111,10 @@ class UseCollector:
         """Return what is wanted of a block whose uses are all in, as far as is known."""
         raise NotImplementedError
 
+    def completes_at_once(self, e: Tensor) -> bool:
+        """Return whether `complete` is called as soon as grad_output e is the last, or by `deliver` only."""
+        return True
+
     def deliver(
         self, batch: Any, collected: dict[ParameterBlock, Collected], *, early: bool
     ) -> Iterator[tuple[RoutedModule, Gradients]]:
@@ -196,7 +200,7 @@ class UseCollector:
         collected = self._backward(task).collected[call.batch][block]
         collected.uses[module].append(use)
         collected.is_complete = False
-        if is_last_use:
+        if is_last_use and self.completes_at_once(use.e):
             self.finish(block, collected)
         return None
 

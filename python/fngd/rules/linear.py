@@ -1,7 +1,7 @@
 """nn.Linear: C_n = E_n^T A_n."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,6 +74,32 @@ def positions(uses: Sequence[Use]) -> tuple[Tensor, Tensor]:
     """Return all uses as one: a (N, T, I), e (N, T, O)."""
     a, e = [_rows(use.a) for use in uses], [_rows(use.e) for use in uses]
     return (a[0], e[0]) if len(uses) == 1 else (torch.cat(a, 1), torch.cat(e, 1))
+
+
+class Layer(NamedTuple):
+    """The only use of a linear layer, for `fngd_kernels.ops.gram.gram_batch`."""
+
+    a: Tensor
+    """(N, T, I)"""
+    e: Tensor
+    """(N, T, O)"""
+    bias: bool
+
+    @property
+    def kind(self) -> Hashable:
+        """Return what the layers of one batch have in common; on a GPU the kernel depends on the alignment."""
+        tensors = ((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in (self.a, self.e))
+        return *tensors, self.bias
+
+
+def layer_of(uses: Mapping[Any, Sequence[Use]]) -> Layer | None:
+    """Return the only use of a block, by module, whose Gram matrix is that of a linear layer; or None."""
+    if len(uses) != 1:
+        return None
+    ((routed, found),) = uses.items()
+    if len(found) != 1 or getattr(type(routed.rule), "gram", None) is not LinearRule.gram:
+        return None
+    return Layer(*positions(found), bool(biased(routed.module, found)))
 
 
 def _rows(x: Tensor) -> Tensor:
