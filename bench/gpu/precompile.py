@@ -36,6 +36,7 @@ from bench.kernels.shapes import NETWORKS, TINY
 from bench.models.translator import Translator
 from bench.steps.networks import MIXED, Batch, Network
 from fngd_kernels.ops import devices
+from fngd_kernels.ops.gram import with_positions
 from fngd_kernels.ops.registration import OPERATORS
 
 PROCESSORS = 132
@@ -173,9 +174,11 @@ class _OnCuda(TorchDispatchMode):
                 inputs: Any = [_meta(x) if isinstance(x, Tensor) else x for x in args]
                 s = torch.empty(len(inputs[0]), device="meta")
                 OPERATORS[name](*inputs)
-                # What a solving step combines with the coefficients it solved for.
+                # What a solving step launches for equal layers at once, and combines with its coefficients.
                 if name == "gram":
-                    a, e, bias, _ = inputs[:4]
+                    a, e, bias, workspace = inputs[:4]
+                    layers = ([x] * 2 for x in with_positions(a, e))
+                    OPERATORS["gram_batch"](*layers, bias, workspace)
                     OPERATORS["combine"](a, e, s, bias)
                 elif name == "gram_embedding":
                     ids, e, padding_idx = inputs[:3]

@@ -33,7 +33,7 @@ IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {
 """By backend and algorithm of a plan; for a (N,T,I) and e (N,T,O)."""
 
 BATCHES: dict[tuple[str, str], Callable[[Sequence[Tensor], Sequence[Tensor], bool, str | None], Tensor]] = {}
-"""Where there is one that takes several layers: by backend and algorithm; for lists of a (N,T,I), e (N,T,O)."""
+"""By backend and algorithm, where one takes several layers at a time; for lists of a (N,T,I), e (N,T,O)."""
 
 DIAGONALS: dict[str, Callable[[Tensor, Tensor, bool, int, str | None], Tensor]] = {
     "torch": lambda a, e, bias, workspace, precision: linear_norms(a, e, bias, workspace),

@@ -27,9 +27,7 @@ def _pairs(a: Tensor, e: Tensor, bias: bool, plan: Plan, workspace: int, precisi
     return gram_pairs(a, e, bias, _precision(precision))
 
 
-def _hadamard_batch(
-    a: Sequence[Tensor], e: Sequence[Tensor], bias: bool, precision: str | None
-) -> Tensor:
+def _hadamard_batch(a: Sequence[Tensor], e: Sequence[Tensor], bias: bool, precision: str | None) -> Tensor:
     return gram_hadamard_batch(a, e, bias, _precision(precision))
 
 

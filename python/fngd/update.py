@@ -95,8 +95,8 @@ class Update:
 
     def _found_non_finite(self) -> Tensor:
         """Return 1 if a gradient holds NaN or infinity, else 0: (1,) float32."""
-        parameters = (p for group in self.base.param_groups for p in group["params"])
-        local, groups = local_shards([p.grad for p in parameters if p.grad is not None])
+        gradients = (p.grad for group in self.base.param_groups for p in group["params"])
+        local, groups = local_shards([g for g in gradients if g is not None])
         dense = [g.coalesce().values() if g.is_sparse else g for g in local]
         found = found_non_finite(dense) if dense else torch.zeros(1, device=self._skipped.values.device)
         return all_reduce_max_(found, groups)

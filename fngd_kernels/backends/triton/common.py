@@ -35,7 +35,7 @@ MOST_LAYERS = 16
 """Layers of one launch: their tensors are arguments, because a table on the device would have to be copied."""
 
 Launch = tuple[int, tuple[Tensor, ...], tuple[Tensor, ...], int]
-"""The number of the first layer, what `chosen_layer` takes of a and of e, and how many layers there are."""
+"""The first layer's number, the layers' a and e for `chosen_layer`, and how many layers they are."""
 
 
 def launches(a: Sequence[Tensor], e: Sequence[Tensor]) -> Iterator[Launch]:

@@ -24,7 +24,12 @@ from .common import (
     store_symmetric,
 )
 from .reduce import sum_partials
-from .tiles import PairGrid, Tile, diagonal_grid, pair_grid, tile
+from .tiles import PairGrid, Tile, diagonal_grid, pair_grid, tile, waves_cost
+
+SMALL_TILE_MAC = 1.5
+"""Cost of a multiply-add in a small tile, whose rows are read more often, in those of a large one; an
+estimate.
+"""
 
 
 @triton.jit(do_not_specialize_on_alignment=["pairs"])
@@ -111,9 +116,21 @@ def _gram_pairs_kernel(
     store_symmetric(K, acc, block_i * SAMPLES + samples, block_j * SAMPLES + samples, n, stride_ki, stride_kj)
 
 
-def _tile(a: Sequence[Tensor], e: Sequence[Tensor]) -> Tile:
-    kernel = "gram_pairs" if aligned(*a, *e) else "gram_pairs_unaligned"
-    return tile(kernel, capability(a[0].device), a[0].itemsize)
+def _tile(a: Sequence[Tensor], e: Sequence[Tensor], kernel: str = "gram_pairs") -> Tile:
+    suffix = "" if aligned(*a, *e) else "_unaligned"
+    return tile(kernel + suffix, capability(a[0].device), a[0].itemsize)
+
+
+def _tile_and_grid(a: Sequence[Tensor], e: Sequence[Tensor]) -> tuple[Tile, PairGrid]:
+    """Return a large tile and its grid, or a small one where large ones leave more of the device idle."""
+    (n, positions, _), layers, processors = a[0].shape, len(a), multiprocessors(a[0].device)
+    large, small = _tile(a, e), _tile(a, e, "gram_pairs_few")
+    # The programs of all layers run side by side.
+    programs = triton.cdiv(2 * processors, layers)
+    coarse, fine = (pair_grid(n, positions, chosen.blocks["ROWS"], programs) for chosen in (large, small))
+    if SMALL_TILE_MAC * waves_cost(fine, layers, processors) < waves_cost(coarse, layers, processors):
+        return small, fine
+    return large, coarse
 
 
 def gram_pairs(a: Tensor, e: Tensor, bias: bool, precision: str = "ieee") -> Tensor:
@@ -137,10 +154,8 @@ def gram_pairs_batch(a: Sequence[Tensor], e: Sequence[Tensor], bias: bool, preci
 
     The more layers, the fewer programs share a pair of blocks.
     """
-    n, positions, _ = a[0].shape
-    chosen = _tile(a, e)
-    programs = triton.cdiv(2 * multiprocessors(a[0].device), len(a))
-    grid = pair_grid(n, positions, chosen.blocks["ROWS"], programs)
+    n = a[0].shape[0]
+    chosen, grid = _tile_and_grid(a, e)
     k = a[0].new_empty((grid.parts, len(a), n, n), dtype=torch.float32)
     _launch(a, e, k, k.stride(), bias, False, precision, grid, chosen)
     return k[0] if grid.parts == 1 else sum_partials(k)

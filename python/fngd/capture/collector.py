@@ -8,8 +8,9 @@ The life of a use:
 2. Backward reaches the node, whose handler receives the layer input and grad_output: a `Use`. It is filed in
    the `Backward` of the running autograd graph task, under its batch and its block.
 3. When a block has no open call left, `complete` is called at once, while grad_output is in the cache: FNGD
-   forms the Gram matrix there on a CPU; on a GPU `deliver` forms many together. If a further use comes (a derivative of the forward was taken), `complete` is
-   called again with all uses, and its earlier result is dropped.
+   forms the Gram matrix there on a CPU; on a GPU `deliver` forms many together. If a further use comes (a
+   derivative of the forward was taken), `complete` is called again with all uses, and its earlier result is
+   dropped.
 4. At the end of the graph task `deliver` gets all that was collected and yields gradients, which are added to
    `.grad`.
 

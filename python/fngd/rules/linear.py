@@ -87,7 +87,7 @@ class Layer(NamedTuple):
 
     @property
     def kind(self) -> Hashable:
-        """Return what the layers of one batch have in common; on a GPU the kernel depends on the alignment."""
+        """Return what the layers of one batch have in common, down to the alignment, which kernels know."""
         tensors = ((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in (self.a, self.e))
         return *tensors, self.bias
 

@@ -49,6 +49,9 @@ def gram_pairs(dtype: torch.dtype, precision: str) -> None:
         gram_pairs(a, e, True, precision)
     gram_pairs_diag(a, e, True, precision)
     gram_pairs_batch([a, a], [e, e], True, precision)
+    # So few tiles that they are small.
+    for inputs in (512, 513):
+        gram_pairs(meta(32, 8, inputs, dtype=dtype), meta(32, 8, 512, dtype=dtype), True, precision)
 
 
 def gram_embedding(dtype: torch.dtype, precision: str) -> None:
