@@ -32,7 +32,7 @@ def aligned(*tensors: Tensor) -> bool:
 
 
 MOST_LAYERS = 16
-"""Layers of one launch: their tensors are arguments, because a table on the device would have to be copied."""
+"""Layers of one launch: their tensors are arguments, because a table on the device would need a copy."""
 
 Launch = tuple[int, tuple[Tensor, ...], tuple[Tensor, ...], int]
 """The first layer's number, the layers' a and e for `chosen_layer`, and how many layers they are."""

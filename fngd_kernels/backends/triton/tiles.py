@@ -43,7 +43,7 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
     },
     "gram_pairs_few_unaligned": {
         (80, 2): Tile({"ROWS": 32, "BK": 64}, 4, 3, _COMPILED),
-        (80, 4): Tile({"ROWS": 32, "BK": 32}, 4, 3, _COMPILED),
+        (80, 4): Tile({"ROWS": 32, "BK": 16}, 2, 3, _COMPILED),
     },
     # Small tiles: fewer pairs of them then share an id.
     "gram_embedding": {
