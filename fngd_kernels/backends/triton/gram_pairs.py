@@ -6,6 +6,7 @@ summed over positions. One launch serves several layers with the same shapes and
 """
 
 from collections.abc import Sequence
+from math import ceil
 
 import torch
 import triton
@@ -126,7 +127,7 @@ def _tile_and_grid(a: Sequence[Tensor], e: Sequence[Tensor]) -> tuple[Tile, Pair
     (n, positions, _), layers, processors = a[0].shape, len(a), multiprocessors(a[0].device)
     large, small = _tile(a, e), _tile(a, e, "gram_pairs_few")
     # The programs of all layers run side by side.
-    programs = triton.cdiv(2 * processors, layers)
+    programs = ceil(2 * processors / layers)
     coarse, fine = (pair_grid(n, positions, chosen.blocks["ROWS"], programs) for chosen in (large, small))
     if SMALL_TILE_MAC * waves_cost(fine, layers, processors) < waves_cost(coarse, layers, processors):
         return small, fine

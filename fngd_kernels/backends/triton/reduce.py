@@ -1,5 +1,7 @@
 """Sum of partial Gram matrices in fixed order."""
 
+from math import ceil
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -59,7 +61,7 @@ def sum_partials(partial: Tensor) -> Tensor:
     parts, layers, n, _ = partial.shape
     k = partial[0] if parts == 1 else partial.new_empty((layers, n, n))
     chosen = tile("sum_partials", capability(partial.device), partial.itemsize)
-    grid = triton.cdiv(n, chosen.blocks["BN"])
+    grid = ceil(n / chosen.blocks["BN"])
     _sum_partials_kernel[(grid, grid, layers)](
         PARTIAL=partial,
         K=k,
