@@ -68,8 +68,9 @@ struct C10_HIDDEN UseHandler : torch::CustomClassHolder {
 
 using UseHandlerPtr = c10::intrusive_ptr<UseHandler>;
 
-inline UseHandlerPtr make_use_handler(py::object function) {
-  return c10::make_intrusive<UseHandler>(std::move(function));
+// Needs no lock of Python's: the reference moves.
+inline UseHandlerPtr make_use_handler(std::optional<py::object> function) {
+  return function ? c10::make_intrusive<UseHandler>(*std::move(function)) : UseHandlerPtr();
 }
 
 // Saves what every backward needs.

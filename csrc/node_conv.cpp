@@ -121,15 +121,15 @@ Tensor with_autocast(
       cast(x), cast(weight), cast(bias), coefficients, stride, padding, dilation, transposed, output_padding, groups);
 }
 
-Tensor captured(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, py::object on_use, std::vector<int64_t> stride,
-    std::vector<int64_t> padding, std::vector<int64_t> dilation, bool transposed, std::vector<int64_t> output_padding,
-    int64_t groups) {
+Tensor from_python(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& coefficients,
+    std::optional<py::object> on_use, std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+    bool transposed, std::vector<int64_t> output_padding, int64_t groups) {
   const Autocast cast(x);
   const ConvolutionArguments arguments{
       std::move(stride), std::move(padding), std::move(dilation), transposed, std::move(output_padding), groups};
   return Conv::apply(
-      cast(x), cast(weight), cast(bias), OptionalTensor(), arguments, OptionalTensor(),
+      cast(x), cast(weight), cast(bias), coefficients, arguments, OptionalTensor(),
       make_use_handler(std::move(on_use)));
 }
 
@@ -137,9 +137,9 @@ Tensor captured(
 
 void bind_conv(py::module_& m) {
   m.def(
-      "captured_conv", captured, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("on_use"),
-      py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("transposed"), py::arg("output_padding"),
-      py::arg("groups"));
+      "conv", from_python, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("coefficients"),
+      py::arg("on_use"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("transposed"),
+      py::arg("output_padding"), py::arg("groups"), py::call_guard<py::gil_scoped_release>());
 }
 
 TORCH_LIBRARY_IMPL(fngd, CompositeExplicitAutograd, m) { m.impl("conv", forward_alone); }

@@ -50,15 +50,18 @@ Tensor forward_alone(const Tensor& ids, const Tensor& weight, const OptionalTens
   return at::embedding(weight, ids, padding_idx);
 }
 
-Tensor captured(const Tensor& ids, const Tensor& weight, py::object on_use, int64_t padding_idx) {
-  return Embedding::apply(ids, weight, OptionalTensor(), padding_idx, make_use_handler(std::move(on_use)));
+Tensor from_python(
+    const Tensor& ids, const Tensor& weight, const OptionalTensor& coefficients, std::optional<py::object> on_use,
+    int64_t padding_idx) {
+  return Embedding::apply(ids, weight, coefficients, padding_idx, make_use_handler(std::move(on_use)));
 }
 
 }  // namespace
 
 void bind_embedding(py::module_& m) {
   m.def(
-      "captured_embedding", captured, py::arg("ids"), py::arg("weight"), py::arg("on_use"), py::arg("padding_idx"));
+      "embedding", from_python, py::arg("ids"), py::arg("weight"), py::arg("coefficients"), py::arg("on_use"),
+      py::arg("padding_idx"), py::call_guard<py::gil_scoped_release>());
 }
 
 TORCH_LIBRARY_IMPL(fngd, CompositeExplicitAutograd, m) { m.impl("embedding", forward_alone); }

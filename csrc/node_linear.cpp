@@ -93,16 +93,20 @@ Tensor with_autocast(
   return linear(cast(x), cast(weight), cast(bias), coefficients);
 }
 
-Tensor captured(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, py::object on_use) {
+Tensor from_python(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& coefficients,
+    std::optional<py::object> on_use) {
   const Autocast cast(x);
   return Linear::apply(
-      cast(x), cast(weight), cast(bias), OptionalTensor(), false, make_use_handler(std::move(on_use)));
+      cast(x), cast(weight), cast(bias), coefficients, false, make_use_handler(std::move(on_use)));
 }
 
 }  // namespace
 
 void bind_linear(py::module_& m) {
-  m.def("captured_linear", captured, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("on_use"));
+  m.def(
+      "linear", from_python, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("coefficients"),
+      py::arg("on_use"), py::call_guard<py::gil_scoped_release>());
 }
 
 TORCH_LIBRARY_IMPL(fngd, CompositeExplicitAutograd, m) { m.impl("linear", forward_alone); }

@@ -51,14 +51,17 @@ Tensor forward_alone(const Tensor& parameter, int64_t samples, const OptionalTen
   return copies(parameter, samples);
 }
 
-Tensor captured(const Tensor& parameter, int64_t samples, py::object on_use) {
-  return Rows::apply(parameter, samples, OptionalTensor(), make_use_handler(std::move(on_use)));
+Tensor from_python(
+    const Tensor& parameter, int64_t samples, const OptionalTensor& coefficients, std::optional<py::object> on_use) {
+  return Rows::apply(parameter, samples, coefficients, make_use_handler(std::move(on_use)));
 }
 
 }  // namespace
 
 void bind_rows(py::module_& m) {
-  m.def("captured_rows", captured, py::arg("parameter"), py::arg("samples"), py::arg("on_use"));
+  m.def(
+      "rows", from_python, py::arg("parameter"), py::arg("samples"), py::arg("coefficients"), py::arg("on_use"),
+      py::call_guard<py::gil_scoped_release>());
 }
 
 TORCH_LIBRARY_IMPL(fngd, CompositeExplicitAutograd, m) { m.impl("rows", forward_alone); }

@@ -11,13 +11,16 @@ from typing import Any
 
 from .geometry import ConvGeometry, output_size
 
+WHOLE = (int, Integral)
+"""Types of integers. Here and below the usual type is asked first: abstract classes take longer."""
+
 LIMIT = 2**63
 """The operators' arguments have 64 bits: integers must be smaller than this."""
 
 
 def integer(name: str, value: Any, least: int) -> int:
     """Require an integer of at least `least`; return it as an int."""
-    if not isinstance(value, Integral):
+    if not isinstance(value, WHOLE):
         raise TypeError(f"{name}: expected an int, got {value!r:.80}")
     number = int(value)
     if not least <= number < LIMIT:
@@ -28,8 +31,8 @@ def integer(name: str, value: Any, least: int) -> int:
 def integers(name: str, value: Any, count: int, least: int) -> tuple[int, ...]:
     """Require one or `count` integers, each at least `least` and below 2**31; return `count` of them."""
     expected = f"{name}: expected an int or {count} ints, {least} or more"
-    numbers = (value,) * count if isinstance(value, Integral) else value
-    if not _is_sequence(numbers) or not all(isinstance(number, Integral) for number in numbers):
+    numbers = value if isinstance(value, tuple) or not isinstance(value, WHOLE) else (value,) * count
+    if not _is_sequence(numbers) or not all(isinstance(number, WHOLE) for number in numbers):
         raise TypeError(f"{expected}, got {value!r:.80}")
     if len(numbers) != count or not all(least <= int(number) for number in numbers):
         raise ValueError(f"{expected}, got {tuple(numbers)!r:.80}")
@@ -47,7 +50,7 @@ def sizes(name: str, value: Any, least: int) -> tuple[int, ...]:
 
 def _is_sequence(value: Any) -> bool:
     """Return whether the value is a sequence of separate things, unlike a string."""
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return isinstance(value, tuple) or (isinstance(value, Sequence) and not isinstance(value, str | bytes))
 
 
 def flag(name: str, value: Any) -> None:

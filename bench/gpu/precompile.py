@@ -35,6 +35,7 @@ from bench.kernels.shapes import NETWORKS, TINY
 from bench.models.translator import Translator
 from bench.steps.contenders import SKETCH
 from bench.steps.networks import MIXED, Batch, Network
+from fngd_kernels.ops.gram import with_positions
 from fngd_kernels.ops.registration import OPERATORS
 
 HALF = torch.bfloat16
@@ -165,8 +166,12 @@ class _OnCuda(TorchDispatchMode):
             with unset_fake_temporarily():
                 inputs = [meta(x) for x in args]
                 OPERATORS[name](*inputs)
-                if name == "gram_embedding":
-                    # What a solving step combines with the coefficients it solved for.
+                # What a solving step launches for equal layers at once, and combines with its coefficients.
+                if name == "gram":
+                    a, e, bias, workspace = inputs[:4]
+                    layers = ([x] * 2 for x in with_positions(a, e))
+                    OPERATORS["gram_batch"](*layers, bias, workspace)
+                elif name == "gram_embedding":
                     ids, e, padding_idx = inputs[:3]
                     s = torch.empty(len(ids), device="meta")
                     OPERATORS["combine_embedding"](ids, e, s, VOCABULARY, padding_idx)

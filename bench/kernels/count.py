@@ -36,6 +36,7 @@ from bench.models.transformer import LanguageModel
 from bench.steps.contenders import SKETCH, base_optimizer, fngd_optimizer, training_step
 from bench.steps.networks import MIXED, Batch, Network
 from bench.tools import environment, jsonl
+from fngd import preconditioner
 from fngd.coefficients import Report
 from fngd.update import Update
 
@@ -84,6 +85,7 @@ def kernels_of(network: Network, step: str) -> list[Kernel]:
         # They read numbers on the host, which are not there.
         mock.patch.object(Report, "_log_outcomes"),
         mock.patch.object(Update, "_log_skipped"),
+        mock.patch.object(preconditioner, "runs_triton", return_value=True),
     ):
         model.to_empty(device=CPU)
         batch = network.draw(CPU)
@@ -183,7 +185,7 @@ def _layer_table(kernels: Sequence[Kernel]) -> str:
     rows = [
         {
             "layer": layer,
-            "layers": sum(kernel.name.startswith("gram") for kernel in own),
+            "layers": sum(kernel.layers for kernel in own),
             "algorithm": algorithm,
         }
         | _columns(figures(own))

@@ -45,6 +45,7 @@ class Kernel:
         moved: Bytes of inputs and results, each moved once.
         scratch: Bytes of the operator's own scratch memory, as often as its launches write and read it.
         launches: Kernels launched.
+        layers: How many layers FNGD's operator serves, in the row that its launches have.
     """
 
     part: str
@@ -55,6 +56,7 @@ class Kernel:
     moved: int
     scratch: int = 0
     launches: int = 1
+    layers: int = 0
 
     def floor(self, ceilings: Ceilings, *, scratch: bool) -> float:
         """Return the least seconds; `scratch` tells whether scratch memory goes through device memory."""
@@ -104,9 +106,9 @@ class KernelCounter(TorchDispatchMode):
             self._aten(op, name, args, kwargs, result)
         return result
 
-    def _add(self, name: str, macs: Counter[str], moved: int, scratch: int = 0, launches: int = 1) -> None:
-        kernel = Kernel(self._part, name, self._of.layer, self._of.algorithm, macs, moved, scratch, launches)
-        self.kernels.append(kernel)
+    def _add(self, name: str, macs: Counter[str], moved: int, *sizes: int) -> None:
+        """Add a kernel; sizes: its scratch memory, launches and layers."""
+        self.kernels.append(Kernel(self._part, name, self._of.layer, self._of.algorithm, macs, moved, *sizes))
 
     def _aten(self, op: Any, name: str, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         bound = _bound(op, args, kwargs)
@@ -173,7 +175,7 @@ class KernelCounter(TorchDispatchMode):
                     moved[storage] = max(size, moved.get(storage, 0))
                 else:
                     scratch += size
-        self._add(name, macs, sum(moved.values()), scratch, len(self._launches))
+        self._add(name, macs, sum(moved.values()), scratch, len(self._launches), self._of.layers)
 
 
 def _bound(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What FNGD's operators with Triton kernels do: the layer, and the multiply-adds of their plans."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +17,12 @@ ARITHMETIC = {torch.bfloat16: "bf16", torch.float16: "bf16", torch.float32: "fp3
 
 
 class Described(NamedTuple):
-    """The layer, the algorithm and the multiply-adds of one of FNGD's operators."""
+    """The layer, the algorithm and the multiply-adds of one of FNGD's operators, for how many layers."""
 
     layer: str
     algorithm: str = ""
     macs: Counter[str] = Counter()  # noqa: RUF012 - never changed
+    layers: int = 1
 
 
 def _of_plan(layer: object, plan: Plan, dtype: torch.dtype) -> Described:
@@ -41,6 +42,11 @@ def _conv(x: Tensor, geometry: ConvGeometry) -> Conv:
 def _gram(a: Tensor, e: Tensor, bias: bool, workspace: int, *_: Any) -> Described:
     plan = choose.gram(tuple(a.shape), tuple(e.shape), bias, a.itemsize, workspace, True)
     return _of_plan(_linear(a, e), plan, a.dtype)
+
+
+def _gram_batch(a: Sequence[Tensor], e: Sequence[Tensor], *arguments: Any) -> Described:
+    one = _gram(a[0], e[0], *arguments)
+    return one._replace(layers=len(a), macs=Counter({key: len(a) * macs for key, macs in one.macs.items()}))
 
 
 def _gram_conv(x: Tensor, e: Tensor, *arguments: Any) -> Described:
@@ -75,6 +81,7 @@ def _sketch(x: Tensor, *_: Any) -> Described:
 
 DESCRIPTIONS: dict[str, Callable[..., Described]] = {
     "gram": _gram,
+    "gram_batch": _gram_batch,
     "gram_conv": _gram_conv,
     "gram_embedding": _gram_embedding,
     "combine": _combine,

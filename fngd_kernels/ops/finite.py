@@ -58,3 +58,6 @@ def _fake(tensors: Sequence[Tensor]) -> Tensor:
 
 
 register("found_non_finite(Tensor[] tensors) -> Tensor", _found_non_finite, _fake)
+
+unchecked = torch.ops.fngd.found_non_finite.default
+"""`found_non_finite` of a list of dense tensors, without a look at each of them first."""

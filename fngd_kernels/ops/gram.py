@@ -7,7 +7,7 @@ are matrices of K's size, inputs that a sketch has compressed, and the buffers o
 (about 256 KiB for each thread).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from ..backends.torch.products import accumulation_dtype
 from ..backends.torch.squared_norms import linear_norms
 from ..plans import Plan
 from ..sketch import INPUTS, OUTPUTS, Sketch, as_sketch
+from ..workspace import default_workspace
 from . import choose, devices
 from .registration import call, register
 from .sketch import sketched
@@ -33,6 +34,9 @@ IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {
     ("torch", "explicit"): lambda a, e, bias, plan, workspace, precision: gram_explicit(a, e, bias, plan),
 }
 """By backend and algorithm of a plan; for a (N,T,I) and e (N,T,O)."""
+
+BATCHES: dict[tuple[str, str], Callable[[Sequence[Tensor], Sequence[Tensor], bool, str | None], Tensor]] = {}
+"""By backend and algorithm, where one takes several layers at a time; for lists of a (N,T,I), e (N,T,O)."""
 
 DIAGONALS: dict[str, Callable[[Tensor, Tensor, bool, int, str | None], Tensor]] = {
     "torch": lambda a, e, bias, workspace, precision: linear_norms(a, e, bias, workspace),
@@ -87,6 +91,18 @@ def gram(
     return call(op.default, a, e, bias, workspace, precision)
 
 
+def gram_batch(a: Sequence[Tensor], e: Sequence[Tensor], bias: bool) -> Tensor:
+    """Return K (L,N,N), for each of L linear layers what `gram` returns.
+
+    Args:
+        a: (N,T,I) each, layer inputs, alike in shape, strides, dtype and device.
+        e: (N,T,O) each, gradients at the layer outputs, alike in the same way.
+        bias: Whether the biases belong to the blocks.
+    """
+    checks.check_linear(a[0], e[0])
+    return call(torch.ops.fngd.gram_batch.default, a, e, bias, default_workspace())
+
+
 def with_positions(a: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
     """Return both tensors with an axis of positions, of size 1 where e has none."""
     return (a, e) if e.ndim == 3 else (a.unsqueeze(1), e.unsqueeze(1))
@@ -102,6 +118,18 @@ def _gram(a: Tensor, e: Tensor, bias: bool, workspace: int, precision: str | Non
     plan = choose.gram(tuple(a.shape), tuple(e.shape), bias, a.itemsize, workspace, triton)
     run = IMPLEMENTATIONS[plan.backend, plan.algorithm]
     return run(*with_positions(a, e), bias, plan, workspace, precision)
+
+
+def _gram_batch(
+    a: Sequence[Tensor], e: Sequence[Tensor], bias: bool, workspace: int, precision: str | None = None
+) -> Tensor:
+    triton = devices.triton_serves(a[0], e[0])
+    if triton:
+        plan = choose.gram(tuple(a[0].shape), tuple(e[0].shape), bias, a[0].itemsize, workspace, triton)
+        run = BATCHES.get((plan.backend, plan.algorithm))
+        if run is not None:
+            return run(a, e, bias, precision)
+    return torch.stack([_gram(x, y, bias, workspace, precision) for x, y in zip(a, e, strict=True)])
 
 
 def _gram_diag(a: Tensor, e: Tensor, bias: bool, workspace: int, precision: str | None = None) -> Tensor:
@@ -123,6 +151,11 @@ def empty_diagonal(a: Tensor, *_: object) -> Tensor:
 
 register(
     "gram(Tensor a, Tensor e, bool bias, int workspace, str? precision=None) -> Tensor", _gram, empty_gram
+)
+register(
+    "gram_batch(Tensor[] a, Tensor[] e, bool bias, int workspace, str? precision=None) -> Tensor",
+    _gram_batch,
+    lambda a, *_: torch.stack([empty_gram(x) for x in a]),
 )
 register(
     "gram_diag(Tensor a, Tensor e, bool bias, int workspace, str? precision=None) -> Tensor",

@@ -57,9 +57,9 @@ def linear(
     _check_coefficients(coefficients, x.shape[:1])
     if choose.node(native.AVAILABLE) == "python":
         return nodes_python.linear(x, weight, bias, coefficients, on_use)
-    if on_use is not None:
-        return native.extension.captured_linear(x, weight, bias, on_use)
-    return torch.ops.fngd.linear(x, weight, bias, coefficients)
+    if _goes_through_the_dispatcher(on_use):
+        return torch.ops.fngd.linear(x, weight, bias, coefficients)
+    return native.extension.linear(x, weight, bias, coefficients, on_use)
 
 
 def conv(
@@ -98,9 +98,9 @@ def conv(
     )
     if choose.node(native.AVAILABLE) == "python":
         return nodes_python.conv(x, weight, bias, coefficients, on_use, arguments)
-    if on_use is not None:
-        return native.extension.captured_conv(x, weight, bias, on_use, *arguments)
-    return torch.ops.fngd.conv(x, weight, bias, coefficients, *arguments)
+    if _goes_through_the_dispatcher(on_use):
+        return torch.ops.fngd.conv(x, weight, bias, coefficients, *arguments)
+    return native.extension.conv(x, weight, bias, coefficients, on_use, *arguments)
 
 
 def embedding(
@@ -123,9 +123,9 @@ def embedding(
     _check_coefficients(coefficients, ids.shape[:1])
     if choose.node(native.AVAILABLE) == "python":
         return nodes_python.embedding(ids, weight, coefficients, on_use, padding_idx)
-    if on_use is not None:
-        return native.extension.captured_embedding(ids, weight, on_use, padding_idx)
-    return torch.ops.fngd.embedding(ids, weight, coefficients, padding_idx)
+    if _goes_through_the_dispatcher(on_use):
+        return torch.ops.fngd.embedding(ids, weight, coefficients, padding_idx)
+    return native.extension.embedding(ids, weight, coefficients, on_use, padding_idx)
 
 
 def rows(
@@ -145,9 +145,14 @@ def rows(
     _check_coefficients(coefficients, (samples,))
     if choose.node(native.AVAILABLE) == "python":
         return nodes_python.rows(parameter, samples, coefficients, on_use)
-    if on_use is not None:
-        return native.extension.captured_rows(parameter, samples, on_use)
-    return torch.ops.fngd.rows(parameter, samples, coefficients)
+    if _goes_through_the_dispatcher(on_use):
+        return torch.ops.fngd.rows(parameter, samples, coefficients)
+    return native.extension.rows(parameter, samples, coefficients, on_use)
+
+
+def _goes_through_the_dispatcher(on_use: UseHandler | None) -> bool:
+    """Return whether torch's dispatcher has to see the call, which takes the host longer: compiled."""
+    return on_use is None and torch.compiler.is_compiling()
 
 
 def _check_coefficients(coefficients: Tensor | None, shape: Sequence[int]) -> None:

@@ -5,7 +5,7 @@ runs. Its schema has the types that torch's dispatcher knows; a ConvGeometry is 
 arguments, `GEOMETRY`, which `*geometry` and `with_geometry` convert.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,11 +43,19 @@ def with_geometry(place: int) -> Callable[[Callable[..., Any]], Callable[..., An
     return decorate
 
 
-def call(op: Callable[..., Any], tensor: torch.Tensor, *args: Any) -> Any:
-    """Call an operator without gradients, and without autocast, which would round its float32 sums."""
-    device = tensor.device.type
-    with torch.no_grad():
-        if device != "meta" and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return op(tensor, *args)
-        return op(tensor, *args)
+def call(op: Callable[..., Any], first: torch.Tensor | Sequence[torch.Tensor], *args: Any) -> Any:
+    """Call an operator without gradients, and without autocast, which would round its float32 sums.
+
+    Args:
+        op: The operator.
+        first: Its first argument, a tensor or several.
+        args: Its other arguments.
+    """
+    device = (first if isinstance(first, torch.Tensor) else first[0]).device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return call(op, first, *args)
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return op(first, *args)
+    return op(first, *args)

@@ -1,6 +1,6 @@
 """The Triton kernels as implementations of operators; importing this adds them to the operators' tables."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,8 @@ from ..backends.triton.combine_embedding import combine_embedding as triton_comb
 from ..backends.triton.gram_embedding import gram_embedding as triton_gram_embedding
 from ..backends.triton.gram_embedding import gram_embedding_diag as triton_gram_embedding_diag
 from ..backends.triton.gram_explicit import gram_conv_explicit, gram_explicit
-from ..backends.triton.gram_hadamard import gram_hadamard
-from ..backends.triton.gram_pairs import gram_pairs, gram_pairs_diag
+from ..backends.triton.gram_hadamard import gram_hadamard, gram_hadamard_batch
+from ..backends.triton.gram_pairs import gram_pairs, gram_pairs_batch, gram_pairs_diag
 from ..backends.triton.sketch import sketch as triton_sketch
 from ..geometry import ConvGeometry
 from ..plans import Plan
@@ -24,6 +24,14 @@ def _hadamard(a: Tensor, e: Tensor, bias: bool, plan: Plan, workspace: int, prec
 
 def _pairs(a: Tensor, e: Tensor, bias: bool, plan: Plan, workspace: int, precision: str | None) -> Tensor:
     return gram_pairs(a, e, bias, _precision(precision))
+
+
+def _hadamard_batch(a: Sequence[Tensor], e: Sequence[Tensor], bias: bool, precision: str | None) -> Tensor:
+    return gram_hadamard_batch(a, e, bias, _precision(precision))
+
+
+def _pairs_batch(a: Sequence[Tensor], e: Sequence[Tensor], bias: bool, precision: str | None) -> Tensor:
+    return gram_pairs_batch(a, e, bias, _precision(precision))
 
 
 def _explicit(a: Tensor, e: Tensor, bias: bool, plan: Plan, workspace: int, precision: str | None) -> Tensor:
@@ -69,11 +77,11 @@ def _contribution_precision(precision: str | None, inputs: Tensor) -> str | None
 
 
 def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function with its first tensor's device current, because Triton launches on that one."""
+    """Return the function with the device of its first tensor current: Triton launches on that one."""
 
-    def guarded(tensor: Tensor, *arguments: Any) -> Any:
-        with torch.cuda.device_of(tensor):
-            return function(tensor, *arguments)
+    def guarded(first: Tensor | Sequence[Tensor], *arguments: Any) -> Any:
+        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
+            return function(first, *arguments)
 
     return guarded
 
@@ -81,6 +89,8 @@ def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
 gram.IMPLEMENTATIONS["triton", "hadamard"] = _on_device(_hadamard)
 gram.IMPLEMENTATIONS["triton", "pairs"] = _on_device(_pairs)
 gram.IMPLEMENTATIONS["triton", "explicit"] = _on_device(_explicit)
+gram.BATCHES["triton", "hadamard"] = _on_device(_hadamard_batch)
+gram.BATCHES["triton", "pairs"] = _on_device(_pairs_batch)
 gram.DIAGONALS["triton"] = _on_device(_pairs_diag)
 gram_conv.IMPLEMENTATIONS["triton", "explicit"] = _on_device(_conv_explicit)
 gram_embedding.IMPLEMENTATIONS["triton"] = _on_device(_embedding)

@@ -9,9 +9,9 @@ What a training step does, and where:
 3. Known: the module's rule runs a node of fngd_kernels/ops/nodes.py, whose backward gives sum_n s_n C_n at
    once.
 4. Solved for: the collector (capture/collector.py) receives input and grad_output of every layer in backward.
-   When a layer's are complete, its rule forms the Gram matrix, K_ij = <C_i, C_j>; at the end of backward one
-   batched solve (coefficients/solver.py) gives s, the table keeps it, and the rules combine sum_n s_n C_n
-   into `.grad`.
+   When a layer's are complete, its rule forms the Gram matrix, K_ij = <C_i, C_j>; on a GPU that waits for
+   the end of backward, where equal layers take one launch. There one batched solve (coefficients/solver.py)
+   gives s, the table keeps it, and the rules combine sum_n s_n C_n into `.grad`.
 5. `FNGD.step` applies a torch.optim rule to `.grad` (update.py); `coverage()` and `stats()` tell what
    happened (coefficients/report.py).
 

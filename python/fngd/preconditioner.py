@@ -1,6 +1,7 @@
 """What FNGD does with the calls of a model's blocks: plain, weighted, or collected and solved for."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,11 +9,13 @@ import torch
 from torch import Tensor
 
 from fngd_kernels import Sketch
+from fngd_kernels.ops.devices import runs_triton
+from fngd_kernels.ops.gram import gram_batch
 
 from .capture import Collected, Gradients, ParameterBlock, RoutedModule, UseCollector, Uses, combined
 from .coefficients import OUT_OF_MEMORY, Batch, Report, Schedule, Solver
 from .memory import within_memory
-from .rules import Use, block_gram
+from .rules import Use, block_gram, layer_of
 from .torch_private import at_end_of_backward, current_graph_task
 
 
@@ -97,6 +100,10 @@ class Preconditioner(UseCollector):
 
     # Backward
 
+    def completes_at_once(self, e: Tensor) -> bool:
+        """On a GPU all wait for the end of backward, where one launch serves many layers."""
+        return not runs_triton(e.device)
+
     def complete(self, block: ParameterBlock, uses: Uses) -> Tensor | None:
         """Return the block's Gram matrix, None where its uses are of several sizes or memory runs out."""
         sizes = {use.e.shape[0] for found in uses.values() for use in found}
@@ -113,6 +120,7 @@ class Preconditioner(UseCollector):
         self, batch: Batch, collected: dict[ParameterBlock, Collected], *, early: bool
     ) -> Iterator[tuple[RoutedModule, Gradients]]:
         """Solve for all blocks at once; each block's tensors are let go as soon as they were combined."""
+        self._form_together(collected.values())
         found = {block: self.finish(block, each) for block, each in collected.items()}
         grams = {block: k for block, k in found.items() if k is not None}
         del found
@@ -128,6 +136,23 @@ class Preconditioner(UseCollector):
                 gradients = combined(module, own, coefficients.get(block))
                 del own
                 yield module, gradients
+
+    def _form_together(self, collected: Iterable[Collected]) -> None:
+        """Form the Gram matrices of equal linear layers that wait for it, as far as there is memory."""
+        alike = defaultdict(list)
+        for each in collected:
+            layer = None if each.is_complete else layer_of(each.uses)
+            if layer is not None and self._sketch is not None:
+                layer = within_memory(partial(layer.sketched, self._sketch))
+            if layer is not None:
+                alike[layer.kind].append((each, layer))
+        for group in alike.values():
+            if len(group) > 1 or self._sketch is not None:  # what is compressed already is not so again
+                a, e, (bias, *_) = zip(*(layer for _, layer in group), strict=True)
+                grams = within_memory(partial(gram_batch, a, e, bias))
+                if grams is not None:  # else each is formed, or keeps the plain gradient, by itself
+                    for (each, _), k in zip(group, grams.unbind(0), strict=True):
+                        each.result, each.is_complete = k, True
 
     def answer(self, module: RoutedModule, batch: Batch, use: Use, *, is_only_use: bool) -> Gradients:
         """Solve for the block at once where this is its only use; else the use keeps the plain gradient."""

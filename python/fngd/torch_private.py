@@ -68,12 +68,12 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
     Variable._execution_engine.queue_callback(callback)
 
 
-def has_gradient_hooks(parameter: nn.Parameter) -> bool:
+def has_gradient_hooks(parameter: Tensor) -> bool:
     """Return whether hooks were put on a parameter by register_hook or register_post_accumulate_grad_hook.
 
     Public torch adds hooks and does not list them.
     """
-    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)  # type: ignore[attr-defined]
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def inside_function_transform() -> bool:

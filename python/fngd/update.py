@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fngd_kernels.ops.finite import found_non_finite
+from fngd_kernels.ops.finite import unchecked as found_non_finite
 
 from .distributed import all_reduce_max_, local_shards
 from .event_log import DeviceCounts, EventLog
@@ -31,6 +31,7 @@ class Update:
         """Let the base optimizer work on what its owner holds now."""
         self.base.param_groups = owner.param_groups
         self.base.state = owner.state
+        self._with_momentum = 0
 
     @property
     def skips_on_device(self) -> bool:
@@ -81,16 +82,21 @@ class Update:
 
     def _begin_momentum(self) -> None:
         """Write the momentum 0 that torch's fused SGD leaves undefined when its first step is left out."""
-        for group in self.base.param_groups:
-            if group.get("momentum"):
-                for p in group["params"]:
-                    if p.grad is not None and self.base.state[p].get("momentum_buffer") is None:
-                        self.base.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        groups, state = [g["params"] for g in self.base.param_groups if g.get("momentum")], self.base.state
+        parameters = sum(map(len, groups))
+        # The usual case, told without a look at every parameter; a user may have emptied the state.
+        if self._with_momentum == parameters <= len(state):
+            return
+        without = [p for group in groups for p in group if state[p].get("momentum_buffer") is None]
+        begun = [p for p in without if p.grad is not None]
+        for p in begun:
+            state[p]["momentum_buffer"] = torch.zeros_like(p)
+        self._with_momentum = parameters - len(without) + len(begun)
 
     def _found_non_finite(self) -> Tensor:
         """Return 1 if a gradient holds NaN or infinity, else 0: (1,) float32."""
-        parameters = (p for group in self.base.param_groups for p in group["params"])
-        local, groups = local_shards([p.grad for p in parameters if p.grad is not None])
+        gradients = (p.grad for group in self.base.param_groups for p in group["params"])
+        local, groups = local_shards([g for g in gradients if g is not None])
         dense = [g.coalesce().values() if g.is_sparse else g for g in local]
         found = found_non_finite(dense) if dense else torch.zeros(1, device=self._skipped.values.device)
         return all_reduce_max_(found, groups)

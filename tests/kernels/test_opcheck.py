@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 import fngd_kernels as fk
 
@@ -12,6 +13,7 @@ CALLS = [
     ("gram", (A, E, True, 1 << 20)),
     ("gram", (A[:, 0].bfloat16(), E[:, 0].bfloat16(), False, 1 << 20)),
     ("gram", (A[:0], E[:0], False, 0)),
+    ("gram_batch", ([A, A + 1], [E, E + 1], True, 1 << 20)),
     ("gram_conv", (X, Y, *CONV, True, 1 << 20)),
     ("gram_conv", (X.double(), Y.double(), *CONV, False, 0)),
     ("gram_embedding", (IDS, E, 3, 1 << 20)),
@@ -43,7 +45,7 @@ def test_fake_has_the_dtype_and_strides_of_the_result(name, arguments):
     op = getattr(torch.ops.fngd, name).default
     mode = torch._subclasses.FakeTensorMode()
     with mode:
-        fakes = op(*(mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in arguments))
+        fakes = op(*tree_map_only(torch.Tensor, mode.from_tensor, arguments))
     results = op(*arguments)
     if isinstance(results, torch.Tensor):
         results, fakes = [results], [fakes]

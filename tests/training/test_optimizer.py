@@ -349,6 +349,24 @@ def test_momentum_of_a_parameter_that_joins_later_begins_at_zero():
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("emptied", ["state", "load_state_dict"])
+def test_momentum_begins_at_zero_again_when_the_state_was_emptied(emptied):
+    model, x, y = make("mlp", N, torch.float32)
+    opt = fngd.FNGD(model, lr=0.1, momentum=0.9, fused=True, share="none")
+    fresh = opt.state_dict()
+    train(model, opt, x, y, 2)
+    if emptied == "state":
+        opt.state.clear()
+    else:
+        opt.load_state_dict(fresh)
+    opt.zero_grad()
+    (F.cross_entropy(model(x), y) * torch.inf).backward()
+    opt.step()
+    assert opt.stats()["skipped_steps"] == 1
+    for p in model.parameters():
+        assert not opt.state[p]["momentum_buffer"].any()
+
+
 def test_dampened_momentum_keeps_the_test_of_the_host():
     model, x, y = make("mlp", N, torch.float32)
     twin = copy.deepcopy(model)

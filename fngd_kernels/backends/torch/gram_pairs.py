@@ -15,7 +15,9 @@ def gram_pairs(a: Tensor, e: Tensor, bias: bool, plan: Plan) -> Tensor:
     for i in range(0, n, block):
         a_i, e_i = (rows[i : i + block].to(dtype).flatten(0, 1) for rows in (a, e))
         for j in range(i, n, block):
-            a_j, e_j = (rows[j : j + block].to(dtype).flatten(0, 1) for rows in (a, e))
+            a_j, e_j = a_i, e_i
+            if j > i:
+                a_j, e_j = (rows[j : j + block].to(dtype).flatten(0, 1) for rows in (a, e))
             pairs = rows_product(a_i, a_j)
             if bias:
                 pairs += 1

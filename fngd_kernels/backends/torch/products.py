@@ -14,9 +14,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+ONEDNN_MACS = 1 << 20
+"""Products of fewer multiply-adds take oneDNN longer to prepare than to compute."""
+
+
 def rows_product(x: Tensor, y: Tensor) -> Tensor:
     """Return x y^T for x (M,D) and y (N,D)."""
-    if HAS_ONEDNN_PRODUCT and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and y.numel():
+    (m, d), n = x.shape, y.shape[0]
+    if HAS_ONEDNN_PRODUCT and x.dtype == torch.float32 and x.is_cpu and m * d * n >= ONEDNN_MACS:
         return onednn_rows_product(_untangled(x), _untangled(y))
     return x @ y.T
 
@@ -42,5 +47,6 @@ def mirror(k: Tensor) -> Tensor:
     for i in range(0, n, block):
         diagonal = k[i : i + block, i : i + block]
         diagonal.copy_(diagonal.triu() + diagonal.triu(1).T)
-        k[i + block :, i : i + block] = k[i : i + block, i + block :].T
+        if i + block < n:
+            k[i + block :, i : i + block] = k[i : i + block, i + block :].T
     return k

@@ -1,5 +1,7 @@
 """What all kernels share."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,30 @@ def aligned(*tensors: Tensor) -> bool:
         t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in t.stride()[:-1])
         for t in tensors
     )
+
+
+MOST_LAYERS = 16
+"""Layers of one launch: their tensors are arguments, because a table on the device would need a copy."""
+
+Launch = tuple[int, tuple[Tensor, ...], tuple[Tensor, ...], int]
+"""The first layer's number, the layers' a and e for `chosen_layer`, and how many layers they are."""
+
+
+def launches(a: Sequence[Tensor], e: Sequence[Tensor]) -> Iterator[Launch]:
+    """Yield the layers of each launch; kernels are compiled for one layer and for MOST_LAYERS."""
+    for first in range(0, len(a), MOST_LAYERS):
+        some_a, some_e = tuple(a[first : first + MOST_LAYERS]), tuple(e[first : first + MOST_LAYERS])
+        missing = MOST_LAYERS - len(some_a) if len(a) > 1 else 0
+        yield first, some_a + some_a[:1] * missing, some_e + some_e[:1] * missing, len(some_a)
+
+
+@triton.jit
+def chosen_layer(pointers, pid_layer):
+    """Return one of a tuple of pointers."""
+    pointer = pointers[0]
+    for layer in tl.static_range(1, len(pointers)):
+        pointer = tl.where(pid_layer == layer, pointers[layer], pointer)
+    return pointer
 
 
 @triton.jit

@@ -2,8 +2,11 @@
 
 K_ij = sum_{t,u} (<a_it, a_ju> + bias) <e_it, e_ju>. The rows of a tile are a
 chunk of the positions of a few samples. Both products of a pair of tiles stay in registers until they are
-summed over positions.
+summed over positions. One launch serves several layers with the same shapes and strides.
 """
+
+from collections.abc import Sequence
+from math import ceil
 
 import torch
 import triton
@@ -13,6 +16,8 @@ from torch import Tensor
 from .common import (
     aligned,
     capability,
+    chosen_layer,
+    launches,
     lower_block,
     multiprocessors,
     rows_product,
@@ -20,7 +25,12 @@ from .common import (
     store_symmetric,
 )
 from .reduce import sum_partials
-from .tiles import PairGrid, Tile, diagonal_grid, pair_grid, tile
+from .tiles import PairGrid, Tile, diagonal_grid, pair_grid, tile, waves_cost
+
+SMALL_TILE_MAC = 1.5
+"""Cost of a multiply-add in a small tile, whose rows are read more often, in those of a large one; an
+estimate.
+"""
 
 
 @triton.jit(do_not_specialize_on_alignment=["pairs"])
@@ -40,6 +50,7 @@ def _gram_pairs_kernel(
     stride_et,
     stride_eo,
     stride_kp,
+    stride_kl,
     stride_ki,
     stride_kj,
     BIAS: tl.constexpr,
@@ -49,7 +60,8 @@ def _gram_pairs_kernel(
     POSITIONS: tl.constexpr,
     BK: tl.constexpr,
 ):
-    pid_block, pid_part = tl.program_id(0), tl.program_id(1)
+    pid_block, pid_part, pid_layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    a_layer, e_layer = chosen_layer(A, pid_layer), chosen_layer(E, pid_layer)
     chunks = tl.cdiv(positions, POSITIONS)
     if DIAGONAL:
         block_i, block_j, chunk_pairs = pid_block, pid_block, chunks * (chunks + 1) // 2
@@ -72,7 +84,7 @@ def _gram_pairs_kernel(
         mask_i = (offs_n_i < n) & (offs_t_i < positions)
         mask_j = (offs_n_j < n) & (offs_t_j < positions)
         a = rows_product(
-            A,
+            a_layer,
             offs_n_i * stride_an + offs_t_i * stride_at,
             offs_n_j * stride_an + offs_t_j * stride_at,
             mask_i,
@@ -83,7 +95,7 @@ def _gram_pairs_kernel(
             BK,
         )  # [SAMPLES * POSITIONS, SAMPLES * POSITIONS]
         e = rows_product(
-            E,
+            e_layer,
             offs_n_i * stride_en + offs_t_i * stride_et,
             offs_n_j * stride_en + offs_t_j * stride_et,
             mask_i,
@@ -101,13 +113,25 @@ def _gram_pairs_kernel(
         acc += sums
 
     samples = tl.arange(0, SAMPLES)
-    K += pid_part.to(tl.int64) * stride_kp
+    K += pid_part.to(tl.int64) * stride_kp + pid_layer.to(tl.int64) * stride_kl
     store_symmetric(K, acc, block_i * SAMPLES + samples, block_j * SAMPLES + samples, n, stride_ki, stride_kj)
 
 
-def _tile(a: Tensor, e: Tensor) -> Tile:
-    kernel = "gram_pairs" if aligned(a, e) else "gram_pairs_unaligned"
-    return tile(kernel, capability(a.device), a.itemsize)
+def _tile(a: Sequence[Tensor], e: Sequence[Tensor], kernel: str = "gram_pairs") -> Tile:
+    suffix = "" if aligned(*a, *e) else "_unaligned"
+    return tile(kernel + suffix, capability(a[0].device), a[0].itemsize)
+
+
+def _tile_and_grid(a: Sequence[Tensor], e: Sequence[Tensor]) -> tuple[Tile, PairGrid]:
+    """Return a large tile and its grid, or a small one where large ones leave more of the device idle."""
+    (n, positions, _), layers, processors = a[0].shape, len(a), multiprocessors(a[0].device)
+    large, small = _tile(a, e), _tile(a, e, "gram_pairs_few")
+    # The programs of all layers run side by side.
+    programs = ceil(2 * processors / layers)
+    coarse, fine = (pair_grid(n, positions, chosen.blocks["ROWS"], programs) for chosen in (large, small))
+    if SMALL_TILE_MAC * waves_cost(fine, layers, processors) < waves_cost(coarse, layers, processors):
+        return small, fine
+    return large, coarse
 
 
 def gram_pairs(a: Tensor, e: Tensor, bias: bool, precision: str = "ieee") -> Tensor:
@@ -123,10 +147,17 @@ def gram_pairs(a: Tensor, e: Tensor, bias: bool, precision: str = "ieee") -> Ten
         bias: Whether the bias belongs to the block.
         precision: "ieee", "tf32" or "tf32x3": how float32 is multiplied.
     """
-    n, positions, _ = a.shape
-    chosen = _tile(a, e)
-    grid = pair_grid(n, positions, chosen.blocks["ROWS"], 2 * multiprocessors(a.device))
-    k = a.new_empty((grid.parts, n, n), dtype=torch.float32)
+    return gram_pairs_batch([a], [e], bias, precision)[0]
+
+
+def gram_pairs_batch(a: Sequence[Tensor], e: Sequence[Tensor], bias: bool, precision: str = "ieee") -> Tensor:
+    """Return K (L,N,N) of L layers with the same shapes and strides, each as `gram_pairs` forms it.
+
+    The more layers, the fewer programs share a pair of blocks.
+    """
+    n = a[0].shape[0]
+    chosen, grid = _tile_and_grid(a, e)
+    k = a[0].new_empty((grid.parts, len(a), n, n), dtype=torch.float32)
     _launch(a, e, k, k.stride(), bias, False, precision, grid, chosen)
     return k[0] if grid.parts == 1 else sum_partials(k)
 
@@ -137,16 +168,16 @@ def gram_pairs_diag(a: Tensor, e: Tensor, bias: bool, precision: str = "ieee") -
     Costs N T^2 (I + O) / 2 MACs and the padding of tiles.
     """
     n, positions, _ = a.shape
-    chosen = _tile(a, e)
+    chosen = _tile([a], [e])
     grid = diagonal_grid(n, positions, chosen.blocks["ROWS"], 2 * multiprocessors(a.device))
     norms = a.new_empty((grid.parts, n), dtype=torch.float32)
-    _launch(a, e, norms, (n, 1, 0), bias, True, precision, grid, chosen)
+    _launch([a], [e], norms, (n, n, 1, 0), bias, True, precision, grid, chosen)
     return norms[0] if grid.parts == 1 else norms.sum(0)
 
 
 def _launch(
-    a: Tensor,
-    e: Tensor,
+    a: Sequence[Tensor],
+    e: Sequence[Tensor],
     k: Tensor,
     strides: tuple[int, ...],
     bias: bool,
@@ -155,30 +186,33 @@ def _launch(
     grid: PairGrid,
     chosen: Tile,
 ) -> None:
-    _gram_pairs_kernel[(grid.blocks, grid.parts)](
-        A=a,
-        E=e,
-        K=k,
-        n=a.shape[0],
-        positions=a.shape[1],
-        inputs=a.shape[2],
-        outputs=e.shape[2],
-        pairs=grid.pairs,
-        stride_an=a.stride(0),
-        stride_at=a.stride(1),
-        stride_ai=a.stride(2),
-        stride_en=e.stride(0),
-        stride_et=e.stride(1),
-        stride_eo=e.stride(2),
-        stride_kp=strides[0],
-        stride_ki=strides[1],
-        stride_kj=strides[2],
-        BIAS=bias,
-        DIAGONAL=diagonal,
-        PRECISION=precision,
-        SAMPLES=grid.samples,
-        POSITIONS=grid.positions,
-        BK=chosen.blocks["BK"],
-        num_warps=chosen.num_warps,
-        num_stages=chosen.num_stages,
-    )
+    (n, positions, inputs), outputs = a[0].shape, e[0].shape[2]
+    for first, some_a, some_e, layers in launches(a, e):
+        _gram_pairs_kernel[(grid.blocks, grid.parts, layers)](
+            A=some_a,
+            E=some_e,
+            K=k[:, first:] if first else k,
+            n=n,
+            positions=positions,
+            inputs=inputs,
+            outputs=outputs,
+            pairs=grid.pairs,
+            stride_an=a[0].stride(0),
+            stride_at=a[0].stride(1),
+            stride_ai=a[0].stride(2),
+            stride_en=e[0].stride(0),
+            stride_et=e[0].stride(1),
+            stride_eo=e[0].stride(2),
+            stride_kp=strides[0],
+            stride_kl=strides[1],
+            stride_ki=strides[2],
+            stride_kj=strides[3],
+            BIAS=bias,
+            DIAGONAL=diagonal,
+            PRECISION=precision,
+            SAMPLES=grid.samples,
+            POSITIONS=grid.positions,
+            BK=chosen.blocks["BK"],
+            num_warps=chosen.num_warps,
+            num_stages=chosen.num_stages,
+        )

@@ -37,6 +37,15 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
         (80, 4): Tile({"ROWS": 64, "BK": 16}, 8, 2, _COMPILED),
         (100, 4): Tile({"ROWS": 64, "BK": 16}, 8, 3, _COMPILED),
     },
+    "gram_pairs_few": {
+        (80, 2): Tile({"ROWS": 32, "BK": 64}, 4, 4, _COMPILED),
+        (80, 4): Tile({"ROWS": 32, "BK": 32}, 4, 3, _COMPILED),
+        (90, 2): Tile({"ROWS": 64, "BK": 64}, 4, 4, _COMPILED),
+    },
+    "gram_pairs_few_unaligned": {
+        (80, 2): Tile({"ROWS": 32, "BK": 64}, 4, 3, _COMPILED),
+        (80, 4): Tile({"ROWS": 32, "BK": 16}, 2, 3, _COMPILED),
+    },
     # Small tiles: fewer pairs of them then share an id.
     "gram_embedding": {
         (80, 2): Tile({"ROWS": 32, "BK": 64}, 4, 3, _COMPILED),
@@ -171,6 +180,15 @@ def diagonal_grid(n: int, positions: int, rows: int, programs: int) -> PairGrid:
     # A matrix product needs 16 rows at least.
     chunk = min(rows, max(16, 1 << (positions - 1).bit_length()))
     return _divided(1, chunk, n, _pairs(ceil(positions / chunk)), programs)
+
+
+def waves_cost(grid: PairGrid, layers: int, processors: int) -> int:
+    """Return how many products of rows one processor forms after the other, for so many layers.
+
+    The last wave of programs takes as long as a full one.
+    """
+    rows = grid.samples * grid.positions
+    return ceil(grid.blocks * grid.parts * layers / processors) * grid.pairs * rows**2
 
 
 def lower_blocks(n: int, block: int) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..distributed import is_dtensor
 from ..event_log import EventLog
 from ..rules import GenericModule, GenericRule, InputProjection, Rule, Use
-from ..torch_private import parameters_of
+from ..torch_private import has_gradient_hooks, parameters_of
 
 
 class RoutedModule:
@@ -85,6 +85,12 @@ class ParameterBlock:
         self.why_plain = detail or reason
         if not torch.compiler.is_compiling():
             self.fallbacks.count(reason, detail=f"plain gradient, {self.why_plain}")
+
+    def has_gradient_hooks(self) -> bool:
+        """Return whether a hook waits for the gradient of one of its parameters."""
+        return any(
+            p is not None and has_gradient_hooks(p) for module in self.modules for p in module.standing()
+        )
 
     @property
     def kind(self) -> str:

@@ -8,8 +8,9 @@ The life of a use:
 2. Backward reaches the node, whose handler receives the layer input and grad_output: a `Use`. It is filed in
    the `Backward` of the running autograd graph task, under its batch and its block.
 3. When a block has no open call left, `complete` is called at once, while grad_output is in the cache: FNGD
-   forms the Gram matrix there. If a further use comes (a derivative of the forward was taken), `complete` is
-   called again with all uses, and its earlier result is dropped.
+   forms the Gram matrix there on a CPU; on a GPU `deliver` forms many together. If a further use comes (a
+   derivative of the forward was taken), `complete` is called again with all uses, and its earlier result is
+   dropped.
 4. At the end of the graph task `deliver` gets all that was collected and yields gradients, which are added to
    `.grad`.
 
@@ -39,7 +40,7 @@ from torch import Tensor, nn
 
 from ..distributed import is_initialized
 from ..rules import Use, added
-from ..torch_private import at_end_of_backward, current_graph_task, has_gradient_hooks
+from ..torch_private import at_end_of_backward, current_graph_task
 from .barrier import Barrier, ShieldedParameters
 from .block import Gradients, ParameterBlock, RoutedModule, Uses
 
@@ -111,6 +112,10 @@ class UseCollector:
         """Return what is wanted of a block whose uses are all in, as far as is known."""
         raise NotImplementedError
 
+    def completes_at_once(self, e: Tensor) -> bool:
+        """Return whether `complete` is called as soon as grad_output e is the last, or by `deliver` only."""
+        return True
+
     def deliver(
         self, batch: Any, collected: dict[ParameterBlock, Collected], *, early: bool
     ) -> Iterator[tuple[RoutedModule, Gradients]]:
@@ -166,7 +171,7 @@ class UseCollector:
 
     def is_awaited(self, block: ParameterBlock) -> bool:
         """Return whether a hook or a gradient reducer waits for the block's gradient inside backward."""
-        return self.returns_gradients and (is_initialized() or any(map(has_gradient_hooks, block.parameters)))
+        return self.returns_gradients and (is_initialized() or block.has_gradient_hooks())
 
     def _shield(self, block: ParameterBlock, batch: Any) -> ShieldedParameters:
         """Return the shield that all calls of a block in this forward share."""
@@ -196,7 +201,7 @@ class UseCollector:
         collected = self._backward(task).collected[call.batch][block]
         collected.uses[module].append(use)
         collected.is_complete = False
-        if is_last_use:
+        if is_last_use and self.completes_at_once(use.e):
             self.finish(block, collected)
         return None
 

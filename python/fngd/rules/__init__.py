@@ -10,7 +10,7 @@ from .batch_norm import BatchNormRule
 from .conv import ConvRule, ConvTransposeRule
 from .embedding import EmbeddingRule, ScaledEmbeddingRule
 from .generic import GenericModule, GenericRule, reason_against_call
-from .linear import LinearRule, TransposedLinearRule, is_linear_map
+from .linear import LinearRule, TransposedLinearRule, is_linear_map, layer_of
 from .tied import block_gram
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "attention",
     "block_gram",
     "is_linear_map",
+    "layer_of",
     "reason_against_call",
     "register",
     "rule_for",

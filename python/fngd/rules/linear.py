@@ -1,7 +1,7 @@
 """nn.Linear: C_n = E_n^T A_n."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +9,8 @@ from torch import Tensor
 import fngd_kernels as fk
 from fngd_kernels.ops import nodes
 from fngd_kernels.ops.nodes import Gradients, UseHandler
+from fngd_kernels.ops.sketch import sketched
+from fngd_kernels.sketch import INPUTS, OUTPUTS
 
 from .base import Rule, Use, bias_contributions, biased, combined_bias, pair, with_bias
 
@@ -73,7 +75,42 @@ def is_linear_map(rule: Rule) -> bool:
 
 def positions(uses: Sequence[Use]) -> tuple[Tensor, Tensor]:
     """Return all uses as one: a (N, T, I), e (N, T, O)."""
-    a, e = (
-        [x.reshape(len(x), -1, x.shape[-1]) for x in column] for column in list(zip(*uses, strict=True))[:2]
-    )
+    a, e = [_rows(use.a) for use in uses], [_rows(use.e) for use in uses]
     return (a[0], e[0]) if len(uses) == 1 else (torch.cat(a, 1), torch.cat(e, 1))
+
+
+class Layer(NamedTuple):
+    """The only use of a linear layer, for `fngd_kernels.ops.gram.gram_batch`."""
+
+    a: Tensor
+    """(N, T, I)"""
+    e: Tensor
+    """(N, T, O)"""
+    bias: bool
+
+    @property
+    def kind(self) -> Hashable:
+        """Return what the layers of one batch have in common, down to the alignment, which kernels know."""
+        tensors = (
+            (t.shape, t.stride(), t.dtype, t.device, t.storage_offset() * t.itemsize % 16)
+            for t in (self.a, self.e)
+        )
+        return *tensors, self.bias
+
+    def sketched(self, sketch: fk.Sketch) -> "Layer":
+        """Return the layer of compressed channels."""
+        return Layer(sketched(self.a, INPUTS, sketch), sketched(self.e, OUTPUTS, sketch), self.bias)
+
+
+def layer_of(uses: Mapping[Any, Sequence[Use]]) -> Layer | None:
+    """Return the only use of a block, by module, whose Gram matrix is that of a linear layer; or None."""
+    if len(uses) != 1:
+        return None
+    ((routed, found),) = uses.items()
+    if len(found) != 1 or getattr(type(routed.rule), "gram", None) is not LinearRule.gram:
+        return None
+    return Layer(*positions(found), bool(biased(routed.module, found)))
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.ndim == 3 else x.reshape(x.shape[0], -1, x.shape[-1])

@@ -43,13 +43,17 @@ def meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def gram_pairs(dtype: torch.dtype, precision: str) -> None:
-    from fngd_kernels.backends.triton.gram_pairs import gram_pairs, gram_pairs_diag
+    from fngd_kernels.backends.triton.gram_pairs import gram_pairs, gram_pairs_batch, gram_pairs_diag
 
     # Tiles of 2 positions, of some and of many; sizes that are multiples of 16 and that are not.
     for samples, positions, inputs, outputs in ((512, 2, 512, 2048), (63, 33, 513, 10), (32, 128, 768, 768)):
         a, e = meta(samples, positions, inputs, dtype=dtype), meta(samples, positions, outputs, dtype=dtype)
         gram_pairs(a, e, True, precision)
     gram_pairs_diag(a, e, True, precision)
+    gram_pairs_batch([a, a], [e, e], True, precision)
+    # So few tiles that they are small.
+    for inputs in (512, 513):
+        gram_pairs(meta(32, 8, inputs, dtype=dtype), meta(32, 8, 512, dtype=dtype), True, precision)
 
 
 def gram_embedding(dtype: torch.dtype, precision: str) -> None:
@@ -62,7 +66,7 @@ def gram_embedding(dtype: torch.dtype, precision: str) -> None:
 
 
 def gram_hadamard(dtype: torch.dtype, precision: str) -> None:
-    from fngd_kernels.backends.triton.gram_hadamard import gram_hadamard
+    from fngd_kernels.backends.triton.gram_hadamard import gram_hadamard, gram_hadamard_batch
 
     for samples in (128, 2048):
         for inputs, outputs in ((512, 512), (784, 512), (2048, 10), (513, 1000)):
@@ -73,6 +77,7 @@ def gram_hadamard(dtype: torch.dtype, precision: str) -> None:
     rows = [meta(256, 1, size, dtype=dtype) for size in (784, 1024, 1024, 512, 10)]
     for a, e in pairwise(rows):
         gram_hadamard(a, e, True, precision)
+    gram_hadamard_batch(rows[1:2] * 2, rows[2:3] * 2, True, precision)
 
 
 def gram_explicit(dtype: torch.dtype, precision: str) -> None:

@@ -57,3 +57,14 @@ def test_any_strides(device):
 def test_same_bits_every_time(device):
     for layer in layers(33, torch.float32, device):
         assert torch.equal(fused.gram_hadamard(*layer), fused.gram_hadamard(*layer))
+
+
+@pytest.mark.parametrize(("count", "n"), [(2, 33), (18, 5)])
+def test_layers_of_one_launch_have_the_bits_of_their_own(count, n, device, monkeypatch):
+    monkeypatch.setattr(fused, "multiprocessors", lambda _: 1)  # so that the tiles are the same
+    cases = [(torch.randn(n, 1, 5, device=device), torch.randn(n, 1, 9, device=device)) for _ in range(count)]
+    with poisoned():
+        k = fused.gram_hadamard_batch(*zip(*cases, strict=True), True)
+    assert k.shape == (count, n, n)
+    for own, (a, e) in zip(k, cases, strict=True):
+        assert torch.equal(own, fused.gram_hadamard(a, e, True))

@@ -9,8 +9,8 @@ import oracles
 from fngd_kernels.backends.torch.gram_pairs import gram_pairs as library_gram_pairs
 from fngd_kernels.backends.triton import gram_pairs as fused
 from fngd_kernels.backends.triton.common import lower_block
-from fngd_kernels.backends.triton.gram_pairs import gram_pairs, gram_pairs_diag
-from fngd_kernels.backends.triton.tiles import diagonal_grid, pair_grid
+from fngd_kernels.backends.triton.gram_pairs import gram_pairs, gram_pairs_batch, gram_pairs_diag
+from fngd_kernels.backends.triton.tiles import diagonal_grid, pair_grid, waves_cost
 
 # On top of twice the library's error; products of 16-bit numbers are exact, tensor cores cut off their sums.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-6, torch.float16: 4e-6}
@@ -48,10 +48,12 @@ def test_pairs_and_their_diagonal(shape, bias, dtype, device):
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_every_tile(arch, device, monkeypatch):
+@pytest.mark.parametrize("multiprocessors", [1, 40])
+def test_every_tile(multiprocessors, arch, device, monkeypatch):
     monkeypatch.setattr(fused, "capability", lambda _: divmod(arch, 10))
+    monkeypatch.setattr(fused, "multiprocessors", lambda _: multiprocessors)
     for dtype in TOLERANCE:
-        assert_as_good_as_the_library(*linear_case(19, 9, 70, 33, dtype, device), True)
+        assert_as_good_as_the_library(*linear_case(11, 9, 70, 33, dtype, device), True)
 
 
 # Of these the interpreter emulates none.
@@ -77,6 +79,28 @@ def test_same_bits_every_time(shape, device):
     a, e = linear_case(*shape, torch.float32, device)
     assert torch.equal(gram_pairs(a, e, True), gram_pairs(a, e, True))
     assert torch.equal(gram_pairs_diag(a, e, True), gram_pairs_diag(a, e, True))
+
+
+@pytest.mark.parametrize(("layers", "shape"), [(3, (17, 3, 33, 5)), (18, (6, 2, 5, 4))])
+def test_layers_of_one_launch_have_the_bits_of_their_own(layers, shape, device):
+    cases = [linear_case(*shape, torch.float32, device) for _ in range(layers)]
+    with poisoned():
+        k = gram_pairs_batch(*zip(*cases, strict=True), True)
+    assert k.shape == (layers, shape[0], shape[0])
+    for own, (a, e) in zip(k, cases, strict=True):
+        assert torch.equal(own, gram_pairs(a, e, True))
+
+
+# One program shares out the pairs of positions of fewer layers among more programs: other sums, as good.
+def test_layers_of_one_launch_with_partial_sums(device, monkeypatch):
+    monkeypatch.setattr(fused, "multiprocessors", lambda _: 8)
+    cases = [linear_case(1, 130, 3, 2, torch.float32, device) for _ in range(3)]
+    with poisoned():
+        k = gram_pairs_batch(*zip(*cases, strict=True), True)
+    for own, (a, e) in zip(k, cases, strict=True):
+        rows = oracles.linear_rows(a.cpu(), e.cpu(), True)
+        assert oracles.relative_error(own.cpu(), rows @ rows.T) < TOLERANCE[torch.float32]
+    assert torch.equal(k, gram_pairs_batch(*zip(*cases, strict=True), True))
 
 
 @triton.jit
@@ -112,6 +136,34 @@ def test_grids_cover_every_pair(n, positions, rows):
         pairs = chunks * (chunks + 1) // 2 if symmetric else chunks**2
         assert (grid.parts - 1) * grid.pairs < pairs <= grid.parts * grid.pairs
         assert grid.parts == 1 or grid.blocks * grid.parts <= 264 + grid.blocks
+
+
+@pytest.mark.parametrize(
+    ("n", "layers", "rows"),
+    [
+        # Of 128 rows: 136 tiles, of which 4 wait for the other 132; of 64: 528, which take 4 full waves.
+        (128, 1, 64),
+        # 36 tiles leave most processors idle.
+        (64, 1, 64),
+        # The tiles of 12 layers, and those of a large batch, fill the device either way.
+        (128, 12, 128),
+        (1024, 1, 128),
+    ],
+)
+def test_small_tiles_where_large_ones_leave_the_device_idle(n, layers, rows, monkeypatch):
+    monkeypatch.setattr(fused, "capability", lambda _: (9, 0))
+    monkeypatch.setattr(fused, "multiprocessors", lambda _: 132)
+    a = torch.empty(n, 16, 64, dtype=torch.bfloat16, device="meta")
+    chosen, grid = fused._tile_and_grid([a] * layers, [a] * layers)
+    assert chosen.blocks["ROWS"] == grid.samples * grid.positions == rows
+
+
+def test_the_last_wave_costs_as_much_as_a_full_one():
+    grid = pair_grid(128, 16, 128, 264)
+    assert (grid.blocks, grid.parts, grid.pairs) == (136, 1, 1)
+    assert waves_cost(grid, 1, 136) == 128**2
+    assert waves_cost(grid, 1, 132) == 2 * 128**2
+    assert waves_cost(grid, 2, 136) == 2 * 128**2
 
 
 @pytest.mark.parametrize("n", [1, 64, 100, 1408, 4096])

@@ -13,6 +13,7 @@ from fngd_kernels import plan
 from fngd_kernels.backends.triton import common, costs
 from fngd_kernels.cost_model import plan_conv, plan_linear
 from fngd_kernels.ops import devices, triton
+from fngd_kernels.ops.gram import gram_batch
 
 WORKSPACE = 1 << 20
 BOUND = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-3}
@@ -162,6 +163,8 @@ def test_macs_by_hand():
 LAUNCHERS = {
     "gram_hadamard": "hadamard",
     "gram_pairs": "pairs",
+    "gram_hadamard_batch": "hadamard batch",
+    "gram_pairs_batch": "pairs batch",
     "gram_explicit": "explicit",
     "gram_conv_explicit": "conv explicit",
 }
@@ -189,6 +192,26 @@ def test_the_plan_of_a_linear_layer_says_what_runs(shape, dtype, device, launche
     fk.gram(a, e)
     assert launched == ([chosen.algorithm] if chosen.backend == "triton" else [])
     assert (chosen.backend == "torch") == (dtype == torch.float64)
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize(
+    ("shape", "launches"),
+    [
+        ((5, 1, 7, 3), ["hadamard batch"]),
+        ((4, 3, 20, 17), ["pairs batch"]),
+        ((3, 33, 5, 4), ["explicit", "explicit"]),
+    ],
+    ids=str,
+)
+def test_a_batch_of_linear_layers(shape, launches, dtype, device, launched):
+    layers = [linear_case(shape, dtype, device) for _ in range(2)]
+    k = gram_batch(*zip(*layers, strict=True), True)
+    for own, (a, e) in zip(k, layers, strict=True):
+        rows = oracles.linear_rows(a.cpu(), e.cpu(), True)
+        bound = FORMED if launches[0] == "explicit" else BOUND
+        assert oracles.relative_error(own.cpu(), rows @ rows.T) < bound[dtype]
+    assert launched == ([] if dtype == torch.float64 else launches)
 
 
 @pytest.mark.parametrize("dtype", BOUND)
@@ -268,4 +291,7 @@ def test_precisions_reach_every_kernel(precision, device, precisions):
     fk.gram_conv(x, e, (3, 2, 3, 3), precision=precision)
     ids, e = torch.zeros(2, 3, dtype=torch.int64, device=device), torch.randn(2, 3, 4, device=device)
     fk.gram_embedding(ids, e, precision=precision)
-    assert precisions == [precision] * 5
+    for shape in ((3, 1, 4, 2), (2, 2, 20, 17)):
+        a, e = linear_case(shape, torch.float32, device)
+        torch.ops.fngd.gram_batch([a], [e], False, WORKSPACE, precision)
+    assert precisions == [precision] * 7
