@@ -37,7 +37,9 @@ def launching(run: Callable[..., Any], capability: tuple[int, int]) -> Iterator[
 
 
 def meta(x: Any) -> Any:
-    """Return a tensor of the same shape, strides and dtype without data; anything else as it is."""
+    """Return a tensor, or several, of the same shape, strides and dtype without data; all else as it is."""
+    if isinstance(x, (list, tuple)):
+        return [meta(part) for part in x]
     if not isinstance(x, Tensor):
         return x
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
