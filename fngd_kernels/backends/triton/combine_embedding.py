@@ -1,5 +1,7 @@
 """Weighted gradient of an embedding: sums over runs of equal ids, without atomic operations."""
 
+from math import ceil
+
 import torch
 import triton
 import triton.language as tl
@@ -120,10 +122,10 @@ def combine_embedding(
     sorted_ids, order = ids.flatten().to(torch.int32).sort(stable=True)
     rows = len(sorted_ids)
     chosen = tile("combine_embedding", capability(e.device), e.itemsize)
-    chunks = triton.cdiv(rows, chosen.blocks["BR"])
+    chunks = ceil(rows / chosen.blocks["BR"])
     w = e.new_zeros((num_embeddings, dim))
     ends = e.new_empty((chunks, 2, dim), dtype=torch.float32)
-    grid = (chunks, triton.cdiv(dim, chosen.blocks["BD"]))
+    grid = (chunks, ceil(dim / chosen.blocks["BD"]))
     padding_idx = -1 if padding_idx is None else padding_idx
     _sum_chunks_kernel[grid](
         IDS=sorted_ids,

@@ -6,7 +6,7 @@ convolution reads its patches from x; a linear layer is a convolution with kerne
 """
 
 from collections.abc import Callable, Sequence
-from math import prod
+from math import ceil, prod
 from typing import NamedTuple
 
 import torch
@@ -202,8 +202,8 @@ def contributions(
         options["BI"] = min(options["BI"], 16 * options["num_warps"])
     block = position_block(height, width, options["BT"])
     extent_o, extent_i = _extent(outputs, options["BO"]), _extent(inputs, options["BI"])
-    tiles_o = triton.cdiv(outputs, extent_o)
-    tiles_i = triton.cdiv(inputs, extent_i) * (taps if one_tap else 1)
+    tiles_o = ceil(outputs / extent_o)
+    tiles_i = ceil(inputs / extent_i) * (taps if one_tap else 1)
 
     def form(scratch: Tensor, first: int, count: int) -> None:
         _contributions_kernel[(count, len(x))](
@@ -215,8 +215,8 @@ def contributions(
             depth=depth,
             height=height,
             width=width,
-            steps_h=triton.cdiv(height, block.rows),
-            steps_w=triton.cdiv(width, block.columns),
+            steps_h=ceil(height / block.rows),
+            steps_w=ceil(width / block.columns),
             first_tile=first,
             tiles_o=tiles_o,
             tiles_i=tiles_i,
@@ -259,8 +259,8 @@ def _extent(size: int, block: int) -> int:
 
     Tiles of more than 16 begin at multiples of 16, for wide loads and stores.
     """
-    extent = triton.cdiv(size, triton.cdiv(size, block))
-    return extent if extent <= 16 else triton.cdiv(extent, 16) * 16
+    extent = ceil(size / ceil(size / block))
+    return extent if extent <= 16 else ceil(extent / 16) * 16
 
 
 def _launch_options(

@@ -7,6 +7,8 @@ multiprocessor (with 128 samples, 64x64 tiles and bfloat16 1 MiB, or 132 MiB on 
 also have no more programs than the weight has tiles.
 """
 
+from math import ceil
+
 import torch
 import triton
 import triton.language as tl
@@ -141,12 +143,12 @@ def gram_conv_explicit(
     bn = max(block_size(n, chosen.blocks["BN"]), chosen.blocks["MIN_BN"])
     # With fewer rows, longer pieces of each are read, so that a step loads about as many bytes.
     bk = chosen.blocks["BK"] * min(2, chosen.blocks["BN"] // bn)
-    grid = triton.cdiv(n, bn)
+    grid = ceil(n / bn)
     # Programs of few rows load few bytes at a time, so each multiprocessor gets several of them.
     programs = multiprocessors(x.device) * max(1, 64 // bn)
     parts = min(
         programs // (grid * (grid + 1) // 2),
-        triton.cdiv(widest, MIN_STEPS * bk),
+        ceil(widest / (MIN_STEPS * bk)),
         workspace // (16 * n * n),
     )
     parts = max(1, parts)
@@ -155,10 +157,10 @@ def gram_conv_explicit(
     # A single partial sum becomes K and is not counted as scratch memory. Rows start at multiples of 16
     # elements.
     room = min(SCRATCH, workspace - (partial.nbytes if parts > 1 else 0)) // (16 * dtype.itemsize * n) * 16
-    chunks = [triton.cdiv(weight.tiles, max(1, room // weight.area)) for weight in weights]
-    steps = [triton.cdiv(weight.tiles, count) for weight, count in zip(weights, chunks, strict=True)]
+    chunks = [ceil(weight.tiles / max(1, room // weight.area)) for weight in weights]
+    steps = [ceil(weight.tiles / count) for weight, count in zip(weights, chunks, strict=True)]
     widest = max(step * weight.area for step, weight in zip(steps, weights, strict=True))
-    scratch = x.new_empty((n, triton.cdiv(widest, 16) * 16), dtype=dtype)
+    scratch = x.new_empty((n, ceil(widest / 16) * 16), dtype=dtype)
     started = 0
     for weight, step in zip(weights, steps, strict=True):
         for first in range(0, weight.tiles, step):
@@ -171,7 +173,7 @@ def gram_conv_explicit(
                 PARTIAL=partial,
                 n=n,
                 columns=width,
-                part_columns=triton.cdiv(triton.cdiv(width, parts), bk) * bk,
+                part_columns=ceil(ceil(width / parts) / bk) * bk,
                 stride_cn=scratch.stride(0),
                 stride_pp=partial.stride(0),
                 stride_pn=partial.stride(1),

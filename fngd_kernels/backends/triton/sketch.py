@@ -1,5 +1,7 @@
 """Channels compressed by sums with random signs, which are computed where they are used."""
 
+from math import ceil
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -75,7 +77,7 @@ def sketch(x: Tensor, groups: int, size: int, key: int, y: Tensor) -> None:
     chosen = tile("sketch", capability(x.device), x.itemsize)
     blocks = {**chosen.launch, "BR": min(chosen.blocks["BR"], triton.next_power_of_2(size))}
     rows = samples * positions
-    _sketch_kernel[(triton.cdiv(rows, blocks["BP"]), groups, triton.cdiv(size, blocks["BR"]))](
+    _sketch_kernel[(ceil(rows / blocks["BP"]), groups, ceil(size / blocks["BR"]))](
         X=x,
         Y=y,
         rows=rows,
