@@ -112,12 +112,12 @@ def _exchanged(uses: Sequence[Use]) -> list[Use]:
 
 def split_padding(module: Any) -> tuple[list[int] | None, tuple[int, ...]]:
     """Return F.pad's argument for what is padded beforehand, or None, and the convolution's own padding."""
+    if module.padding_mode == "zeros" and isinstance(module.padding, tuple):
+        return None, module.padding
     nothing = (0,) * len(module.kernel_size)
     around = padding_around(module)
     if module.padding_mode != "zeros":
         return around, nothing
-    if isinstance(module.padding, tuple):
-        return None, module.padding
     if module.padding == "valid":
         return None, nothing
     if around[::2] != around[1::2]:
