@@ -5,6 +5,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from ... import native
 from ...torch_private import HAS_ONEDNN_PRODUCT, onednn_rows_product
 from .costs import row_block
 
@@ -29,6 +30,9 @@ def _untangled(x: Tensor) -> Tensor:
 
 def add_gram(k: Tensor, rows: Tensor) -> None:
     """Add rows rows^T to the upper triangle of k (N,N); what is below the diagonal is left undefined."""
+    if native.AVAILABLE and k.device.type == "cpu" and rows.stride(1) == 1:
+        native.extension.add_gram(k, rows)
+        return
     n = rows.shape[0]
     block = row_block(n)
     for i in range(0, n, block):
