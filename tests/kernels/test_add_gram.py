@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import oracles
 from fngd_kernels import native
-from fngd_kernels.backends.torch.products import add_gram
+from fngd_kernels.backends.torch.products import NATIVE_MAX_ROWS, add_gram
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 ORDERS = [1, 2, 3, 7, 12, 47, 48, 49, 64, 101]
@@ -43,6 +44,15 @@ def test_sizes_that_fill_no_tile_and_no_panel(dtype):
     for n in ORDERS:
         for d in LENGTHS:
             check_added(torch.randn(n, d, dtype=dtype))
+
+
+@extension
+@pytest.mark.parametrize(("rows", "called"), [(NATIVE_MAX_ROWS, True), (NATIVE_MAX_ROWS + 1, False)])
+def test_many_rows_go_to_the_library(rows, called, monkeypatch):
+    calls = []
+    monkeypatch.setattr(native, "extension", SimpleNamespace(add_gram=lambda *_: calls.append(1)))
+    add_gram(torch.zeros(rows, rows), torch.randn(rows, 3))
+    assert bool(calls) == called
 
 
 @pytest.mark.usefixtures("available")
