@@ -5,6 +5,7 @@
 
 namespace fngd {
 
+void bind_add_gram(pybind11::module_& module);
 void bind_solve(pybind11::module_& module);
 void bind_scale_bias(pybind11::module_& module);
 void bind_linear(pybind11::module_& module);

@@ -7,6 +7,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #else
   m.attr("has_cuda") = false;
 #endif
+  fngd::bind_add_gram(m);
   fngd::bind_solve(m);
   fngd::bind_scale_bias(m);
   fngd::bind_linear(m);

@@ -1,5 +1,6 @@
 // Damped solves and coefficients on the CPU: one matrix per thread, on the widest vectors the processor has.
 #include "solve_params.h"
+#include "vector.h"
 
 #include <memory>
 #include <new>
@@ -29,11 +30,6 @@ template <typename T, typename Params>
 using Entry = void (*)(const Params&, int64_t, T*);
 
 #if defined(__GNUC__)
-
-template <typename T, int BYTES>
-struct Vector {
-  typedef T type __attribute__((vector_size(BYTES)));
-};
 
 // 16 bytes are what every x86-64 and ARMv8 processor has.
 template <typename T, typename Params>

@@ -18,8 +18,9 @@ except ImportError as error:
     AVAILABLE = False
     warnings.warn(
         f"fngd_kernels works without its native extension ({error}): results are the same, but batched "
-        "solves and backward passes of linear and convolution layers go through plain torch and are slower. "
-        "To build it, install a C++ compiler and run `pip install --no-build-isolation -e .`",
+        "solves, Gram matrices on a CPU, and backward passes of linear and convolution layers go through "
+        "plain torch and are slower. To build it, install a C++ compiler and run "
+        "`pip install --no-build-isolation -e .`",
         stacklevel=2,
     )
 

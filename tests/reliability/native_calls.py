@@ -80,6 +80,16 @@ def unit(k, mode):
     return {"trace": k.shape[-1] * trace, "mean_eig": trace, "absolute": torch.ones_like(trace)}[mode]
 
 
+def run_add_gram(calls):
+    for n in (1, 5, 6, 48, 50, 131):
+        for d in (1, 17, 513, 1025):
+            for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-13)):
+                rows, k = torch.randn(n, d, dtype=dtype), torch.zeros(n, n, dtype=dtype)
+                extension.add_gram(k, rows)
+                close(k.triu(), (rows.double() @ rows.double().T).triu(), tolerance)
+                calls["add_gram"] += 1
+
+
 def run_finite(calls):
     for dtype in DTYPES:
         for size in (0, 1, 3, 7, 8, 33, 40_001):
@@ -231,6 +241,7 @@ def run_all(calls):
     torch.manual_seed(0)
     run_solves(calls)
     run_coefficients(calls)
+    run_add_gram(calls)
     run_finite(calls)
     run_linear(calls)
     run_convolutions(calls)

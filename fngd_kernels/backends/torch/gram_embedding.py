@@ -36,7 +36,7 @@ def gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: i
         left = torch.arange(len(sums), device=ids.device)
         right = left
         while len(left):
-            products = (sums[left] * sums[right]).sum(1)
+            products = sums.index_select(0, left).mul_(sums.index_select(0, right)).sum(1)
             k.view(-1).index_add_(0, sample_of[left] * n + sample_of[right], products)
             # Only the last row has no row after it.
             left, right = left[right < len(sums) - 1], right[right < len(sums) - 1] + 1

@@ -5,8 +5,12 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from ... import native
 from ...torch_private import HAS_ONEDNN_PRODUCT, onednn_rows_product
 from .costs import row_block
+
+NATIVE_MAX_ROWS = 1024
+"""With more rows, the library's products of row blocks are at least as fast as the extension's kernel."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -35,6 +39,9 @@ def _untangled(x: Tensor) -> Tensor:
 def add_gram(k: Tensor, rows: Tensor) -> None:
     """Add rows rows^T to the upper triangle of k (N,N); what is below the diagonal is left undefined."""
     n = rows.shape[0]
+    if native.AVAILABLE and k.device.type == "cpu" and rows.stride(1) == 1 and n <= NATIVE_MAX_ROWS:
+        native.extension.add_gram(k, rows)
+        return
     block = row_block(n)
     for i in range(0, n, block):
         k[i : i + block, i:].add_(rows_product(rows[i : i + block], rows[i:]))
