@@ -41,7 +41,9 @@ def conv(layer: LayerSizes, padded: int, itemsize: int, workspace: int) -> Plan:
     inputs = layer.inputs * layer.kernel
     pairs, cost = _pairs(replace(layer, pixels=layer.positions, inputs=inputs, kernel=1), itemsize)
     patches = layer.samples * layer.positions * inputs * itemsize
-    needed = patches + layer.samples * padded * layer.inputs * itemsize
+    # Images with channels last, and those with their padding.
+    images = 2 * padded * layer.inputs + layer.positions * layer.outputs
+    needed = patches + layer.samples * images * itemsize
     cost += 2 * LAUNCH[itemsize] + 2 * patches * BYTE_PASS[itemsize]
     if layer.groups > 1 or needed > workspace or cost >= formed_cost:
         return formed
