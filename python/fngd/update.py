@@ -31,7 +31,7 @@ class Update:
         """Let the base optimizer work on what its owner holds now."""
         self.base.param_groups = owner.param_groups
         self.base.state = owner.state
-        self._with_momentum = 0
+        self._with_momentum: list[int] = []  # the parameters, by id, when all had begun
 
     @property
     def skips_on_device(self) -> bool:
@@ -82,16 +82,16 @@ class Update:
 
     def _begin_momentum(self) -> None:
         """Write the momentum 0 that torch's fused SGD leaves undefined when its first step is left out."""
-        groups, state = [g["params"] for g in self.base.param_groups if g.get("momentum")], self.base.state
-        parameters = sum(map(len, groups))
-        # The usual case, told without a look at every parameter; a user may have emptied the state.
-        if self._with_momentum == parameters <= len(state):
+        parameters = [p for g in self.base.param_groups if g.get("momentum") for p in g["params"]]
+        state, numbers = self.base.state, list(map(id, parameters))
+        # The usual case, told without a look at every state; a user may have emptied it.
+        if numbers == self._with_momentum and len(numbers) <= len(state):
             return
-        without = [p for group in groups for p in group if state[p].get("momentum_buffer") is None]
+        without = [p for p in parameters if state[p].get("momentum_buffer") is None]
         begun = [p for p in without if p.grad is not None]
         for p in begun:
             state[p]["momentum_buffer"] = torch.zeros_like(p)
-        self._with_momentum = parameters - len(without) + len(begun)
+        self._with_momentum = numbers if len(begun) == len(without) else []
 
     def _found_non_finite(self) -> Tensor:
         """Return 1 if a gradient holds NaN or infinity, else 0: (1,) float32."""

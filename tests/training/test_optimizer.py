@@ -349,21 +349,25 @@ def test_momentum_of_a_parameter_that_joins_later_begins_at_zero():
         torch.testing.assert_close(p, q)
 
 
-@pytest.mark.parametrize("emptied", ["state", "load_state_dict"])
-def test_momentum_begins_at_zero_again_when_the_state_was_emptied(emptied):
+@pytest.mark.parametrize("change", ["state", "load_state_dict", "parameter"])
+def test_momentum_begins_at_zero_again_when_its_state_is_gone(change):
     model, x, y = make("mlp", N, torch.float32)
     opt = fngd.FNGD(model, lr=0.1, momentum=0.9, fused=True, share="none")
     fresh = opt.state_dict()
     train(model, opt, x, y, 2)
-    if emptied == "state":
+    replaced = []
+    if change == "state":
         opt.state.clear()
-    else:
+    elif change == "load_state_dict":
         opt.load_state_dict(fresh)
+    else:
+        replaced = [torch.nn.Parameter(model[0].weight.detach().clone())]
+        model[0].weight = opt.param_groups[0]["params"][0] = replaced[0]
     opt.zero_grad()
     (F.cross_entropy(model(x), y) * torch.inf).backward()
     opt.step()
     assert opt.stats()["skipped_steps"] == 1
-    for p in model.parameters():
+    for p in replaced or model.parameters():
         assert not opt.state[p]["momentum_buffer"].any()
 
 
