@@ -18,8 +18,11 @@ def patches(x: Tensor, geometry: ConvGeometry) -> Tensor:
     """
     if geometry.is_pointwise:
         return x.flatten(2).mT
-    around = [pad for padding in reversed(geometry.padding) for pad in (padding, padding)]
-    x = torch.constant_pad_nd(channels_last(x), around).movedim(1, -1)
+    x = channels_last(x)
+    if any(geometry.padding):
+        around = [pad for padding in reversed(geometry.padding) for pad in (padding, padding)]
+        x = torch.constant_pad_nd(x, around)
+    x = x.movedim(1, -1)
     n, *space, channels = x.shape
     axes = zip(space, geometry.kernel, geometry.stride, geometry.dilation, strict=True)
     positions = [(size - dilation * (kernel - 1) - 1) // step + 1 for size, kernel, step, dilation in axes]
