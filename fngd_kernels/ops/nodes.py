@@ -57,7 +57,7 @@ def linear(
     _check_coefficients(coefficients, x.shape[:1])
     if choose.node(native.AVAILABLE) == "python":
         return nodes_python.linear(x, weight, bias, coefficients, on_use)
-    if _goes_through_the_dispatcher(on_use):
+    if _goes_through_the_dispatcher(x, on_use):
         return torch.ops.fngd.linear(x, weight, bias, coefficients)
     return native.extension.linear(x, weight, bias, coefficients, on_use)
 
@@ -98,7 +98,7 @@ def conv(
     )
     if choose.node(native.AVAILABLE) == "python":
         return nodes_python.conv(x, weight, bias, coefficients, on_use, arguments)
-    if _goes_through_the_dispatcher(on_use):
+    if _goes_through_the_dispatcher(x, on_use):
         return torch.ops.fngd.conv(x, weight, bias, coefficients, *arguments)
     return native.extension.conv(x, weight, bias, coefficients, on_use, *arguments)
 
@@ -123,7 +123,7 @@ def embedding(
     _check_coefficients(coefficients, ids.shape[:1])
     if choose.node(native.AVAILABLE) == "python":
         return nodes_python.embedding(ids, weight, coefficients, on_use, padding_idx)
-    if _goes_through_the_dispatcher(on_use):
+    if _goes_through_the_dispatcher(ids, on_use):
         return torch.ops.fngd.embedding(ids, weight, coefficients, padding_idx)
     return native.extension.embedding(ids, weight, coefficients, on_use, padding_idx)
 
@@ -145,14 +145,17 @@ def rows(
     _check_coefficients(coefficients, (samples,))
     if choose.node(native.AVAILABLE) == "python":
         return nodes_python.rows(parameter, samples, coefficients, on_use)
-    if _goes_through_the_dispatcher(on_use):
+    if _goes_through_the_dispatcher(parameter, on_use):
         return torch.ops.fngd.rows(parameter, samples, coefficients)
     return native.extension.rows(parameter, samples, coefficients, on_use)
 
 
-def _goes_through_the_dispatcher(on_use: UseHandler | None) -> bool:
-    """Return whether torch's dispatcher has to see the call, which takes the host longer: compiled."""
-    return on_use is None and torch.compiler.is_compiling()
+def _goes_through_the_dispatcher(x: Tensor, on_use: UseHandler | None) -> bool:
+    """Return whether torch's dispatcher has to see the call, which takes the host longer.
+
+    It has to where the call is compiled, and on the meta device, which knows no autocast.
+    """
+    return on_use is None and (torch.compiler.is_compiling() or x.is_meta)
 
 
 def _check_coefficients(coefficients: Tensor | None, shape: Sequence[int]) -> None:

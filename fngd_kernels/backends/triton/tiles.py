@@ -41,6 +41,7 @@ TILES: dict[str, dict[tuple[int, int], Tile]] = {
         (80, 2): Tile({"ROWS": 32, "BK": 64}, 4, 4, _COMPILED),
         (80, 4): Tile({"ROWS": 32, "BK": 32}, 4, 3, _COMPILED),
         (90, 2): Tile({"ROWS": 64, "BK": 64}, 4, 4, _COMPILED),
+        (90, 4): Tile({"ROWS": 32, "BK": 16}, 4, 3, _COMPILED),
     },
     "gram_pairs_few_unaligned": {
         (80, 2): Tile({"ROWS": 32, "BK": 64}, 4, 3, _COMPILED),
