@@ -11,6 +11,7 @@ from ..backends.torch.gram_conv_explicit import gram_conv_explicit
 from ..backends.torch.gram_conv_pairs import gram_conv_pairs
 from ..backends.torch.patches import channels_last, patches
 from ..backends.torch.squared_norms import conv_norms
+from ..backends.triton.costs import WIDE_CHANNELS
 from ..geometry import ConvGeometry
 from ..plans import Plan
 from ..sketch import INPUTS, OUTPUTS, Sketch, as_sketch, sketched_geometry
@@ -27,9 +28,6 @@ IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {
     ),
 }
 """By backend and algorithm of a plan, unless it treats the convolution as a linear layer."""
-
-WIDE = 32
-"""From this many channels per group on, Triton kernels read those of one pixel at a time."""
 
 
 def gram_conv(
@@ -115,7 +113,7 @@ def _for_wide_loads(x: Tensor, e: Tensor, groups: int, workspace: int) -> tuple[
     """Return both with neighbouring channels, where they have many and copies fit, and the workspace left."""
     wide, left = [], workspace
     for t in (x, e):
-        if t.stride(1) != 1 and t.shape[1] // groups >= WIDE and t.nbytes <= workspace // 4:
+        if t.stride(1) != 1 and t.shape[1] // groups >= WIDE_CHANNELS and t.nbytes <= workspace // 4:
             t, left = channels_last(t), left - t.nbytes
         wide.append(t)
     return wide[0], wide[1], left
@@ -123,10 +121,8 @@ def _for_wide_loads(x: Tensor, e: Tensor, groups: int, workspace: int) -> tuple[
 
 def _library_precision(dtype: torch.dtype) -> str | None:
     """Return how float32 is multiplied in convolutions, as torch was told for its own."""
-    if dtype != torch.float32:
-        return None
-    allowed = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if allowed == "tf32" else "ieee"
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return devices.float32_precision(convolutions) if dtype == torch.float32 else None
 
 
 @with_geometry(2)

@@ -15,7 +15,7 @@ from ..backends.triton.gram_pairs import gram_pairs, gram_pairs_batch, gram_pair
 from ..backends.triton.sketch import sketch as triton_sketch
 from ..geometry import ConvGeometry
 from ..plans import Plan
-from . import combine_embedding, gram, gram_conv, gram_embedding, sketch
+from . import combine_embedding, devices, gram, gram_conv, gram_embedding, sketch
 
 
 def _hadamard(a: Tensor, e: Tensor, bias: bool, plan: Plan, workspace: int, precision: str | None) -> Tensor:
@@ -68,7 +68,7 @@ def _embedding_diag(
 
 def _precision(precision: str | None) -> str:
     """Return how float32 is multiplied: by default as torch was told to multiply its own."""
-    return precision or ("tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee")
+    return precision or devices.float32_precision(torch.backends.cuda.matmul)
 
 
 def _contribution_precision(precision: str | None, inputs: Tensor) -> str | None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...geometry import ConvGeometry
+from ...geometry import ConvGeometry, output_size
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -24,8 +24,8 @@ def patches(x: Tensor, geometry: ConvGeometry) -> Tensor:
         x = torch.constant_pad_nd(x, around)
     x = x.movedim(1, -1)
     n, *space, channels = x.shape
-    axes = zip(space, geometry.kernel, geometry.stride, geometry.dilation, strict=True)
-    positions = [(size - dilation * (kernel - 1) - 1) // step + 1 for size, kernel, step, dilation in axes]
+    no_more = [0] * len(space)
+    positions = map(output_size, space, geometry.kernel, geometry.stride, no_more, geometry.dilation)
     sample, *pixel, channel = x.stride()
     steps = [stride * step for stride, step in zip(pixel, geometry.stride, strict=True)]
     taps = [stride * step for stride, step in zip(pixel, geometry.dilation, strict=True)]

@@ -31,6 +31,11 @@ def aligned(*tensors: Tensor) -> bool:
     )
 
 
+def alignment(*tensors: Tensor) -> str:
+    """Return what the name of a tile for these tensors ends with, where loads are wide and where not."""
+    return "" if aligned(*tensors) else "_unaligned"
+
+
 MOST_LAYERS = 16
 """Layers of one launch: their tensors are arguments, because a table on the device would need a copy."""
 

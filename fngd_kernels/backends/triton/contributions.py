@@ -15,12 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import ConvGeometry
-from .common import aligned, capability, dot
+from .common import alignment, capability, dot
+from .costs import WIDE_CHANNELS
 from .rounding import rounded
 from .tiles import Tile, position_block, tile
-
-TAP_CHANNELS = 32
-"""From this many channels per group on, a tile holds channels of one kernel offset, with one mask."""
 
 # Specialized code (for 1 or multiples of 16) would not load wider, so all layers share one version.
 NOT_SPECIALIZED = [
@@ -187,15 +185,12 @@ def contributions(
     kernel = geometry.kernel
     channels, outputs = x.shape[1] // groups, e.shape[1] // groups
     taps = prod(kernel)
-    one_tap = channels >= TAP_CHANNELS
+    # A tile then holds channels of one kernel offset, with one mask.
+    one_tap = channels >= WIDE_CHANNELS
     inputs = channels if one_tap else taps * channels
     depth, height, width = e.shape[2:]
-    if not one_tap:
-        kernel_name = "contributions_taps"
-    else:
-        wide = aligned(x.movedim(1, -1), e.movedim(1, -1))
-        kernel_name = "contributions" if wide else "contributions_unaligned"
-    chosen = tile(kernel_name, capability(x.device), x.itemsize)
+    suffix = alignment(x.movedim(1, -1), e.movedim(1, -1)) if one_tap else "_taps"
+    chosen = tile("contributions" + suffix, capability(x.device), x.itemsize)
     options = _launch_options(chosen, len(x) * dtype.itemsize, outputs, inputs, height * width, room)
     if not one_tap:
         # Each column then has its own offset and mask, and more columns would not fit into registers.

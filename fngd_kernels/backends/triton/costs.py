@@ -17,6 +17,9 @@ LAUNCH = {2: 4e8, 4: 1e8}
 SCRATCH = 32 << 20
 """Bytes of contributions formed at a time: they stay in the L2 cache (50 MB on an H100)."""
 
+WIDE_CHANNELS = 32
+"""From this many channels per group on, those of one pixel are read at a time."""
+
 FORMED_MAC = 1.5
 """Cost of a MAC of a contribution, which has few positions for each byte that it reads."""
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
-    aligned,
+    alignment,
     capability,
     lower_block,
     multiprocessors,
@@ -106,8 +106,7 @@ def _gram_embedding_kernel(
 
 
 def _tile(e: Tensor) -> Tile:
-    kernel = "gram_embedding" if aligned(e) else "gram_embedding_unaligned"
-    return tile(kernel, capability(e.device), e.itemsize)
+    return tile("gram_embedding" + alignment(e), capability(e.device), e.itemsize)
 
 
 def gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, precision: str = "tf32x3") -> Tensor:

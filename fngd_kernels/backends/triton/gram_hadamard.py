@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
-    aligned,
+    alignment,
     capability,
     chosen_layer,
     launches,
@@ -73,7 +73,7 @@ def _gram_hadamard_kernel(
 def _tile(a: Sequence[Tensor], e: Sequence[Tensor]) -> Tile:
     """Return a large tile if large ones keep the device busy, else a small one."""
     device, itemsize = a[0].device, a[0].itemsize
-    arch, suffix = capability(device), "" if aligned(*a, *e) else "_unaligned"
+    arch, suffix = capability(device), alignment(*a, *e)
     large = tile("gram_hadamard" + suffix, arch, itemsize)
     busy = len(a) * lower_blocks(len(a[0]), large.blocks["ROWS"]) >= multiprocessors(device)
     return large if busy else tile("gram_hadamard_few" + suffix, arch, itemsize)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
-    aligned,
+    alignment,
     capability,
     chosen_layer,
     launches,
@@ -117,15 +117,11 @@ def _gram_pairs_kernel(
     store_symmetric(K, acc, block_i * SAMPLES + samples, block_j * SAMPLES + samples, n, stride_ki, stride_kj)
 
 
-def _tile(a: Sequence[Tensor], e: Sequence[Tensor], kernel: str = "gram_pairs") -> Tile:
-    suffix = "" if aligned(*a, *e) else "_unaligned"
-    return tile(kernel + suffix, capability(a[0].device), a[0].itemsize)
-
-
 def _tile_and_grid(a: Sequence[Tensor], e: Sequence[Tensor]) -> tuple[Tile, PairGrid]:
     """Return a large tile and its grid, or a small one where large ones leave more of the device idle."""
     (n, positions, _), layers, processors = a[0].shape, len(a), multiprocessors(a[0].device)
-    large, small = _tile(a, e), _tile(a, e, "gram_pairs_few")
+    arch, itemsize, suffix = capability(a[0].device), a[0].itemsize, alignment(*a, *e)
+    large, small = (tile(name + suffix, arch, itemsize) for name in ("gram_pairs", "gram_pairs_few"))
     # The programs of all layers run side by side.
     programs = ceil(2 * processors / layers)
     coarse, fine = (pair_grid(n, positions, chosen.blocks["ROWS"], programs) for chosen in (large, small))
@@ -168,7 +164,7 @@ def gram_pairs_diag(a: Tensor, e: Tensor, bias: bool, precision: str = "ieee") -
     Costs N T^2 (I + O) / 2 MACs and the padding of tiles.
     """
     n, positions, _ = a.shape
-    chosen = _tile([a], [e])
+    chosen = tile("gram_pairs" + alignment(a, e), capability(a.device), a.itemsize)
     grid = diagonal_grid(n, positions, chosen.blocks["ROWS"], 2 * multiprocessors(a.device))
     norms = a.new_empty((grid.parts, n), dtype=torch.float32)
     _launch([a], [e], norms, (n, n, 1, 0), bias, True, precision, grid, chosen)
