@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 from torch.func import jacrev, vmap
-from torch.nn import Parameter
 
 from .residuals import PerSample
 
@@ -14,8 +13,8 @@ CHUNK = 64
 
 
 def differentiated_rows(
-    residuals: Tensor, parameters: Sequence[Parameter], scale: float
-) -> dict[Parameter, Tensor]:
+    residuals: Tensor, parameters: Sequence[Tensor], scale: float
+) -> dict[Tensor, Tensor]:
     """Return scale * d residuals / d parameter (N, *shape) by parameter, for residuals (N,) with a graph.
 
     A few numbers, such as the unknown coefficient of an equation, cost a pass each, whatever N: the gradient
@@ -31,7 +30,7 @@ def differentiated_rows(
     return {p: scale * r.detach() for p, r in zip(parameters, rows, strict=True)}
 
 
-def _by_number(residuals: Tensor, parameters: Sequence[Parameter]) -> list[Tensor]:
+def _by_number(residuals: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     v = torch.zeros_like(residuals, requires_grad=True)
     gradients = torch.autograd.grad(residuals, parameters, v, create_graph=True, allow_unused=True)
     rows = []
@@ -44,7 +43,7 @@ def _by_number(residuals: Tensor, parameters: Sequence[Parameter]) -> list[Tenso
     return rows
 
 
-def _by_residual(residuals: Tensor, parameters: Sequence[Parameter]) -> list[Tensor]:
+def _by_residual(residuals: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     samples = len(residuals)
     rows = [residuals.new_zeros((samples, *p.shape)) for p in parameters]
     for begin in range(0, samples, CHUNK):

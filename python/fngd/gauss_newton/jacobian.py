@@ -1,21 +1,32 @@
 """The Jacobian of residuals in factors, contracted in sample space; of linear layers it is never formed."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 import fngd_kernels as fk
 
-from ..rules import Use
+from ..capture import RoutedModule, Uses
+from ..rules import Use, is_linear_map
+from .layers import trainable
+
+
+@dataclass
+class Group:
+    """One component of a block: N rows of the Jacobian."""
+
+    residuals: Tensor  # (N,)
+    uses: Uses
+    rows: dict[Tensor, Tensor]  # (N, *shape), what is formed
 
 
 class Factor(Protocol):
     """The columns of J (M, P) that belong to some parameters."""
 
-    parameters: Sequence[Parameter]
+    parameters: Sequence[Tensor]
 
     def gram(self) -> Tensor:
         """Return J J^T (M, M) of these columns."""
@@ -30,7 +41,7 @@ class Factor(Protocol):
 class LinearFactor:
     """A linear layer: row m of J is E_m^T A_m, a (M, T, I) and e (M, T, O); the bias is a's last column."""
 
-    def __init__(self, parameters: Sequence[Parameter], a: Tensor, e: Tensor) -> None:
+    def __init__(self, parameters: Sequence[Tensor], a: Tensor, e: Tensor) -> None:
         self.parameters, self.a, self.e = parameters, a, e
 
     def gram(self) -> Tensor:
@@ -49,8 +60,8 @@ class LinearFactor:
 class RowsFactor:
     """J as it is: rows (M, *shape) of one parameter."""
 
-    def __init__(self, parameter: Parameter, rows: Tensor) -> None:
-        self.parameters: Sequence[Parameter] = (parameter,)
+    def __init__(self, parameter: Tensor, rows: Tensor) -> None:
+        self.parameters: Sequence[Tensor] = (parameter,)
         self.rows = rows
 
     def gram(self) -> Tensor:
@@ -76,19 +87,19 @@ class Jacobian:
             k += factor.gram()
         return k
 
-    def transposed_times(self, y: Tensor) -> dict[Parameter, Tensor]:
+    def transposed_times(self, y: Tensor) -> dict[Tensor, Tensor]:
         """Return J^T y (P,), by parameter."""
         parts = [zip(factor.parameters, factor.transposed_times(y), strict=True) for factor in self.factors]
         return {parameter: part for pairs in parts for parameter, part in pairs}
 
-    def times(self, direction: Mapping[Parameter, Tensor]) -> Tensor:
+    def times(self, direction: Mapping[Tensor, Tensor]) -> Tensor:
         """Return J d (M,) in float64, for a direction by parameter."""
         parts = [f.times([direction[p] for p in f.parameters]).double() for f in self.factors]
         return torch.stack(parts).sum(0)
 
 
 def linear_factor(
-    parameters: Sequence[Parameter], groups: Sequence[Sequence[Use]], sizes: list[int]
+    parameters: Sequence[Tensor], groups: Sequence[Sequence[Use]], sizes: list[int]
 ) -> LinearFactor:
     """Return one factor of groups of rows, filled up with zeros to the most positions of any group.
 
@@ -113,3 +124,46 @@ def linear_factor(
             begin = end
         a_rows[:, begin:], e_rows[:, begin:] = 0, 0
     return LinearFactor(parameters, a, e)
+
+
+@torch.no_grad()
+def factors_of(modules: Sequence[RoutedModule], groups: Sequence[Group]) -> list[Factor]:
+    """Return the factors of all parameters; linear layers stay unformed where that takes less memory.
+
+    Args:
+        modules: The layers that are captured.
+        groups: The rows of the Jacobian, to which those of layers that are formed are added.
+    """
+    sizes = [len(group.residuals) for group in groups]
+    factors: list[Factor] = []
+    for module in modules:
+        parameters = trainable(module)
+        uses = [group.uses.get(module, []) for group in groups]
+        formed = any(parameters[0] in group.rows for group in groups)
+        if (
+            is_linear_map(module.rule)
+            and any(uses)
+            and not formed
+            and not _mostly_zeros(parameters[0], uses, sizes)
+        ):
+            factors.append(linear_factor(parameters, uses, sizes))
+            continue
+        for group, captured in zip(groups, uses, strict=True):
+            if captured:
+                contributions = module.rule.contributions(module.module, captured)
+                pairs = zip(module.parameters, contributions, strict=True)
+                group.rows |= {p: c for p, c in pairs if p is not None and c is not None}
+    for parameter in dict.fromkeys(p for group in groups for p in group.rows):
+        zeros = (parameter.new_zeros((size, *parameter.shape)) for size in sizes)
+        rows = [g.rows.get(parameter, zero) for g, zero in zip(groups, zeros, strict=True)]
+        factors.append(RowsFactor(parameter, torch.cat(rows)))
+    return factors
+
+
+def _mostly_zeros(weight: Tensor, groups: Sequence[Sequence[Use]], sizes: Sequence[int]) -> bool:
+    """Return whether groups of few positions, filled up to the most, take more numbers than rows of J."""
+    outputs, inputs = weight.shape
+    positions = [sum(use.e[0].numel() for use in uses) // outputs for uses in groups]
+    own = sum(size * t for size, t in zip(sizes, positions, strict=True)) * (outputs + inputs)
+    filled_up = sum(sizes) * max(positions) * (outputs + inputs)
+    return filled_up > max(own, sum(sizes) * outputs * inputs)

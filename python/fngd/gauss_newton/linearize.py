@@ -1,270 +1,255 @@
 """From a residual closure to its Jacobian: what rules serve is captured, the rest is differentiated."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from ..capture import (
-    Collected,
-    Gradients,
-    ParameterBlock,
-    RoutedModule,
-    UseCollector,
-    Uses,
-    combined,
-    find_blocks,
-    route,
-)
-from ..rules import Use, is_linear_map
-from ..torch_private import BATCH_NORMS, inside_function_transform
+from ..capture import RoutedModule, Uses, route
+from ..event_log import log
 from .autograd_rows import differentiated_rows, per_sample_rows
-from .jacobian import Factor, Jacobian, RowsFactor, linear_factor
+from .checks import disagreeing, refuse_batch_statistics, refuse_broadcasting, refuse_too_many
+from .jacobian import Group, Jacobian, factors_of
+from .layers import ROWS_DIFFER, USED_ELSEWHERE, Layers, trainable
+from .recorder import UseRecorder
 from .residuals import Block, evaluate, loss
+from .rows import RowFinder
+
+UNUSED = "unused: no residual depends on it"
 
 
-class UseRecorder(UseCollector):
-    """Collects the uses of each differentiation of the residuals, of which there may be many.
-
-    Every use of a weight counts, in the forward and in derivatives that the closure takes of it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        # Where it is set, every use is answered with the ordinary gradient and none is collected.
-        self.returns_gradients = False
-        self.uses: Uses = {}  # in the last differentiation
-
-    def forward(self, module: RoutedModule, x: Tensor, *arguments: Any) -> Tensor:
-        """Return the module's output, from a node that collects; plain where autograd does not see it."""
-        if (
-            inside_function_transform()
-            or not torch.is_grad_enabled()
-            or not module.rule.batched(module.module, x)
-        ):
-            return module.plain(x, *arguments)
-        return self.collect(module, None, x, *arguments)
-
-    def complete(self, block: ParameterBlock, uses: Uses) -> None:
-        """Do nothing before the end: the graph serves several differentiations."""
-
-    def deliver(
-        self, batch: None, collected: dict[ParameterBlock, Collected], *, early: bool
-    ) -> Iterator[tuple[RoutedModule, Gradients]]:
-        """Keep the uses; no gradient is made of them."""
-        self.uses = {module: uses for each in collected.values() for module, uses in each.uses.items()}
-        return iter(())
-
-    def answer(self, module: RoutedModule, batch: None, use: Use, *, is_only_use: bool) -> Gradients:
-        """Return the ordinary gradient."""
-        return combined(module, [use], None)
-
-
-@dataclass
-class Group:
-    """One component of a block: N rows of the Jacobian."""
-
-    residuals: Tensor  # (N,)
-    scale: float
-    uses: Uses
-    rows: dict[Parameter, Tensor]  # (N, *shape), what was differentiated already
+class LayersChanged(Exception):
+    """A layer was given up or its rows are arranged otherwise: the residuals are evaluated once more."""
 
 
 class Linearizer:
-    """Evaluates residuals with their Jacobian; knows which parameters are captured and which are not.
+    """Evaluates residuals with their Jacobian.
 
-    A layer is captured when a rule serves it and nothing but its own forward uses its parameters. All other
-    parameters are differentiated (generic.py).
+    A layer is captured when a rule serves it and nothing but its own forward uses its parameters
+    (layers.py), and each of its rows belongs to one residual (rows.py). All other parameters are
+    differentiated (autograd_rows.py).
+
+    Args:
+        model: The network.
+        parameters: What is optimized, by the name that it goes by if it is not the model's.
     """
 
-    def __init__(self, model: nn.Module, parameters: Iterable[Tensor]) -> None:
-        self.model = model
-        self.parameters = [p for p in parameters if isinstance(p, Parameter)]
-        blocks, self.reasons = find_blocks(model, self.parameters, affine=True, composite=False)
-        wanted = {id(p) for p in self.parameters}
-        self.modules: list[RoutedModule] = []
-        for module in (
-            block.modules[0] for block in blocks
-        ):  # without composite ones, each has a single module
-            if isinstance(module.owner, BATCH_NORMS):
-                self.reasons[module.name] = "batch normalisation"
-            elif any(id(p) not in wanted for p in _trainable(module)):
-                self.reasons[module.name] = "some of its parameters are not optimized here"
-            else:
-                self.modules.append(module)
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+        self.model, self._given = model, dict(parameters)
+        self.parameters = list(self._given.values())
+        self.layers = Layers(model, self.parameters)
         self.recorder = UseRecorder()
-        self._checked: list[tuple[str, int]] = []
+        self._rows = RowFinder()
+        self._active: list[RoutedModule] = []  # the layers that are captured in this linearization
+        self._checked: list[Any] = []
+        self._unused: set[Tensor] = set()
 
     def __call__(self, residuals: Callable[[], Any]) -> tuple[Tensor, Jacobian]:
         """Return the loss and the Jacobian of the scaled residuals, whose squares sum to the loss.
 
         Raises:
-            TypeError, ValueError: Residuals of a wrong form, or that are not per sample.
+            TypeError, ValueError: Residuals of a wrong form, or that do not depend on the parameters.
         """
-        for name, module in self.model.named_modules():
-            if isinstance(module, BATCH_NORMS) and module.training:
-                raise ValueError(
-                    f"model: {name or type(module).__name__} couples the samples of a batch in "
-                    "training mode, so that no residual belongs to one sample; call .eval() on it, or "
-                    "normalise per sample"
-                )
-        while (result := self._linearized(residuals)) is None:
-            pass  # a layer was given up: once more without it
-        return result
+        refuse_batch_statistics(self.model)
+        while True:
+            try:
+                return self._linearized(residuals)
+            except LayersChanged:
+                continue
 
     def value(self, residuals: Callable[[], Any]) -> Tensor:
         """Return the loss alone."""
         with torch.enable_grad():
-            return loss(evaluate(residuals, self._named_parameters()))
+            return loss(evaluate(residuals, self._of_model()))
 
     def coverage(self) -> dict[str, str]:
         """Return how the Jacobian of every parameter is found: a rule, or "generic: " and why."""
-        captured = {id(p): module.rule.name for module in self._active() for p in _trainable(module)}
+        captured: dict[Tensor, str] = {
+            p: module.rule.name for module in self.layers.captured() for p in trainable(module)
+        }
+        inside = self._of_model()
         report = {}
-        for name, parameter in self._named_parameters().items():
-            reason = self.reasons.get(name.rpartition(".")[0], "its layer's weight is frozen")
-            report[name] = captured.get(
-                id(parameter), f"generic: {reason}" if parameter.requires_grad else "frozen"
-            )
+        for name, p in self._by_name().items():
+            reason = self.layers.reason_against(name) if name in inside else "it is outside of the model"
+            found = captured.get(p, f"generic: {reason}") if p.requires_grad else "frozen"
+            report[name] = UNUSED if p in self._unused else found
         return report
 
-    def _active(self) -> list[RoutedModule]:
-        return [module for module in self.modules if module.module.weight.requires_grad]
+    def _of_model(self) -> dict[str, Parameter]:
+        """Return the parameters of the model that are optimized, by name."""
+        wanted = set(self.parameters)
+        return {name: p for name, p in self.model.named_parameters() if p in wanted}
 
-    def _named_parameters(self) -> dict[str, Parameter]:
-        wanted = {id(p) for p in self.parameters}
-        return {name: p for name, p in self.model.named_parameters() if id(p) in wanted}
+    def _by_name(self) -> dict[str, Tensor]:
+        """Return all that is optimized: the model's parameters first."""
+        inside = self._of_model()
+        known = set(inside.values())
+        return {**inside, **{name: p for name, p in self._given.items() if p not in known}}
+
+    def _name(self, parameter: Tensor) -> str:
+        return next(name for name, p in self._by_name().items() if p is parameter)
+
+    def _trained(self) -> list[Tensor]:
+        return [p for p in self.parameters if p.requires_grad]
+
+    def _owners(self) -> dict[Tensor, RoutedModule]:
+        return {p: module for module in self._active for p in trainable(module)}
 
     @torch.enable_grad()
-    def _linearized(self, residuals: Callable[[], Any]) -> tuple[Tensor, Jacobian] | None:
-        restore = route(self._active(), self.recorder)
+    def _linearized(self, residuals: Callable[[], Any]) -> tuple[Tensor, Jacobian]:
+        self._active = self.layers.captured()
+        restore = route(self._active, self.recorder)
         try:
-            blocks = evaluate(residuals, self._named_parameters())
-            groups: list[Group] = []
-            for block in blocks:
-                found = self._per_sample(block) if block.per_sample else self._captured(block)
-                if found is None:
-                    return None
-                groups += found
-            jacobian = Jacobian(self._factors(groups), torch.cat([block.rows for block in blocks]))
-            if bool(jacobian.residuals.isfinite().all()):
-                self._check(blocks, jacobian)
+            blocks = evaluate(residuals, self._of_model())
+            with _freed_graphs_explained():
+                shapes = [(block.name, block.values.shape) for block in blocks]
+                if shapes != self._checked[:-2]:
+                    for block in blocks:
+                        refuse_broadcasting(block, self._gradient)
+                refuse_too_many(blocks)
+                groups: list[Group] = []
+                for block in blocks:
+                    groups += self._per_sample(block) if block.per_sample else self._captured(block)
+                jacobian = Jacobian(
+                    factors_of(self._active, groups), torch.cat([block.rows for block in blocks])
+                )
+                captured = [*shapes, self._active, self._rows.changes]
+                if captured != self._checked and bool(jacobian.residuals.isfinite().all()):
+                    self._check(blocks, jacobian)
+                    self._checked = captured
             return loss(blocks), jacobian
         finally:
             restore()
             self.recorder.reset()
 
-    def _per_sample(self, block: Block) -> list[Group]:
-        """Return the groups of a block that is a function of one sample."""
-        named = self._named_parameters()
-        assert block.per_sample is not None
-        rows = per_sample_rows(block.per_sample, named)  # (N, C, *shape) by name
-        inside = {id(p) for p in named.values()}
-        outside = [p for p in self.parameters if p.requires_grad and id(p) not in inside]
-        groups = []
-        for c, component in enumerate(block.values.unbind(1)):
-            own = {p: block.scale * rows[name][:, c] for name, p in named.items() if p.requires_grad}
-            own |= differentiated_rows(component, outside, block.scale)
-            groups.append(Group(component, block.scale, {}, own))
-        return groups
+    def _gradient(self, residual: Tensor) -> Tensor:
+        """Return the gradient (P,) of one residual by all parameters that train."""
+        gradients = self._gradients(residual, torch.ones_like(residual))
+        pairs = zip(self._trained(), gradients, strict=True)
+        return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs])
 
-    def _captured(self, block: Block) -> list[Group] | None:
-        """Return the groups of a block, or None when layers had to be given up."""
-        owners = {p: module for module in self._active() for p in _trainable(module)}
-        others = [p for p in self.parameters if p.requires_grad and p not in owners]
-        groups = []
-        for component in block.values.unbind(1):
-            uses: Uses = {}
-            if owners:
-                self.recorder.uses = {}
-                seed = torch.full_like(component, block.scale)
-                arrived = torch.autograd.grad(
-                    component, list(owners), seed, retain_graph=True, allow_unused=True
-                )
-                uses = self.recorder.uses
-                # Collected uses return nothing: a gradient that arrives came another way.
-                escaped = {owners[p] for p, g in zip(owners, arrived, strict=True) if g is not None}
-                if escaped:
-                    self.modules = [module for module in self.modules if module not in escaped]
-                    for module in escaped:
-                        self.reasons[module.name] = "its parameters are used outside its own training forward"
-                    return None
-            for module, captured in uses.items():
-                _check_rows(block, module, captured)
-            rows = differentiated_rows(component, others, block.scale)
-            groups.append(Group(component, block.scale, uses, rows))
-        return groups
-
-    @torch.no_grad()
-    def _factors(self, groups: Sequence[Group]) -> list[Factor]:
-        """Return the factors of all parameters; linear layers stay unformed unless a group has their rows."""
-        sizes = [len(group.residuals) for group in groups]
-        factors: list[Factor] = []
-        for module in self._active():
-            parameters = _trainable(module)
-            uses = [group.uses.get(module, []) for group in groups]
-            formed = any(parameters[0] in group.rows for group in groups)
-            if is_linear_map(module.rule) and any(uses) and not formed:
-                factors.append(linear_factor(parameters, uses, sizes))
-                continue
-            for group, captured in zip(groups, uses, strict=True):
-                if captured:
-                    contributions = module.rule.contributions(module.module, captured)
-                    pairs = zip(module.parameters, contributions, strict=True)
-                    group.rows |= {p: c for p, c in pairs if p is not None and c is not None}
-        for parameter in dict.fromkeys(p for group in groups for p in group.rows):
-            zeros = (parameter.new_zeros((size, *parameter.shape)) for size in sizes)
-            rows = [g.rows.get(parameter, zero) for g, zero in zip(groups, zeros, strict=True)]
-            factors.append(RowsFactor(parameter, torch.cat(rows)))
-        return factors
-
-    def _check(self, blocks: Sequence[Block], jacobian: Jacobian) -> None:
-        """Compare J^T v for one random v with what autograd gives, when blocks are new.
-
-        They differ when a residual depends on several samples: all residuals were differentiated at once.
-        """
-        described = [(block.name, block.values.shape[1]) for block in blocks]
-        if described == self._checked:
-            return
-        generator = torch.Generator().manual_seed(0)
-        seeds = [torch.randn(b.values.shape, generator=generator).to(b.values) for b in blocks]
-        trained = [p for p in self.parameters if p.requires_grad]
+    def _gradients(self, values: Tensor, seed: Tensor) -> Sequence[Tensor | None]:
+        """Return the gradient of sum(seed values) by each parameter that trains, as autograd gives it."""
         self.recorder.returns_gradients = True
         try:
-            scaled = [block.scale * seed for block, seed in zip(blocks, seeds, strict=True)]
-            expected = torch.autograd.grad(
-                [block.values for block in blocks], trained, scaled, retain_graph=True, allow_unused=True
-            )
+            return torch.autograd.grad(values, self._trained(), seed, retain_graph=True, allow_unused=True)
         finally:
             self.recorder.returns_gradients = False
-        found = jacobian.transposed_times(torch.cat([seed.T.flatten() for seed in seeds]))
-        size = torch.cat([g.flatten() for g in expected if g is not None]).norm()
-        names = {p: name for name, p in self.model.named_parameters()}
-        for parameter, gradient in zip(trained, expected, strict=True):
-            gradient = torch.zeros_like(parameter) if gradient is None else gradient
-            error = (found.get(parameter, torch.zeros_like(parameter)) - gradient).norm()
-            if not error <= 100 * torch.finfo(gradient.dtype).eps ** 0.5 * size:
-                raise ValueError(
-                    "residuals: expected row n to depend on sample n alone, but the gradient of "
-                    f"{names.get(parameter, 'a parameter outside the model')} is no sum over samples "
-                    "(statistics or means over the batch, or rows mixed or reordered?)"
+
+    def _per_sample(self, block: Block) -> list[Group]:
+        """Return the groups of a block that is a function of one sample."""
+        named = self._of_model()
+        assert block.per_sample is not None
+        rows = per_sample_rows(block.per_sample, named)  # (N, C, *shape) by name
+        inside = set(named.values())
+        outside = [p for p in self._trained() if p not in inside]
+        groups = []
+        for c, component in enumerate(block.values.unbind(1)):
+            own: dict[Tensor, Tensor] = {
+                p: block.scale * rows[name][:, c] for name, p in named.items() if p.requires_grad
+            }
+            own |= differentiated_rows(component, outside, block.scale)
+            groups.append(Group(component, {}, own))
+        return groups
+
+    def _captured(self, block: Block) -> list[Group]:
+        """Return the groups of a block whose layers are captured."""
+        owners = self._owners()
+        components = block.values.unbind(1)
+        uses = [self._uses(block, c, owners) for c in range(len(components))]
+        others = [p for p in self._trained() if p not in owners]
+        rows = differentiated_rows(block.values.T.flatten(), others, block.scale)  # component after component
+        by_component = {p: r.split(len(block.values)) for p, r in rows.items()}
+        return [
+            Group(component, uses[c], {p: parts[c] for p, parts in by_component.items()})
+            for c, component in enumerate(components)
+        ]
+
+    def _uses(self, block: Block, component: int, owners: Mapping[Tensor, RoutedModule]) -> Uses:
+        """Return the uses of the layers for one component, a row for each residual."""
+        if not owners:
+            return {}
+        values = block.values[:, component]
+
+        def differentiate(seed: float) -> Uses:
+            self.recorder.uses = {}
+            with torch.autograd.set_detect_anomaly(False):  # the seed may be NaN
+                arrived = torch.autograd.grad(
+                    values,
+                    list(owners),
+                    torch.full_like(values, seed),
+                    retain_graph=True,
+                    allow_unused=True,
                 )
-        self._checked = described
+            # Collected uses return nothing: a gradient that arrives came another way.
+            escaped = dict.fromkeys(owners[p] for p, g in zip(owners, arrived, strict=True) if g is not None)
+            self._give_up(list(escaped), USED_ELSEWHERE)
+            return self.recorder.uses
 
-
-def _check_rows(block: Block, module: RoutedModule, uses: Sequence[Use]) -> None:
-    samples = len(block.values)
-    sizes = {use.e.shape[0] for use in uses} - {samples}
-    if sizes:
-        raise ValueError(
-            f"residuals: block {block.name!r} has {samples} rows, but layer {module.name!r} was called on "
-            f"{', '.join(map(str, sorted(sizes)))} rows for it; call the model on one row for each "
-            "residual, and on points of different kinds separately"
+        found, misfits = self._rows.by_residual(
+            block, component, differentiate(block.scale), lambda: differentiate(math.nan)
         )
+        self._give_up(misfits, ROWS_DIFFER)
+        return found
+
+    def _give_up(self, modules: Sequence[RoutedModule], reason: str) -> None:
+        self.layers.give_up(modules, reason)
+        if modules:
+            raise LayersChanged
+
+    @torch.no_grad()
+    def _check(self, blocks: Sequence[Block], jacobian: Jacobian) -> None:
+        """Compare J^T v of each block for one random v with what autograd gives.
+
+        They differ where a residual depends on other rows of a layer than those that were taken to be its.
+        """
+        owners, trained = self._owners(), self._trained()
+        used: set[Tensor] = set()
+        wrong: dict[tuple[str, RoutedModule], None] = {}
+        generator = torch.Generator().manual_seed(0)
+        v = torch.zeros_like(jacobian.residuals)
+        parts = v.split([block.values.numel() for block in blocks])
+        for block, part in zip(blocks, parts, strict=True):
+            seed = torch.randn(block.values.shape, generator=generator).to(block.values)
+            gradients = self._gradients(block.values, block.scale * seed)
+            expected = {p: g for p, g in zip(trained, gradients, strict=True) if g is not None}
+            if not expected:
+                raise ValueError(
+                    f"residuals: block {block.name!r} depends on no parameter of this optimizer; was it "
+                    "computed by another model?"
+                )
+            used |= expected.keys()
+            part.copy_(seed.T.flatten())
+            for p in disagreeing(expected, jacobian.transposed_times(v)):
+                if p not in owners:
+                    raise ValueError(
+                        f"residuals: the Jacobian of {self._name(p)} in block {block.name!r} does not agree "
+                        "with its gradient; is the backward of a function in it wrong, or random?"
+                    )
+                wrong[block.name, owners[p]] = None
+            part.zero_()
+        if wrong:
+            misfits = [module for name, module in wrong if not self._rows.arrange_otherwise(name, module)]
+            self.layers.give_up(list(dict.fromkeys(misfits)), ROWS_DIFFER)
+            raise LayersChanged
+        for p in set(trained) - used - self._unused:
+            log.warning("GaussNewton: no residual depends on %s, which stays as it is", self._name(p))
+        self._unused = set(trained) - used
 
 
-def _trainable(module: RoutedModule) -> list[Parameter]:
-    return [p for p in module.parameters if p is not None and p.requires_grad]
+@contextmanager
+def _freed_graphs_explained() -> Iterator[None]:
+    """Say what to do where a derivative in the residuals has freed their graph."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise ValueError(
+            "residuals: their graph was freed by a derivative that the closure took; "
+            "take it by autograd.grad(..., create_graph=True)"
+        ) from error

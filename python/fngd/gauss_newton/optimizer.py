@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from fngd_kernels import solve
@@ -25,7 +24,7 @@ LARGEST_DAMPING = 1e8
 MAX_TRIALS = 12
 """Trial steps, or halvings of a step, before a step is given up."""
 
-Direction = dict[Parameter, Tensor]
+Direction = dict[Tensor, Tensor]
 
 
 class GaussNewton(Optimizer):
@@ -99,8 +98,14 @@ class GaussNewton(Optimizer):
         self._counts = dict.fromkeys(counters, 0)
         self._log = EventLog("step")
 
-    def _parameters(self) -> list[Parameter]:
-        return [p for group in self.param_groups for p in group["params"]]
+    def _parameters(self) -> dict[str, Tensor]:
+        """Return what is optimized, by the name it was given or its place in `params`."""
+        names = [name for group in self.param_groups for name in group.get("param_names", group["params"])]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return {
+            name if isinstance(name, str) else f"params[{number}]": p
+            for number, (name, p) in enumerate(zip(names, parameters, strict=True))
+        }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Optimize more parameters from the next step on."""
@@ -252,7 +257,7 @@ class GaussNewton(Optimizer):
         check_like(own, self.stats(), "gauss_newton")
         if not (math.isfinite(own["damping"]) and own["damping"] > 0):
             raise ValueError(f"state_dict: expected a finite damping > 0, got {own['damping']}")
-        for number, parameter in enumerate(self._parameters()):
+        for number, parameter in enumerate(self._parameters().values()):
             phi = state_dict["state"].get(number, {}).get("momentum_buffer")
             if phi is not None and phi.shape != parameter.shape:
                 raise ValueError(

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+LOSSES = ("MseLoss", "NllLoss", "CrossEntropy", "KlDiv", "SmoothL1Loss", "HuberLoss", "SoftMarginLoss")
+"""Parts of the names of autograd nodes of losses with reduction="none"."""
+
 
 class PerSample:
     """A residual block given by a function of one sample, for residuals written with torch.func.
@@ -96,6 +99,15 @@ def _block(name: str, given: Any, params: Mapping[str, Tensor]) -> Block:
             f"residuals: expected shape (N,) or (N, C), one row per sample and not a loss over them, "
             f"block {name!r} is {tuple(values.shape)}"
         )
-    if not values.requires_grad:
-        raise ValueError(f"residuals: block {name!r} does not depend on a parameter that requires a gradient")
+    if values.grad_fn is None:
+        raise ValueError(
+            f"residuals: block {name!r} does not depend on a parameter that requires a gradient; derivatives "
+            "in residuals need autograd.grad(..., create_graph=True)"
+        )
+    if any(word in values.grad_fn.name() for word in LOSSES):
+        raise ValueError(
+            f"residuals: expected residuals, whose squares are minimised, block {name!r} is already a loss "
+            f"({values.grad_fn.name()}); a squared error is given as prediction - target, and for other "
+            "losses, such as cross entropy, use FNGD"
+        )
     return Block(name, values if values.ndim == 2 else values.unsqueeze(1), weight, per_sample)

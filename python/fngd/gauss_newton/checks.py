@@ -1,0 +1,82 @@
+"""What is asked of residuals before they are worth a step."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..memory import is_out_of_memory
+from ..torch_private import BATCH_NORMS
+from .residuals import Block
+
+
+def refuse_batch_statistics(model: nn.Module) -> None:
+    """Refuse batch normalisation in training mode."""
+    for name, module in model.named_modules():
+        if isinstance(module, BATCH_NORMS) and module.training:
+            raise ValueError(
+                f"model: module {name!r} ({type(module).__name__}) couples the samples of a batch in "
+                "training mode, so that no residual belongs to one sample; call .eval() on it, or "
+                "normalise per sample"
+            )
+
+
+def refuse_broadcasting(block: Block, gradient: Callable[[Tensor], Tensor]) -> None:
+    """Refuse (N, N) residuals that are (N, 1) minus (N,), or (N,) minus (N, 1).
+
+    The gradients of all f_i - y_j in one row, or of all f_j - y_i in one column, are multiples of one another,
+    by all parameters at once. Those of a network's outputs are not, nor those of its samples.
+
+    Args:
+        block: The residuals.
+        gradient: Returns the gradient (P,) of one of them by all parameters.
+    """
+    samples, components = block.values.shape
+    if samples != components or samples == 1:
+        return
+    line = samples // 3  # points at an end or in the middle may have a residual without a gradient
+    for values in (block.values[line], block.values[:, line]):
+        if _parallel(gradient(value) for value in values):
+            raise ValueError(
+                f"residuals: block {block.name!r} is {tuple(block.values.shape)}, and the residuals of a row or "
+                "column are multiples of one function: were shapes (N, 1) and (N,) subtracted? Squeeze or "
+                "unsqueeze one. If every sample has N such residuals, return them as two blocks of columns"
+            )
+
+
+def refuse_too_many(blocks: Sequence[Block]) -> None:
+    """Refuse residuals for whose Gram matrix and its factor there is no memory."""
+    rows = sum(block.values.numel() for block in blocks)
+    try:
+        torch.empty((2, rows, rows), dtype=torch.float64, device=blocks[0].values.device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        shapes = ", ".join(f"{block.name!r} {tuple(block.values.shape)}" for block in blocks)
+        raise ValueError(
+            f"residuals: {rows} rows need {16 * rows**2 / 1e9:.1f} GB for J J^T and its factor, which cannot "
+            f"be allocated; take fewer points in a step, or mend the shapes of the blocks: {shapes}"
+        ) from error
+
+
+def disagreeing(expected: Mapping[Tensor, Tensor], found: Mapping[Tensor, Tensor]) -> list[Tensor]:
+    """Return the parameters for which J^T v is not its expected value; a parameter absent from one has zero."""
+    size = torch.stack([g.norm().double() for g in expected.values()]).norm()
+    if not bool(size.isfinite()):
+        return []
+    wrong = []
+    for p in dict.fromkeys([*expected, *found]):
+        zero = torch.zeros_like(p)
+        error = (found.get(p, zero) - expected.get(p, zero)).norm()
+        if not error <= 100 * torch.finfo(p.dtype).eps ** 0.5 * size:
+            wrong.append(p)
+    return wrong
+
+
+def _parallel(gradients: Iterator[Tensor]) -> bool:
+    """Return whether all are non-zero multiples of the first, up to rounding."""
+    first = next(gradients)
+    unit, rounding = first / first.norm(), 1e3 * torch.finfo(first.dtype).eps
+    return all(
+        bool(g.any()) and bool((g - (g @ unit) * unit).norm() <= rounding * g.norm()) for g in gradients
+    )
