@@ -1,6 +1,7 @@
 """Rows of a Jacobian for parameters that no rule serves, by torch's own differentiation."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch.func import jacrev, vmap
 from .residuals import PerSample
 
 CHUNK = 64
-"""Residuals differentiated at a time: bounds the memory."""
+"""Numbers differentiated at a time: bounds the memory."""
 
 
 def differentiated_rows(
@@ -17,16 +18,17 @@ def differentiated_rows(
 ) -> dict[Tensor, Tensor]:
     """Return scale * d residuals / d parameter (N, *shape) by parameter, for residuals (N,) with a graph.
 
-    A few numbers, such as the unknown coefficient of an equation, cost a pass each, whatever N: the gradient
-    J^T v is linear in v, and its derivative by v is a column of J. More numbers than residuals cost a
-    vectorised pass for each residual.
+    A residual may depend on anything. Passes are made for each residual or, where the parameters have fewer
+    numbers, as the unknown coefficient of an equation has, for each of these: the gradient J^T v is linear in
+    v, and its derivative by v is a column of J.
     """
     if not parameters:
         return {}
+    rows: list[Tensor] = []
     if sum(p.numel() for p in parameters) <= len(residuals):
-        rows = _by_number(residuals, parameters)
-    else:
-        rows = _by_residual(residuals, parameters)
+        with suppress(RuntimeError):  # not every operation can be differentiated twice
+            rows = _by_number(residuals, parameters)
+    rows = rows or _derivatives(residuals, parameters)
     return {p: scale * r.detach() for p, r in zip(parameters, rows, strict=True)}
 
 
@@ -37,25 +39,32 @@ def _by_number(residuals: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:
             rows.append(residuals.new_zeros((len(residuals), *parameter.shape)))
-            continue
-        columns = [torch.autograd.grad(x, v, retain_graph=True)[0] for x in gradient.flatten()]
-        rows.append(torch.stack(columns, 1).view(-1, *parameter.shape))
+        else:
+            (columns,) = _derivatives(gradient.flatten(), [v])
+            rows.append(columns.T.reshape(-1, *parameter.shape))
     return rows
 
 
-def _by_residual(residuals: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    samples = len(residuals)
-    rows = [residuals.new_zeros((samples, *p.shape)) for p in parameters]
-    for begin in range(0, samples, CHUNK):
-        chunk = residuals[begin : begin + CHUNK]
-        seeds = torch.eye(len(chunk), dtype=residuals.dtype, device=residuals.device)
-        gradients = torch.autograd.grad(
-            chunk, parameters, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True
-        )
-        for row, gradient in zip(rows, gradients, strict=True):
-            if gradient is not None:
-                row[begin : begin + CHUNK] = gradient
-    return rows
+def _derivatives(y: Tensor, by: Sequence[Tensor]) -> list[Tensor]:
+    """Return d y / d x (M, *shape) for y (M,) and each x."""
+    derivatives = [x.new_zeros((len(y), *x.shape)) for x in by]
+    for begin in range(0, len(y), CHUNK):
+        chunk = y[begin : begin + CHUNK]
+        seeds = torch.eye(len(chunk), dtype=y.dtype, device=y.device)
+        try:
+            found = torch.autograd.grad(
+                chunk, by, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
+        except RuntimeError:  # not every operation is made for vmap
+            passes = [
+                torch.autograd.grad(chunk, by, seed, retain_graph=True, materialize_grads=True)
+                for seed in seeds
+            ]
+            found = tuple(torch.stack(parts) for parts in zip(*passes, strict=True))
+        for derivative, part in zip(derivatives, found, strict=True):
+            if part is not None:
+                derivative[begin : begin + CHUNK] = part
+    return derivatives
 
 
 def per_sample_rows(block: PerSample, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

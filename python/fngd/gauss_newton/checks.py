@@ -24,8 +24,8 @@ def refuse_batch_statistics(model: nn.Module) -> None:
 def refuse_broadcasting(block: Block, gradient: Callable[[Tensor], Tensor]) -> None:
     """Refuse (N, N) residuals that are (N, 1) minus (N,), or (N,) minus (N, 1).
 
-    The gradients of all f_i - y_j in one row, or of all f_j - y_i in one column, are multiples of one another,
-    by all parameters at once. Those of a network's outputs are not, nor those of its samples.
+    The gradients of all f_i - y_j in one row, or of all f_j - y_i in one column, are multiples of one
+    another, by all parameters at once. Those of a network's outputs are not, nor those of its samples.
 
     Args:
         block: The residuals.
@@ -38,8 +38,8 @@ def refuse_broadcasting(block: Block, gradient: Callable[[Tensor], Tensor]) -> N
     for values in (block.values[line], block.values[:, line]):
         if _parallel(gradient(value) for value in values):
             raise ValueError(
-                f"residuals: block {block.name!r} is {tuple(block.values.shape)}, and the residuals of a row or "
-                "column are multiples of one function: were shapes (N, 1) and (N,) subtracted? Squeeze or "
+                f"residuals: block {block.name!r} is {tuple(block.values.shape)}, and the residuals of a row "
+                "or column are multiples of one function: were shapes (N, 1) and (N,) subtracted? Squeeze or "
                 "unsqueeze one. If every sample has N such residuals, return them as two blocks of columns"
             )
 
@@ -60,7 +60,7 @@ def refuse_too_many(blocks: Sequence[Block]) -> None:
 
 
 def disagreeing(expected: Mapping[Tensor, Tensor], found: Mapping[Tensor, Tensor]) -> list[Tensor]:
-    """Return the parameters for which J^T v is not its expected value; a parameter absent from one has zero."""
+    """Return the parameters for which J^T v is not as expected; zero where a parameter is absent."""
     size = torch.stack([g.norm().double() for g in expected.values()]).norm()
     if not bool(size.isfinite()):
         return []

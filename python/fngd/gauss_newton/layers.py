@@ -42,7 +42,11 @@ class Layers:
             self.reasons[module.name] = reason
         if modules:
             names = ", ".join(module.name or type(module.owner).__name__ for module in modules)
-            log.warning("GaussNewton: layers %s are differentiated, which takes longer: %s", names, reason)
+            log.warning(
+                "GaussNewton: layers differentiated instead of captured, which takes longer: %s (%s)",
+                names,
+                reason,
+            )
 
     def reason_against(self, parameter: str) -> str:
         """Return why a parameter of the model, given by its name, is not captured."""

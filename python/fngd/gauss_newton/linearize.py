@@ -1,7 +1,7 @@
 """From a residual closure to its Jacobian: what rules serve is captured, the rest is differentiated."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,12 +35,13 @@ class Linearizer:
 
     Args:
         model: The network.
-        parameters: What is optimized, by the name that it goes by if it is not the model's.
+        parameters: What is optimized; what is outside of the model goes by its place here.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-        self.model, self._given = model, dict(parameters)
-        self.parameters = list(self._given.values())
+    def __init__(self, model: nn.Module, parameters: Iterable[Tensor]) -> None:
+        self.model, self.parameters = model, list(parameters)
+        names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        self._names = {p: names.get(p, f"params[{i}]") for i, p in enumerate(self.parameters)}
         self.layers = Layers(model, self.parameters)
         self.recorder = UseRecorder()
         self._rows = RowFinder()
@@ -71,27 +72,18 @@ class Linearizer:
         captured: dict[Tensor, str] = {
             p: module.rule.name for module in self.layers.captured() for p in trainable(module)
         }
-        inside = self._of_model()
+        names: dict[Tensor, str] = {p: name for name, p in self._of_model().items()}  # as they are now
         report = {}
-        for name, p in self._by_name().items():
-            reason = self.layers.reason_against(name) if name in inside else "it is outside of the model"
+        for p in dict.fromkeys([*names, *self.parameters]):
+            reason = self.layers.reason_against(names[p]) if p in names else "it is outside of the model"
             found = captured.get(p, f"generic: {reason}") if p.requires_grad else "frozen"
-            report[name] = UNUSED if p in self._unused else found
+            report[names.get(p, self._names[p])] = UNUSED if p in self._unused else found
         return report
 
     def _of_model(self) -> dict[str, Parameter]:
         """Return the parameters of the model that are optimized, by name."""
         wanted = set(self.parameters)
         return {name: p for name, p in self.model.named_parameters() if p in wanted}
-
-    def _by_name(self) -> dict[str, Tensor]:
-        """Return all that is optimized: the model's parameters first."""
-        inside = self._of_model()
-        known = set(inside.values())
-        return {**inside, **{name: p for name, p in self._given.items() if p not in known}}
-
-    def _name(self, parameter: Tensor) -> str:
-        return next(name for name, p in self._by_name().items() if p is parameter)
 
     def _trained(self) -> list[Tensor]:
         return [p for p in self.parameters if p.requires_grad]
@@ -227,7 +219,7 @@ class Linearizer:
             for p in disagreeing(expected, jacobian.transposed_times(v)):
                 if p not in owners:
                     raise ValueError(
-                        f"residuals: the Jacobian of {self._name(p)} in block {block.name!r} does not agree "
+                        f"residuals: the Jacobian of {self._names[p]} in block {block.name!r} does not agree "
                         "with its gradient; is the backward of a function in it wrong, or random?"
                     )
                 wrong[block.name, owners[p]] = None
@@ -237,7 +229,7 @@ class Linearizer:
             self.layers.give_up(list(dict.fromkeys(misfits)), ROWS_DIFFER)
             raise LayersChanged
         for p in set(trained) - used - self._unused:
-            log.warning("GaussNewton: no residual depends on %s, which stays as it is", self._name(p))
+            log.warning("GaussNewton: no residual depends on %s, which stays as it is", self._names[p])
         self._unused = set(trained) - used
 
 

@@ -98,14 +98,8 @@ class GaussNewton(Optimizer):
         self._counts = dict.fromkeys(counters, 0)
         self._log = EventLog("step")
 
-    def _parameters(self) -> dict[str, Tensor]:
-        """Return what is optimized, by the name it was given or its place in `params`."""
-        names = [name for group in self.param_groups for name in group.get("param_names", group["params"])]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        return {
-            name if isinstance(name, str) else f"params[{number}]": p
-            for number, (name, p) in enumerate(zip(names, parameters, strict=True))
-        }
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Optimize more parameters from the next step on."""
@@ -257,7 +251,7 @@ class GaussNewton(Optimizer):
         check_like(own, self.stats(), "gauss_newton")
         if not (math.isfinite(own["damping"]) and own["damping"] > 0):
             raise ValueError(f"state_dict: expected a finite damping > 0, got {own['damping']}")
-        for number, parameter in enumerate(self._parameters().values()):
+        for number, parameter in enumerate(self._parameters()):
             phi = state_dict["state"].get(number, {}).get("momentum_buffer")
             if phi is not None and phi.shape != parameter.shape:
                 raise ValueError(

@@ -99,12 +99,12 @@ def _block(name: str, given: Any, params: Mapping[str, Tensor]) -> Block:
             f"residuals: expected shape (N,) or (N, C), one row per sample and not a loss over them, "
             f"block {name!r} is {tuple(values.shape)}"
         )
-    if values.grad_fn is None:
+    if not values.requires_grad:
         raise ValueError(
             f"residuals: block {name!r} does not depend on a parameter that requires a gradient; derivatives "
             "in residuals need autograd.grad(..., create_graph=True)"
         )
-    if any(word in values.grad_fn.name() for word in LOSSES):
+    if values.grad_fn is not None and any(word in values.grad_fn.name() for word in LOSSES):
         raise ValueError(
             f"residuals: expected residuals, whose squares are minimised, block {name!r} is already a loss "
             f"({values.grad_fn.name()}); a squared error is given as prediction - target, and for other "

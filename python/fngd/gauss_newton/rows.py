@@ -8,7 +8,7 @@ period, a quadrature), a layer has R rows for N residuals:
     in runs                          residual n takes r_n, r_{n+N}, r_{n+2N}, ...
     side by side                     residual n takes r_{kn}, ..., r_{kn+k-1}
 
-Each of the k rows of a residual is one more use. That an arrangement is the right one is for the caller to check.
+Each of the k rows of a residual is one more use. The caller checks that an arrangement is the right one.
 """
 
 from collections.abc import Callable
