@@ -7,61 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from least_squares import N, dense_step, derivative, flat, mlp, points, rows
 from torch import nn
 from torch.func import functional_call, hessian
 
 import fngd
-
-N = 9
-
-
-def mlp(*sizes):
-    layers = [m for i, o in itertools.pairwise(sizes) for m in (nn.Linear(i, o), nn.Tanh())]
-    return nn.Sequential(*layers[:-1]).double()
-
-
-def points(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def derivative(u, x):
-    return torch.autograd.grad(u.sum(), x, create_graph=True)[0]
-
-
-def rows(closure):
-    """Scaled residuals of a closure, stacked."""
-    returned = closure()
-    blocks = returned.values() if isinstance(returned, dict) else [returned]
-    parts = []
-    for block in blocks:
-        values, weight = block if isinstance(block, tuple) else (block, 1.0)
-        parts.append(math.sqrt(weight / values.numel()) * values.flatten())
-    return torch.cat(parts)
-
-
-def dense_jacobian(closure, parameters):
-    residuals = rows(closure)
-    jacobian = []
-    for r in residuals:
-        gradients = torch.autograd.grad(r, parameters, retain_graph=True, allow_unused=True)
-        pairs = zip(gradients, parameters, strict=True)
-        jacobian.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs]))
-    return torch.stack(jacobian), residuals.detach()
-
-
-def dense_step(closure, parameters, damping, previous=None, momentum=0.0):
-    """(J^T J + lam I)^-1 (J^T rho + lam mu phi), lam relative to the mean diagonal of J J^T."""
-    jacobian, residuals = dense_jacobian(closure, parameters)
-    lam = damping * jacobian.square().sum(1).mean()
-    right = jacobian.T @ residuals
-    if previous is not None:
-        right = right + lam * momentum * previous
-    return torch.linalg.solve(jacobian.T @ jacobian + lam * torch.eye(len(right)).double(), right)
-
-
-def flat(parameters):
-    return torch.cat([p.detach().flatten() for p in parameters])
-
 
 # ---- residuals: each returns the model, the parameters and the closure ----
 
@@ -426,45 +376,6 @@ def test_an_exception_in_a_trial_puts_the_parameters_back():
         fngd.GaussNewton(model).step(fails_in_the_trial)
     assert torch.equal(flat(parameters), before)
     assert all("forward" not in module.__dict__ for module in model.modules())
-
-
-def coupled(transform):
-    model, _, residuals = regression()
-    return model, lambda: transform(residuals())
-
-
-def batch_norm():
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
-    x = points(N, 3)
-    return model, lambda: model(x).squeeze(1)
-
-
-def different_rows():
-    model, x = mlp(3, 4, 1), points(2 * N, 3)
-    return model, lambda: (model(x)[:N] - model(x)[N:]).squeeze(1)
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda: coupled(lambda r: r - r.mean()), ValueError, "row n to depend on sample n alone"),
-        (lambda: coupled(lambda r: r.roll(1)), ValueError, "row n to depend on sample n alone"),
-        (batch_norm, ValueError, "1 couples the samples"),
-        (different_rows, ValueError, "has 9 rows, but layer '.' was called on 18 rows"),
-        (lambda: coupled(lambda r: r.square().mean()), ValueError, r"expected shape \(N,\) or \(N, C\)"),
-        (lambda: coupled(lambda r: r.detach()), ValueError, "does not depend on a parameter"),
-        (lambda: coupled(lambda r: r.tolist()), TypeError, "expected floating tensors"),
-        (lambda: coupled(lambda r: {}), ValueError, "at least one block"),
-        (lambda: coupled(lambda r: {"a": (r, -1.0)}), ValueError, "weight >= 0 for block 'a'"),
-        (lambda: coupled(lambda r: {"a": (r, "x")}), TypeError, "a number as the weight of block 'a'"),
-    ],
-)
-def test_residuals_that_are_not_per_sample_are_refused(make, error, message):
-    model, residuals = make()
-    before = flat(model.parameters())
-    with pytest.raises(error, match=message):
-        fngd.GaussNewton(model).step(residuals)
-    assert torch.equal(flat(model.parameters()), before)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def differentiated_rows(
     if sum(p.numel() for p in parameters) <= len(residuals):
         with suppress(RuntimeError):  # not every operation can be differentiated twice
             rows = _by_number(residuals, parameters)
-    rows = rows or _derivatives(residuals, parameters)
+    rows = rows or _derivatives(residuals, parameters, allow_unused=True)
     return {p: scale * r.detach() for p, r in zip(parameters, rows, strict=True)}
 
 
@@ -40,27 +40,24 @@ def _by_number(residuals: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
         if gradient is None:
             rows.append(residuals.new_zeros((len(residuals), *parameter.shape)))
         else:
-            (columns,) = _derivatives(gradient.flatten(), [v])
+            (columns,) = _derivatives(gradient.flatten(), [v], allow_unused=False)
             rows.append(columns.T.reshape(-1, *parameter.shape))
     return rows
 
 
-def _derivatives(y: Tensor, by: Sequence[Tensor]) -> list[Tensor]:
+def _derivatives(y: Tensor, by: Sequence[Tensor], *, allow_unused: bool) -> list[Tensor]:
     """Return d y / d x (M, *shape) for y (M,) and each x."""
     derivatives = [x.new_zeros((len(y), *x.shape)) for x in by]
+    options = {"retain_graph": True, "allow_unused": allow_unused}
     for begin in range(0, len(y), CHUNK):
         chunk = y[begin : begin + CHUNK]
         seeds = torch.eye(len(chunk), dtype=y.dtype, device=y.device)
+        found: Sequence[Tensor | None]
         try:
-            found = torch.autograd.grad(
-                chunk, by, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True
-            )
+            found = torch.autograd.grad(chunk, by, seeds, is_grads_batched=True, **options)
         except RuntimeError:  # not every operation is made for vmap
-            passes = [
-                torch.autograd.grad(chunk, by, seed, retain_graph=True, materialize_grads=True)
-                for seed in seeds
-            ]
-            found = tuple(torch.stack(parts) for parts in zip(*passes, strict=True))
+            passes = zip(*(torch.autograd.grad(chunk, by, seed, **options) for seed in seeds), strict=True)
+            found = [None if parts[0] is None else torch.stack(parts) for parts in passes]
         for derivative, part in zip(derivatives, found, strict=True):
             if part is not None:
                 derivative[begin : begin + CHUNK] = part
