@@ -27,6 +27,11 @@ def batch_norm():
     return model, lambda: model(x).squeeze(1)
 
 
+def frozen():
+    model, residuals = fitted(lambda r: r - 1)
+    return model.requires_grad_(False), residuals
+
+
 def of_another_model():
     model, other, x = mlp(3, 8, 1), mlp(3, 8, 1), points(N, 3)
     return model, lambda: {"own": model(x), "other": other(x)}
@@ -65,6 +70,8 @@ SQUARE = r"block 'residuals' is \(9, 9\), and the residuals of a row or column a
         (lambda: subtracted(lambda u, y: u.squeeze(1) - y[:, None]), ValueError, SQUARE),
         (lambda: subtracted(lambda u, y: (u - y) / y), ValueError, SQUARE),
         (lambda: subtracted(lambda u, y: (u - y).tanh() * y[:, None]), ValueError, SQUARE),
+        (lambda: subtracted(lambda u, y: (u - y).flatten()), ValueError, SQUARE),
+        (frozen, ValueError, "params: expected a parameter that requires a gradient"),
         (of_another_model, ValueError, "block 'other' depends on no parameter of this optimizer"),
         (lambda: losses(F.cross_entropy, torch.zeros(N).long()), ValueError, "already a loss .NllLoss"),
         (lambda: losses(F.mse_loss, points(N, 4)), ValueError, "already a loss .MseLoss"),
@@ -128,5 +135,5 @@ def test_derivatives_that_do_not_belong_to_their_values_are_refused():
 
     model, x = mlp(3, 4, 1), points(N, 3)
     opt = fngd.GaussNewton(model)
-    with pytest.raises(ValueError, match="Jacobian of .* does not agree with its gradient"):
+    with pytest.raises(ValueError, match=r"Jacobian of .* does not agree with its gradient"):
         opt.step(lambda: Wrong.apply(model(x)).flip(0))

@@ -259,6 +259,19 @@ def test_layers_with_other_rows_are_differentiated_and_named(name, caplog):
     assert all(layer in line for layer in layers)
 
 
+def test_rows_that_nothing_depends_on():
+    model, x = mlp(2, 4, 1), points(12, 2)
+    error, opt = step_error(model, lambda: model(x[:9]) + model(x)[:0].sum() - 1)
+    assert error < TOLERANCE
+    assert opt.coverage()["0.weight"] == "linear"
+
+
+def test_a_call_on_no_rows():
+    model, x = mlp(2, 4, 1), points(9, 2)
+    error, _ = step_error(model, lambda: model(x) + model(x[:0]).sum() - 1)
+    assert error < TOLERANCE
+
+
 def test_residuals_may_be_parameters():
     error, opt = step_error(*prior())
     assert error < TOLERANCE

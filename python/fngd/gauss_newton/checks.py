@@ -21,24 +21,25 @@ def refuse_batch_statistics(model: nn.Module) -> None:
             )
 
 
-def refuse_broadcasting(block: Block, gradient: Callable[[Tensor], Tensor]) -> None:
+def refuse_broadcasting(name: str, values: Tensor, gradient: Callable[[Tensor], Tensor]) -> None:
     """Refuse (N, N) residuals that are (N, 1) minus (N,), or (N,) minus (N, 1).
 
     The gradients of all f_i - y_j in one row, or of all f_j - y_i in one column, are multiples of one
     another, by all parameters at once. Those of a network's outputs are not, nor those of its samples.
 
     Args:
-        block: The residuals.
+        name: The name of a block.
+        values: (N, C), its residuals.
         gradient: Returns the gradient (P,) of one of them by all parameters.
     """
-    samples, components = block.values.shape
+    samples, components = values.shape
     if samples != components or samples == 1:
         return
     line = samples // 3  # points at an end or in the middle may have a residual without a gradient
-    for values in (block.values[line], block.values[:, line]):
-        if _parallel(gradient(value) for value in values):
+    for residuals in (values[line], values[:, line]):
+        if _parallel(gradient(residual) for residual in residuals):
             raise ValueError(
-                f"residuals: block {block.name!r} is {tuple(block.values.shape)}, and the residuals of a row "
+                f"residuals: block {name!r} is {tuple(values.shape)}, and the residuals of a row "
                 "or column are multiples of one function: were shapes (N, 1) and (N,) subtracted? Squeeze or "
                 "unsqueeze one. If every sample has N such residuals, return them as two blocks of columns"
             )

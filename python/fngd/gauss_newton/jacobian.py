@@ -1,4 +1,4 @@
-"""The Jacobian of residuals in factors, contracted in sample space; of linear layers it is never formed."""
+"""The Jacobian of residuals in factors, contracted in sample space; of linear layers it is rarely formed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

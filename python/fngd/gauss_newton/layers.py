@@ -1,6 +1,6 @@
 """Which layers of a model are captured, and why the others are not."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -35,13 +35,14 @@ class Layers:
         self.give_up([module for module, known in self._captured.items() if _moved(module, known)], MOVED)
         return [module for module in self._captured if module.module.weight.requires_grad]
 
-    def give_up(self, modules: Sequence[RoutedModule], reason: str) -> None:
+    def give_up(self, modules: Collection[RoutedModule], reason: str) -> None:
         """Capture some layers no more."""
-        for module in modules:
+        in_order = [module for module in self._captured if module in modules]
+        for module in in_order:
             del self._captured[module]
             self.reasons[module.name] = reason
-        if modules:
-            names = ", ".join(module.name or type(module.owner).__name__ for module in modules)
+        if in_order:
+            names = ", ".join(module.name or type(module.owner).__name__ for module in in_order)
             log.warning(
                 "GaussNewton: layers differentiated instead of captured, which takes longer: %s (%s)",
                 names,

@@ -1,7 +1,7 @@
 """From a residual closure to its Jacobian: what rules serve is captured, the rest is differentiated."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,7 +46,8 @@ class Linearizer:
         self.recorder = UseRecorder()
         self._rows = RowFinder()
         self._active: list[RoutedModule] = []  # the layers that are captured in this linearization
-        self._checked: list[Any] = []
+        self._shapes: list[Any] = []  # of the blocks, when they were last asked for broadcasting
+        self._checked: tuple[Any, ...] = ()  # the form of the last Jacobian that was compared with autograd's
         self._unused: set[Tensor] = set()
 
     def __call__(self, residuals: Callable[[], Any]) -> tuple[Tensor, Jacobian]:
@@ -56,6 +57,8 @@ class Linearizer:
             TypeError, ValueError: Residuals of a wrong form, or that do not depend on the parameters.
         """
         refuse_batch_statistics(self.model)
+        if not self._trained():
+            raise ValueError("params: expected a parameter that requires a gradient, all are frozen")
         while True:
             try:
                 return self._linearized(residuals)
@@ -99,9 +102,10 @@ class Linearizer:
             blocks = evaluate(residuals, self._of_model())
             with _freed_graphs_explained():
                 shapes = [(block.name, block.values.shape) for block in blocks]
-                if shapes != self._checked[:-2]:
+                if shapes != self._shapes:
                     for block in blocks:
-                        refuse_broadcasting(block, self._gradient)
+                        refuse_broadcasting(block.name, block.values, self._gradient)
+                    self._shapes = shapes
                 refuse_too_many(blocks)
                 groups: list[Group] = []
                 for block in blocks:
@@ -109,10 +113,10 @@ class Linearizer:
                 jacobian = Jacobian(
                     factors_of(self._active, groups), torch.cat([block.rows for block in blocks])
                 )
-                captured = [*shapes, self._active, self._rows.changes]
-                if captured != self._checked and bool(jacobian.residuals.isfinite().all()):
+                form = shapes, self._active, self._rows.changes
+                if form != self._checked and bool(jacobian.residuals.isfinite().all()):
                     self._check(blocks, jacobian)
-                    self._checked = captured
+                    self._checked = form
             return loss(blocks), jacobian
         finally:
             restore()
@@ -178,17 +182,19 @@ class Linearizer:
                     allow_unused=True,
                 )
             # Collected uses return nothing: a gradient that arrives came another way.
-            escaped = dict.fromkeys(owners[p] for p, g in zip(owners, arrived, strict=True) if g is not None)
-            self._give_up(list(escaped), USED_ELSEWHERE)
+            escaped = {owners[p] for p, g in zip(owners, arrived, strict=True) if g is not None}
+            self._give_up(escaped, USED_ELSEWHERE)
             return self.recorder.uses
 
-        found, misfits = self._rows.by_residual(
-            block, component, differentiate(block.scale), lambda: differentiate(math.nan)
-        )
+        uses = differentiate(block.scale)
+        found, misfits = self._rows.by_residual(block, component, uses, lambda: differentiate(math.nan))
+        side = math.isqrt(len(values))
+        if side**2 == len(values) and any(len(use.e) == side for m in misfits for use in uses[m]):
+            refuse_broadcasting(block.name, values.view(side, side), self._gradient)  # flattened since
         self._give_up(misfits, ROWS_DIFFER)
         return found
 
-    def _give_up(self, modules: Sequence[RoutedModule], reason: str) -> None:
+    def _give_up(self, modules: Collection[RoutedModule], reason: str) -> None:
         self.layers.give_up(modules, reason)
         if modules:
             raise LayersChanged
@@ -201,7 +207,7 @@ class Linearizer:
         """
         owners, trained = self._owners(), self._trained()
         used: set[Tensor] = set()
-        wrong: dict[tuple[str, RoutedModule], None] = {}
+        wrong: set[tuple[str, RoutedModule]] = set()
         generator = torch.Generator().manual_seed(0)
         v = torch.zeros_like(jacobian.residuals)
         parts = v.split([block.values.numel() for block in blocks])
@@ -222,15 +228,17 @@ class Linearizer:
                         f"residuals: the Jacobian of {self._names[p]} in block {block.name!r} does not agree "
                         "with its gradient; is the backward of a function in it wrong, or random?"
                     )
-                wrong[block.name, owners[p]] = None
+                wrong.add((block.name, owners[p]))
             part.zero_()
         if wrong:
-            misfits = [module for name, module in wrong if not self._rows.arrange_otherwise(name, module)]
-            self.layers.give_up(list(dict.fromkeys(misfits)), ROWS_DIFFER)
+            misfits = {module for name, module in wrong if not self._rows.arrange_otherwise(name, module)}
+            self.layers.give_up(misfits, ROWS_DIFFER)
             raise LayersChanged
-        for p in set(trained) - used - self._unused:
-            log.warning("GaussNewton: no residual depends on %s, which stays as it is", self._names[p])
-        self._unused = set(trained) - used
+        unused = [p for p in trained if p not in used]
+        for p in unused:
+            if p not in self._unused:
+                log.warning("GaussNewton: no residual depends on %s, which stays as it is", self._names[p])
+        self._unused = set(unused)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ class GaussNewton(Optimizer):
     With the M residuals rho, scaled so that the loss is |rho|^2, and their Jacobian J (M, P),
         d = J^T y + mu phi,  (J J^T + lam I) y = rho - mu J phi,  theta <- theta - lr d
     which for mu = 0 is (J^T J + lam I)^-1 J^T rho. phi is the previous d (SPRING). J J^T comes from the
-    kernels of `fngd_kernels`, J is not formed for linear layers, and the solve runs in float64.
+    kernels of `fngd_kernels`, J is rarely formed for linear layers, and the solve runs in float64.
 
     A step costs about M^2 P multiply-adds for J J^T and M^3 / 3 for the solve; J J^T takes 8 M^2 bytes.
 
@@ -111,18 +111,20 @@ class GaussNewton(Optimizer):
         """Make one step on the residuals and return the loss before it.
 
         Args:
-            residuals: () -> (N,) or (N, C), row n of which depends on row n of the model's inputs alone; or a
-                dict {name: block} of several such blocks, of different N; a block may be a pair (residuals,
-                weight) and may be `fngd.PerSample`. The loss is sum_b weight_b mean(r_b^2). Residuals may
-                contain derivatives of the model with respect to its inputs, by autograd.grad(...,
-                create_graph=True). With damping="lm" or a line search it is called again for each trial step
-                and must give the residuals of the same points.
+            residuals: () -> (N,) or (N, C); or a dict {name: block} of several such blocks, of different N; a
+                block may be a pair (residuals, weight) and may be `fngd.PerSample`. The loss is sum_b
+                weight_b mean(r_b^2). Residuals may contain derivatives of the model with respect to its
+                inputs, by autograd.grad(..., create_graph=True). Layers are captured, and steps fast, where
+                each row of a layer belongs to one residual of a block. With damping="lm" or a line search
+                the function is called again for each trial step and must give the residuals of the same
+                points.
 
         Returns:
             () loss, detached. A step whose loss or Jacobian is not finite is left out.
 
         Raises:
-            TypeError, ValueError: Residuals that are of another form or not per sample.
+            TypeError, ValueError: Residuals that are of another form, do not depend on what is optimized, or
+                are more than memory allows; a model with batch normalisation in training mode.
         """
         loss, jacobian = self._linearize(residuals)
         with torch.profiler.record_function("GaussNewton.gram"), torch.no_grad():
@@ -263,7 +265,10 @@ class GaussNewton(Optimizer):
         self._counts = {counter: own[counter] for counter in self._counts}
 
     def coverage(self) -> dict[str, str]:
-        """Return how the Jacobian of every parameter is found: a rule, or "generic: " and why."""
+        """Return how the Jacobian of every parameter is found: a rule, "generic: " and why, or "unused: ".
+
+        A parameter outside of the model goes by its place in `params`, "params[3]".
+        """
         return self._linearize.coverage()
 
     def stats(self) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class UseRecorder(UseCollector):
             inside_function_transform()
             or not torch.is_grad_enabled()
             or not module.rule.batched(module.module, x)
+            or len(x) == 0
         ):
             return module.plain(x, *arguments)
         return self.collect(module, None, x, *arguments)

@@ -67,8 +67,9 @@ class RowFinder:
                 if len(index) % samples or not (use.a is None or isinstance(use.a, Tensor)):
                     misfits.append(module)
                     break
-                runs = index.view(samples, -1).T if side_by_side else index.view(-1, samples)
-                found[module] += _taken(use, runs, is_linear_map(module.rule))
+                if len(index):
+                    runs = index.view(samples, -1).T if side_by_side else index.view(-1, samples)
+                    found[module] += _taken(use, runs, is_linear_map(module.rule))
         return found, misfits
 
     def arrange_otherwise(self, block: str, module: RoutedModule) -> bool:
