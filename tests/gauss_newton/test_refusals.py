@@ -95,6 +95,12 @@ def test_as_many_outputs_as_samples_are_no_broadcast(outputs):
     assert error < 1e-8
 
 
+def test_one_coefficient_of_as_many_outputs_as_samples_is_no_broadcast():
+    model, x, coefficient = mlp(3, 4, 3), points(3, 3), nn.Parameter(points())
+    error, _ = step_error(model, lambda: coefficient * model(x).detach() - 1, [coefficient])
+    assert error < 1e-8
+
+
 def test_columns_of_one_function_are_served_as_two_blocks():
     model, x, y = mlp(3, 4, 1), points(4, 3), points(4, 4)
 

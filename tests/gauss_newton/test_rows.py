@@ -259,6 +259,14 @@ def test_layers_with_other_rows_are_differentiated_and_named(name, caplog):
     assert all(layer in line for layer in layers)
 
 
+def test_an_integral_over_many_points_takes_no_more_memory_than_its_rows():
+    model, x = mlp(2, 8, 1), points(400, 2)
+    opt = fngd.GaussNewton(model)
+    _, jacobian = opt._linearize(lambda: {"values": model(x[:10]), "mass": model(x).mean().reshape(1)})
+    held = sum(t.numel() for factor in jacobian.factors for t in vars(factor).values() if torch.is_tensor(t))
+    assert held == 11 * sum(p.numel() for p in model.parameters())
+
+
 def test_rows_that_nothing_depends_on():
     model, x = mlp(2, 4, 1), points(12, 2)
     error, opt = step_error(model, lambda: model(x[:9]) + model(x)[:0].sum() - 1)

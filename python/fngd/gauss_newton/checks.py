@@ -9,6 +9,9 @@ from ..memory import is_out_of_memory
 from ..torch_private import BATCH_NORMS
 from .residuals import Block
 
+SEVERAL = 16
+"""Residuals of a row or column that are compared."""
+
 
 def refuse_batch_statistics(model: nn.Module) -> None:
     """Refuse batch normalisation in training mode."""
@@ -24,8 +27,8 @@ def refuse_batch_statistics(model: nn.Module) -> None:
 def refuse_broadcasting(name: str, values: Tensor, gradient: Callable[[Tensor], Tensor]) -> None:
     """Refuse (N, N) residuals that are (N, 1) minus (N,), or (N,) minus (N, 1).
 
-    The gradients of all f_i - y_j in one row, or of all f_j - y_i in one column, are multiples of one
-    another, by all parameters at once. Those of a network's outputs are not, nor those of its samples.
+    The gradients of f_i - y_j in one row, or of f_j - y_i in one column, are multiples of one another, by
+    all parameters at once. Those of a network's outputs are not, nor those of its samples.
 
     Args:
         name: The name of a block.
@@ -36,8 +39,9 @@ def refuse_broadcasting(name: str, values: Tensor, gradient: Callable[[Tensor], 
     if samples != components or samples == 1:
         return
     line = samples // 3  # points at an end or in the middle may have a residual without a gradient
+    step = max(1, samples // SEVERAL)
     for residuals in (values[line], values[:, line]):
-        if _parallel(gradient(residual) for residual in residuals):
+        if _parallel(gradient(residual) for residual in residuals[::step]):
             raise ValueError(
                 f"residuals: block {name!r} is {tuple(values.shape)}, and the residuals of a row "
                 "or column are multiples of one function: were shapes (N, 1) and (N,) subtracted? Squeeze or "
@@ -75,9 +79,9 @@ def disagreeing(expected: Mapping[Tensor, Tensor], found: Mapping[Tensor, Tensor
 
 
 def _parallel(gradients: Iterator[Tensor]) -> bool:
-    """Return whether all are non-zero multiples of the first, up to rounding."""
+    """Return whether all are non-zero multiples of the first, up to rounding. Of single numbers it says no."""
     first = next(gradients)
     unit, rounding = first / first.norm(), 1e3 * torch.finfo(first.dtype).eps
-    return all(
+    return len(first) > 1 and all(
         bool(g.any()) and bool((g - (g @ unit) * unit).norm() <= rounding * g.norm()) for g in gradients
     )
