@@ -79,7 +79,7 @@ def disagreeing(expected: Mapping[Tensor, Tensor], found: Mapping[Tensor, Tensor
 
 
 def _parallel(gradients: Iterator[Tensor]) -> bool:
-    """Return whether all are non-zero multiples of the first, up to rounding. Of single numbers it says no."""
+    """Return whether all are non-zero multiples of the first, up to rounding; False for single numbers."""
     first = next(gradients)
     unit, rounding = first / first.norm(), 1e3 * torch.finfo(first.dtype).eps
     return len(first) > 1 and all(
