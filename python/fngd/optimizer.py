@@ -318,7 +318,7 @@ class FNGD(Optimizer):
                 if block is None:
                     report[path] = f"plain: {self._plain.get(module_name, ADDED_LATER)}"
                 else:
-                    report[path] = self._report.describe(block, parameter)
+                    report[path] = self._report.describe(block, parameter, self._schedule.missed(block.index))
         return report
 
     def stats(self) -> dict[str, Any]:

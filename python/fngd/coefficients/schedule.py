@@ -68,9 +68,11 @@ class Schedule:
             self.merge()
         self._renew_unnamed_batch()
 
-    @torch.inference_mode(False)
     def begin_pass(self, batches: Pass, dataset: Any, size: int | None) -> int:
-        """Hear that a tracked loader begins anew: an epoch, if steps were made and no other pass goes on.
+        """Hear that a tracked loader begins anew.
+
+        It is an epoch if steps were made since the last one began, no other pass goes on, and gradients are
+        enabled.
 
         Args:
             batches: The pass.
@@ -81,7 +83,7 @@ class Schedule:
             What is added to its ids.
         """
         self._names.forget_ended()
-        if not goes_on(self._pass):
+        if torch.is_grad_enabled() and not goes_on(self._pass):
             self._pass = weakref.ref(batches)
             if self._stepped:
                 self.start_epoch(None)
@@ -90,7 +92,8 @@ class Schedule:
         offset, taken_over = self._datasets.columns(dataset, size)
         self.dataset_size = self._datasets.size
         if taken_over:
-            self.table.forget_columns(slice(offset, offset + size))
+            with torch.inference_mode(False):
+                self.table.forget_columns(slice(offset, offset + size))
         if offset or taken_over:
             self._log.count("another dataset is tracked, its samples have coefficients of their own")
         return offset
@@ -243,6 +246,11 @@ class Schedule:
         if batch is not self._noted:
             self._noted = batch
             self._log.count(batch.why_plain, detail=f"plain gradient, {batch.why_plain}; {ADVICE}")
+
+    def missed(self, block: int) -> int:
+        """Return how many samples were solved for while a block took no part: their weight there is 1."""
+        self.table.settle()
+        return self.table.missed[block]
 
     def stats(self) -> dict[str, Any]:
         """Return the epoch, and how much the table holds; waits for the device."""
