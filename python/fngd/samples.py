@@ -53,10 +53,12 @@ def track(loader: DataLoader, optimizer: "FNGD", *others: "FNGD", key: Key | Non
     """Return a copy of the loader that tells the optimizer the sample ids of every batch it yields.
 
     The ids are the dataset indices that the loader's own batch sampler draws: any map-style dataset, number
-    of workers, shuffling, drop_last or a short last batch. The rows of a batch must stand in that order;
-    where collate_fn sorts, drops or repeats rows, or the dataset has ids of its own, `key` takes them from
-    the batch. The indices of a Subset are those of the dataset it is taken from, and every dataset has
-    coefficients of its own. Only share = "sample" needs ids; for the other modes any loader will do.
+    of workers, shuffling, drop_last or a short last batch. The indices of a Subset are those of the dataset
+    it is taken from, and every dataset has coefficients of its own. Only share = "sample" needs ids; for the
+    other modes any loader will do.
+
+    The rows of a batch are taken to stand in the order of their indices. Where collate_fn sorts, drops or
+    repeats rows, or the dataset has ids of its own, `key` takes them from the batch.
 
     A pass is an epoch (see `FNGD.start_epoch`) if steps were made since the last one began. The name of a
     batch is for the next forward, or for the one whose input is found in the batch where the loop draws

@@ -192,10 +192,11 @@ def accelerated(model, namespace, accelerator, epochs=EPOCHS, state=None):
     prepared, opt, loader = accelerator.prepare(model, natural, data)
     if state is not None:
         accelerator.load_state(state)
+    loader = fngd.track(loader, natural, key="sample_id")
     for _ in range(epochs):
         for batch in loader:
+            del batch["sample_id"]
             with accelerator.accumulate(prepared):
-                natural.set_samples(batch.pop("sample_id"))
                 accelerator.backward(prepared(**batch)["loss"])
                 opt.step()
                 opt.zero_grad()
