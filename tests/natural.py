@@ -87,6 +87,7 @@ def check(
             natural, size = _natural({key: weighted[key] for key in block})
             expected |= natural
             sizes |= dict.fromkeys(block, size)
+        opt.step()
         floor = 1e-15 * max(sizes.values())
         for key, p in trained.items():
             found = torch.zeros_like(p) if p.grad is None else p.grad

@@ -77,6 +77,10 @@ class GraphedStep:
         """Run the step on a batch and return its detached loss."""
         if not _can_capture(self._device):
             return _detached(self.step(*inputs))
+        batch = self.optimizer._schedule.batch
+        if batch is not None and (batch.why_plain or not batch.certain or batch.sample_of is not None):
+            self._repeats = 0  # what such a batch needs is not what the next one does
+            return _detached(self.step(*inputs))
         key = self._key(inputs)
         if key != self._last_key:
             self._last_key, self._repeats = key, 0
@@ -170,6 +174,7 @@ class _Graph:
             self.coefficients.copy_(batch.coefficients)
         output = self.replay()
         self.report.solved_batches += self.solves
+        self.schedule.end_step()
         return None if output is None else output.clone()  # the next replay writes over it
 
 

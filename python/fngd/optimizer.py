@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -218,6 +218,7 @@ class FNGD(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients as any torch optimizer does, and let go of what a failed backward captured."""
         self._preconditioner.drop_failed()
+        self._schedule.drop()
         super().zero_grad(set_to_none)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -234,6 +235,7 @@ class FNGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._preconditioner.reset()
+        self._schedule.end_step()
         # A GradScaler sets both, and then leaves unscaling and skipping to this step; without gradients its
         # found_inf is the number 0.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
@@ -273,6 +275,7 @@ class FNGD(Optimizer):
         check_groups(state_dict, self)
         own = state_dict.get("fngd")
         if own is not None:
+            own = {**Schedule.ADDED, **own} if isinstance(own, Mapping) else own
             self._check_own_state(own)
         elif not all("fngd" in group for group in state_dict["param_groups"]):
             raise ValueError("state_dict: expected the state of an FNGD optimizer, the key 'fngd' is missing")
@@ -315,7 +318,7 @@ class FNGD(Optimizer):
                 if block is None:
                     report[path] = f"plain: {self._plain.get(module_name, ADDED_LATER)}"
                 else:
-                    report[path] = self._report.describe(block, parameter)
+                    report[path] = self._report.describe(block, parameter, self._schedule.missed(block.index))
         return report
 
     def stats(self) -> dict[str, Any]:

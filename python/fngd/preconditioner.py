@@ -64,6 +64,12 @@ class Preconditioner(UseCollector):
                 "`fngd.track(loader, optimizer)`, or call optimizer.set_samples(ids) before the forward, "
                 "or choose share='none', 'position' or 'mean'"
             )
+        if not batch.certain and not torch.compiler.is_compiling():
+            batch = self._schedule.identify(x)
+        if batch.why_plain:
+            self._note_plain(block, batch)
+            return module.plain(x, *arguments)
+        batch.used = True
         # Spelled out: torch.compile is wrong about `in` where a size is symbolic.
         if batch.size is not None and batch.size != samples:
             block.keep_plain(
@@ -79,6 +85,13 @@ class Preconditioner(UseCollector):
         if s is None:
             return self._collect(module, batch, x, *arguments)
         return module.rule.forward(module.module, x, s, None, *arguments)
+
+    def _note_plain(self, block: ParameterBlock, batch: Batch) -> None:
+        """Count a call that is plain because its batch is; logged once for all blocks."""
+        block.why_plain = batch.why_plain
+        if not torch.compiler.is_compiling():
+            block.fallbacks.counts[batch.why_plain] += 1
+            self._schedule.note_plain(batch)
 
     @torch.compiler.disable(reason="a batch that is solved for runs eagerly; see fngd.FNGD.solving")
     def _collect(self, module: RoutedModule, batch: Batch, x: Tensor, *arguments: Any) -> Any:
@@ -172,7 +185,7 @@ class Preconditioner(UseCollector):
     ) -> dict[ParameterBlock, Tensor]:
         """Return the coefficients (N,) of every block with a Gram matrix, and keep them for later batches."""
         with self._report.timing():
-            solved = self._solver.solve(grams)
+            solved = self._solver.solve({block: batch.by_sample(k) for block, k in grams.items()})
             keep = partial(self._schedule.keep, batch, solved)
             if early:  # the backward may still fail: samples are known only when it did not
                 at_end_of_backward(keep)
@@ -181,5 +194,7 @@ class Preconditioner(UseCollector):
         rows = [self._schedule.table.index(group.rows) for group in solved]
         self._report.count(batch, current_graph_task(), solved, rows)
         return {
-            block: s for group in solved for block, s in zip(group.blocks, group.s.unbind(0), strict=True)
+            block: batch.by_row(s)
+            for group in solved
+            for block, s in zip(group.blocks, group.s.unbind(0), strict=True)
         }

@@ -1,32 +1,21 @@
 """Sample ids for any DataLoader, from its own batch sampler: datasets and collate functions stay the same."""
 
-import copy
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from .torch_private import batches_received, is_torchs_iterator
+from .coefficients import Schedule
+from .drawn import DrawnIds, check_ids_can_be_drawn, length, recording, viewed
 
-Drawn = deque[tuple[int, Sequence[int]]]
-"""Number and indices of the batches that were drawn in a pass, from the last one that was yielded on."""
+if TYPE_CHECKING:
+    from .optimizer import FNGD
 
 MOST_SAMPLES = 2**31
 """Bound of ids: rejects hashes and timestamps passed by mistake before a table is allocated for them."""
-
-
-class TakesSamples(Protocol):
-    """What a tracked loader tells about its batches: an optimizer."""
-
-    def set_samples(self, ids: Sequence[int]) -> None:
-        """Receive the ids of the samples in the next batch."""
-
-    def start_epoch(self, dataset_size: int | None = None) -> None:
-        """Hear that the loader begins anew."""
 
 
 def checked_ids(ids: Sequence[int] | Tensor, dataset_size: int | None) -> tuple[Tensor, int]:
@@ -57,167 +46,126 @@ def checked_ids(ids: Sequence[int] | Tensor, dataset_size: int | None) -> tuple[
     return torch.frombuffer(named, dtype=torch.int64), high
 
 
-def track(loader: DataLoader, optimizer: TakesSamples, *others: TakesSamples) -> "TrackedLoader":
-    """Return the loader, iterated as before, telling the optimizer the sample ids of every batch it yields.
+Key = Hashable | Callable[[Any], Any]
 
-    The ids are the dataset indices that the loader's own batch sampler draws: any map-style dataset,
-    collate_fn, number of workers, shuffling, drop_last or a short last batch. Only share = "sample" needs
-    ids; for the other modes any loader will do, an IterableDataset included.
+
+def track(loader: DataLoader, optimizer: "FNGD", *others: "FNGD", key: Key | None = None) -> DataLoader:
+    """Return a copy of the loader that tells the optimizer the sample ids of every batch it yields.
+
+    The ids are the dataset indices that the loader's own batch sampler draws: any map-style dataset, number
+    of workers, shuffling, drop_last or a short last batch. The indices of a Subset are those of the dataset
+    it is taken from, and every dataset has coefficients of its own. Only share = "sample" needs ids; for the
+    other modes any loader will do.
+
+    The rows of a batch are taken to stand in the order of their indices. Where collate_fn sorts, drops or
+    repeats rows, or the dataset has ids of its own, `key` takes them from the batch.
+
+    A pass is an epoch (see `FNGD.start_epoch`) if steps were made since the last one began. The name of a
+    batch is for the next forward, or for the one whose input is found in the batch where the loop draws
+    batches ahead; elsewhere the gradient stays plain, and a warning says so.
 
     Args:
-        loader: The loader.
+        loader: The loader; it stays as it is. The copy is of a subclass of its class.
         optimizer: The FNGD that is told.
         others: More optimizers that are to hear the same, where a loop trains several models.
+        key: Where a batch holds its samples' ids, integers (N,): batch[key], or key(batch) for a function.
+            Any class of loader will do then.
 
     Raises:
-        TypeError: Loader is not a DataLoader, or optimizer does not take sample ids.
+        TypeError: Loader is not a DataLoader, or optimizer is not an FNGD.
         ValueError: Ids are needed and the loader has none: an IterableDataset, batch_size=None with single
-            indices, in_order=False, or a loader that accelerate prepared.
+            indices, in_order=False, a loader with a state_dict of its own, or one that accelerate prepared.
         RuntimeError: While iterating, a subclass of DataLoader yields other batches than its sampler draws.
     """
     if not isinstance(loader, DataLoader):
         raise TypeError(f"loader: expected a torch.utils.data.DataLoader, got {type(loader).__name__}")
     optimizers = (optimizer, *others)
     for each in optimizers:
-        if not hasattr(each, "set_samples"):
+        if not isinstance(getattr(each, "_schedule", None), Schedule):
             raise TypeError(f"optimizer: expected an fngd.FNGD, got {type(each).__name__}")
-    return TrackedLoader(loader, optimizers)
+    schedules = [each._schedule for each in optimizers]
+    if key is None and any(schedule.share == "sample" for schedule in schedules):
+        check_ids_can_be_drawn(loader)
+    kind = type(loader)
+    # A class of its own, because frameworks make loaders anew from their class and attributes.
+    members = {"_schedules": schedules, "_key": staticmethod(key) if callable(key) else key, "_kind": kind}
+    members |= {"__module__": kind.__module__, "__doc__": kind.__doc__}
+    tracked: DataLoader = object.__new__(type(kind.__name__, (_Tracked, kind), members))
+    tracked.__dict__.update(loader.__dict__)
+    if "_iterator" in vars(loader):  # its workers are not ours
+        vars(tracked)["_iterator"] = None
+    return tracked
 
 
-class TrackedLoader:
-    """A DataLoader that reports sample ids; every attribute but iteration is the loader's own."""
+class _Tracked:
+    """What a tracked loader does otherwise than the one that it is a copy of."""
 
-    def __init__(self, loader: DataLoader, optimizers: Sequence[TakesSamples]) -> None:
-        self.loader, self.optimizers = loader, optimizers
-        self._recorder: _RecordingSampler | None = None
-        self._source = loader
-        if any(getattr(optimizer, "share", "sample") == "sample" for optimizer in optimizers):
-            self._source, self._recorder = _recording(loader)
+    _schedules: list[Schedule]
+    _key: Key | None
+    _kind: type[DataLoader]
 
     def __iter__(self) -> Iterator[Any]:
-        return (
-            self._plainly()
-            if self._recorder is None
-            else _NamedBatches(self._begin, self.loader, self.optimizers)
-        )
-
-    def _plainly(self) -> Iterator[Any]:
-        for optimizer in self.optimizers:
-            optimizer.start_epoch()
-        yield from self._source
-
-    def _begin(self) -> tuple[Iterator[Any], Drawn]:
-        """Begin a pass: return its batches, and where their ids are noted."""
-        assert self._recorder is not None
-        for optimizer in self.optimizers:
-            optimizer.start_epoch(len(self.loader.dataset))  # type: ignore[arg-type]
-        batches = iter(self._source)
-        return batches, self._recorder.drawn
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "loader":  # not yet set while unpickling
-            raise AttributeError(name)
-        return getattr(self.loader, name)
+        return _Pass(self, super().__iter__)  # type: ignore[misc]
 
 
-class _NamedBatches:
+class _Pass:
     """The batches of one pass; like the loader's own iterator it can be asked on after an error."""
 
-    def __init__(
-        self,
-        begin: Callable[[], tuple[Iterator[Any], Drawn]],
-        loader: DataLoader,
-        optimizers: Sequence[TakesSamples],
-    ) -> None:
-        self.begin, self.loader, self.optimizers = begin, loader, optimizers
-        self.begun = False
-        self.yielded = 0
+    def __init__(self, tracked: Any, iterate: Callable[[], Iterator[Any]]) -> None:
+        self._tracked, self._iterate = tracked, iterate
+        self._begun = self.finished = False
+        self._yielded = 0
+
+    @property
+    def yielded_all(self) -> bool:
+        """Whether it has yielded as many batches as the loader has."""
+        try:
+            return self._yielded >= len(self._tracked)
+        except TypeError:
+            return False
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        if not self.begun:  # only when a batch is asked for: frameworks make iterators that they never use
-            self.batches, self.drawn = self.begin()
-            self.is_torchs = is_torchs_iterator(self.batches)
-            self.begun = True
+        if not self._begun:  # only when a batch is asked for: frameworks make iterators that they never use
+            self._begin()
         try:
-            batch = next(self.batches)
+            batch = next(self._batches)
         except StopIteration:
-            if not self.is_torchs and self.drawn and self.drawn[-1][0] >= self.yielded:
-                raise _not_its_batches(self.loader) from None
+            if isinstance(self._ids_of, DrawnIds):
+                self._ids_of.check_end()
+            self.finished = True
+            for schedule in self._tracked._schedules:
+                schedule.end_pass()
             raise
-        number = self.yielded
-        if self.is_torchs:
-            received = batches_received(self.batches)
-            # Without workers nothing is drawn ahead.
-            number = self.drawn[-1][0] if received is None else received - 1
-        while self.drawn and self.drawn[0][0] < number:
-            self.drawn.popleft()
-        if not self.drawn:
-            raise _not_its_batches(self.loader)
-        self.yielded = number + 1
-        for optimizer in self.optimizers:
-            optimizer.set_samples(self.drawn[0][1])
+        self._yielded += 1
+        if self._ids_of is not None:
+            self._name(self._ids_of(batch), batch)
         return batch
 
+    def _begin(self) -> None:
+        key, schedules = self._tracked._key, self._tracked._schedules
+        self._ids_of: Callable[[Any], Any] | None = None
+        self._views: list[Any] = []
+        dataset, self._size, size = None, None, None
+        if key is not None:
+            self._batches = self._iterate()
+            self._ids_of = key if callable(key) else lambda batch: batch[key]
+        elif any(schedule.share == "sample" for schedule in schedules):
+            loader, recorder = recording(self._tracked)
+            dataset, self._views = viewed(loader.dataset)
+            self._size, size = length(loader.dataset), length(dataset)
+            self._batches = iter(loader)
+            self._ids_of = DrawnIds(loader, self._batches, recorder)
+        else:
+            self._batches = self._iterate()
+        self._offsets = [schedule.begin_pass(self, dataset, size) for schedule in schedules]
+        self._begun = True
 
-class _RecordingSampler:
-    """A batch sampler that notes the indices of each batch, in the order in which the loader yields them."""
-
-    def __init__(self, sampler: Any) -> None:
-        self.sampler = sampler
-        self.drawn: Drawn = deque()
-
-    def __iter__(self) -> Iterator[Any]:
-        # A new queue for every pass: workers draw ahead of the loop, which may leave it early.
-        self.drawn = deque()
-        return self._draw(self.drawn)
-
-    def _draw(self, drawn: Drawn) -> Iterator[Any]:
-        for number, indices in enumerate(self.sampler):
-            if not isinstance(indices, Sequence) or isinstance(indices, (str, bytes)):
-                raise ValueError(
-                    "loader: its sampler draws single indices (batch_size=None), which do not name the "
-                    "samples of a batch; give the loader a batch_size, or call optimizer.set_samples(ids)"
-                )
-            drawn.append((number, indices))
-            yield indices
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-
-def _not_its_batches(loader: DataLoader) -> RuntimeError:
-    return RuntimeError(
-        f"loader: this {type(loader).__name__} does not yield the batches that its sampler draws; "
-        "call optimizer.set_samples(ids) before each forward"
-    )
-
-
-def _recording(loader: DataLoader) -> tuple[DataLoader, _RecordingSampler]:
-    """Return a copy of the loader that draws through a recording sampler, and that sampler."""
-    if isinstance(loader.dataset, IterableDataset):
-        raise ValueError(
-            "loader: an IterableDataset has no sample indices; call optimizer.set_samples(ids) before each "
-            "forward, or choose share='none' (solve at every step), share='position' or share='mean'"
-        )
-    if not issubclass(type(loader), DataLoader):  # accelerate's loaders only say that they are one
-        raise ValueError(
-            f"loader: a {type(loader).__name__} around a DataLoader draws batches ahead; let the dataset "
-            "return its indices and call optimizer.set_samples(ids) before each forward"
-        )
-    if not getattr(loader, "in_order", True):
-        raise ValueError(
-            "loader: expected in_order=True, batches out of order cannot be matched with their ids"
-        )
-    which = "sampler" if loader.batch_sampler is None else "batch_sampler"
-    recorder = _RecordingSampler(getattr(loader, which))
-    recording = copy.copy(loader)
-    # A DataLoader forbids to set its samplers after construction; the copy has drawn nothing yet.
-    recording.__dict__[which] = recorder
-    recording.__dict__["_iterator"] = None
-    return recording, recorder
+    def _name(self, indices: Any, batch: Any) -> None:
+        ids, highest = checked_ids(indices, self._size)
+        for view in self._views:
+            ids, highest = checked_ids([int(view[i]) for i in ids.tolist()], None)
+        for schedule, offset in zip(self._tracked._schedules, self._offsets, strict=True):
+            schedule.name(ids + offset if offset else ids, highest + offset, self, batch)

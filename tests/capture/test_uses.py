@@ -51,6 +51,7 @@ def test_shared_coefficients_weigh_contributions_and_leave_input_gradients(netwo
         opt.set_samples(range(N))
         opt.zero_grad()
         F.cross_entropy(model(x), y).backward()
+        opt.step()
         dx, x.grad = x.grad, None
     assert opt.stats()["solved_batches"] == 1
     opt.detach()
@@ -164,8 +165,8 @@ def test_hooked_gradients_of_several_forwards_and_backwards_before_a_step():
         for frozen in (True, False):
             net.linear.bias.requires_grad_(not frozen)
             F.cross_entropy(net(x[N:]), y[N:]).backward()
-        assert opt.stats()["seen_samples"] == 2 * N
         opt.step()
+        assert opt.stats()["seen_samples"] == 2 * N
         assert not opt._preconditioner._shields
     for p, q in zip(plain.parameters(), hooked.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-10, atol=1e-13)
@@ -383,6 +384,7 @@ def test_a_compiled_steady_state_has_the_eager_gradients(network):
             opt.set_samples(range(N))
             opt.zero_grad()
             F.cross_entropy(forward(x), y).backward()
+            opt.step()
         assert opt.stats()["solved_batches"] == 1
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
@@ -446,6 +448,7 @@ def test_checkpointing_some_uses_of_a_weight_changes_no_gradient(network, checkp
         theirs.backward(F.cross_entropy(theirs.model(x), y, reduction="none") / N)
         for p, q in zip(model.parameters(), theirs.model.parameters(), strict=True):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-11)
+        opt.step()
     assert opt.stats()["solved_batches"] == 1
     assert not opt._preconditioner._backwards
 

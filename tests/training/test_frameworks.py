@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import fngd
 import paths
+from fngd.coefficients import Schedule
 from ranks import torchrun
 
 PAGE = (paths.DOCS / "frameworks.md").read_text()
@@ -60,14 +61,18 @@ def _on_the_cpu(monkeypatch, tmp_path):
 @pytest.fixture
 def drawn(monkeypatch):
     """The ids of every batch that an optimizer was told of."""
-    ids, set_samples = [], fngd.FNGD.set_samples
+    drawn = []
 
-    def noted(opt, batch):
-        ids.append([int(n) for n in batch])
-        set_samples(opt, batch)
+    def noting(method):
+        def noted(schedule, ids, *rest):
+            drawn.append(ids.tolist())
+            return method(schedule, ids, *rest)
 
-    monkeypatch.setattr(fngd.FNGD, "set_samples", noted)
-    return ids
+        return noted
+
+    for name in ("set_samples", "name"):
+        monkeypatch.setattr(Schedule, name, noting(getattr(Schedule, name)))
+    return drawn
 
 
 def plain_loop(model, opt, drawn, accumulated=1):
@@ -187,10 +192,11 @@ def accelerated(model, namespace, accelerator, epochs=EPOCHS, state=None):
     prepared, opt, loader = accelerator.prepare(model, natural, data)
     if state is not None:
         accelerator.load_state(state)
+    loader = fngd.track(loader, natural, key="sample_id")
     for _ in range(epochs):
         for batch in loader:
+            del batch["sample_id"]
             with accelerator.accumulate(prepared):
-                natural.set_samples(batch.pop("sample_id"))
                 accelerator.backward(prepared(**batch)["loss"])
                 opt.step()
                 opt.zero_grad()

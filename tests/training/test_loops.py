@@ -341,9 +341,10 @@ def test_relative_damping_gives_coefficients_free_of_the_loss_scale(network, dam
     for scale in (1.0, 2.0**24, 2.0**-10):
         torch.manual_seed(0)
         model, x, y = make(network, SAMPLES, dtype)
-        opt = fngd.FNGD(model, damping_mode=damping_mode, normalize=normalize)
+        opt = fngd.FNGD(model, lr=0.0, damping_mode=damping_mode, normalize=normalize)
         opt.set_samples(range(SAMPLES))
         (scale * F.cross_entropy(model(x), y)).backward()
+        opt.step()
         assert opt.stats()["seen_samples"] == SAMPLES
         found.append([opt._schedule.table.values, *(p.grad / scale for p in model.parameters())])
     for unscaled, *scaled in zip(*found, strict=True):

@@ -14,22 +14,36 @@ from torch.utils.data import (
 )
 
 import fngd
+from fngd.coefficients import Schedule
+
+
+class Heard(Schedule):
+    """Notes what a tracked loader says."""
+
+    def __init__(self, share):
+        super().__init__(share, None, 1, torch.device("cpu"))
+        self.ids, self.passes, self.sizes = [], 0, set()
+
+    def name(self, ids, highest, batches, content):
+        assert highest == max(ids)
+        self.ids.append(ids.tolist())
+
+    def begin_pass(self, batches, dataset, size):
+        self.passes += 1
+        self.sizes.add(size)
+        return super().begin_pass(batches, dataset, size)
 
 
 class Recorder:
-    """What an optimizer hears from its loader."""
+    """Stands for an optimizer."""
 
-    share = "sample"
+    def __init__(self, share="sample"):
+        self._schedule = Heard(share)
+        self.ids, self.sizes = self._schedule.ids, self._schedule.sizes
 
-    def __init__(self):
-        self.ids, self.epochs, self.sizes = [], 0, set()
-
-    def set_samples(self, ids):
-        self.ids.append(list(ids))
-
-    def start_epoch(self, dataset_size=None):
-        self.epochs += 1
-        self.sizes.add(dataset_size)
+    @property
+    def passes(self):
+        return self._schedule.passes
 
 
 class Squares(Dataset):
@@ -80,7 +94,7 @@ def test_ids_name_the_samples_of_each_batch(kind):
             assert names == [f"item {i}" for i in recorder.ids[-1]]
             assert images[:, 0].tolist() == recorder.ids[-1]
         assert len(recorder.ids) - heard == len(loader)
-        assert recorder.epochs == epoch + 1
+        assert recorder.passes == epoch + 1
     assert recorder.sizes == {23}
 
 
@@ -106,12 +120,11 @@ def test_leaving_an_epoch_early_and_nesting_iterators():
 
 
 def test_several_optimizers_hear_the_same():
-    first, second, mean = Recorder(), Recorder(), Recorder()
-    mean.share = "mean"
+    first, second, mean = Recorder(), Recorder(), Recorder("mean")
     for batch in fngd.track(DataLoader(range(10), batch_size=4, shuffle=True), mean, first, second):
         assert batch.tolist() == first.ids[-1] == second.ids[-1]
     assert len(first.ids) == 3
-    assert first.epochs == second.epochs == mean.epochs == 1
+    assert first.passes == second.passes == mean.passes == 1
     with pytest.raises(TypeError, match="optimizer: expected"):
         fngd.track(DataLoader(range(3)), first, object())
 
@@ -209,7 +222,6 @@ def test_a_loader_that_accelerate_prepared_is_refused_where_ids_are_needed():
     loader = accelerate.Accelerator(cpu=True).prepare(DataLoader(Squares(), batch_size=5, collate_fn=collate))
     with pytest.raises(ValueError, match=r"loader: a DataLoaderShard around a DataLoader.*set_samples"):
         fngd.track(loader, Recorder())
-    unnamed = Recorder()
-    unnamed.share = "none"
+    unnamed = Recorder("none")
     assert len(list(fngd.track(loader, unnamed))) == 5
-    assert unnamed.epochs == 1
+    assert unnamed.passes == 1

@@ -86,8 +86,12 @@ class Report:
                     reason, int(new[outcome, index]), f"plain gradient, {reason}"
                 )
 
-    def describe(self, block: ParameterBlock, parameter: Tensor) -> str:
-        """Return the rule that serves a block's parameter, or "plain: " and why none did so far."""
+    def describe(self, block: ParameterBlock, parameter: Tensor, missed: int) -> str:
+        """Return the rule that serves a block's parameter, or "plain: " and why none did so far.
+
+        Args:
+            missed: How many samples were solved for without the block.
+        """
         if not parameter.requires_grad:
             return "plain: frozen"
         if self.solves[block.index] == 0:
@@ -95,7 +99,8 @@ class Report:
                 return f"plain: {block.why_plain}"
             if self.solved_batches > 0:
                 return "plain: its module took no part in a solving step"
-        return f"{block.kind}, at times plain: {block.why_plain}" if block.why_plain else block.kind
+        why = block.why_plain or (f"it took no part when {missed} samples were solved for" if missed else "")
+        return f"{block.kind}, at times plain: {why}" if why else block.kind
 
     def stats(self) -> dict[str, Any]:
         """Return the counters, and the spread of each block's coefficients in its last solve."""

@@ -8,14 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed import all_reduce_max, all_reduce_mean, world_size
+from .solver import Solved
 
 
-class _Solved(NamedTuple):
+class _Pending(NamedTuple):
     """A batch that was solved for."""
 
     ids: Tensor  # (N,) on the CPU
     new: Tensor  # (N,) on the CPU, which of them had no coefficients before
     learned: Tensor  # () on the device, whether its Gram matrices were finite
+    absent: list[int]  # rows of the blocks that took no part
 
 
 class Table:
@@ -31,11 +33,13 @@ class Table:
     MOST_PENDING = 1024
 
     def __init__(self, blocks: int, device: torch.device) -> None:
-        self.values = torch.ones(blocks, 0, device=device)
-        self.averaged = torch.zeros(blocks, 0, device=device)  # how many batches each mean holds
-        self.seen = torch.zeros(0, dtype=torch.uint8)
+        self.values = torch.ones(blocks, 0, dtype=torch.float32, device=device)
+        # How many batches each mean holds.
+        self.averaged = torch.zeros(blocks, 0, dtype=torch.float32, device=device)
+        self.seen = torch.zeros(0, dtype=torch.uint8, device="cpu")
         self.complete = False  # whether every column was seen: spares the look-up in the steady state
-        self._pending: list[_Solved] = []
+        self.missed = [0] * blocks  # by block, the samples solved for while it took no part: 1 there
+        self._pending: list[_Pending] = []
         self._rows: dict[tuple[int, ...], Tensor] = {}
 
     def __len__(self) -> int:
@@ -55,6 +59,14 @@ class Table:
         self.seen.zero_()
         self.complete = False
         self.averaged.zero_()
+        self.missed = [0] * len(self.missed)
+
+    def forget_columns(self, columns: slice) -> None:
+        """Mark some columns as those of samples that nobody has seen."""
+        self.settle()
+        self.seen[columns] = self.UNSEEN
+        self.values[:, columns] = 1.0
+        self.complete = False
 
     def knows(self, ids: Tensor) -> bool:
         """Return whether every sample of ids (N,), on the CPU, was solved for; waits if one is pending."""
@@ -71,8 +83,10 @@ class Table:
         if not self._pending:
             return
         learned = torch.stack([solved.learned for solved in self._pending]).tolist()
-        for (ids, new, _), seen in zip(self._pending, learned, strict=True):
+        for (ids, new, _, absent), seen in zip(self._pending, learned, strict=True):
             self.seen[ids[new]] = self.FRESH if seen else self.UNSEEN
+            for row in absent if seen else ():
+                self.missed[row] += int(new.sum())
         self._pending = []
         self.complete = bool((self.seen >= self.FRESH).all())
 
@@ -98,25 +112,24 @@ class Table:
         """Return the coefficients (blocks, N) of the samples."""
         return self.values.index_select(1, columns)
 
-    def record(self, ids: Tensor, columns: Tensor, blocks: Sequence[int], s: Tensor, learned: Tensor) -> None:
-        """Keep s (len(blocks), N) for those samples ids (N,) that have no coefficients yet, if learned."""
-        s = s.to(self.values)
-        drawn = ids.tolist()
-        last = dict(zip(drawn, range(len(drawn)), strict=True))
-        if len(last) < len(drawn):
-            # Both places of a sample drawn twice get one coefficient: which write comes last is left to
-            # chance.
-            s = s[:, self.columns(torch.tensor([last[sample] for sample in drawn]))]
-        new, all_learned = self.seen[ids] == self.UNSEEN, learned
-        if self._pending and self._pending[-1].ids is ids:  # the same batch, solved for block by block
-            _, new, before = self._pending.pop()
-            all_learned = before & learned
-        rows = self.index(blocks)[:, None]
-        kept = self.values[rows, columns]
+    def record(self, ids: Tensor, columns: Tensor, solved: Sequence[Solved], learned: Tensor) -> None:
+        """Keep what a batch was solved for, for those samples that have no coefficients yet, if learned.
+
+        Args:
+            ids: (N,) the samples, each once, on the CPU.
+            columns: The same on the table's device.
+            solved: What came of it, by blocks; the last of a block that is there several times counts.
+            learned: () bool on the device.
+        """
+        new = self.seen[ids] == self.UNSEEN
         replaced = learned if bool(new.all()) else learned & self.columns(new)
-        self.values[rows, columns] = torch.where(replaced, s, kept)
+        for group in solved:
+            rows = self.index(group.rows)[:, None]
+            kept = self.values[rows, columns]
+            self.values[rows, columns] = torch.where(replaced, group.s.to(kept), kept)
         self.seen[ids[new]] = self.PENDING
-        self._pending.append(_Solved(ids, new, all_learned))
+        absent = {*range(len(self.values))}.difference(*(group.rows for group in solved))
+        self._pending.append(_Pending(ids, new, learned, sorted(absent)))
         if len(self._pending) == self.MOST_PENDING:
             self.settle()
 
@@ -169,5 +182,5 @@ class Table:
         """Return the blocks as an index on the device; made once, because the host waits for its copy."""
         key = tuple(blocks)
         if key not in self._rows:
-            self._rows[key] = torch.tensor(key, device=self.values.device)
+            self._rows[key] = torch.tensor(key, dtype=torch.int64, device=self.values.device)
         return self._rows[key]
