@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -229,8 +230,9 @@ class Linearizer:
         described = [(block.name, block.values.shape[1]) for block in blocks]
         if described == self._checked:
             return
-        generator = torch.Generator().manual_seed(0)
-        seeds = [torch.randn(b.values.shape, generator=generator).to(b.values) for b in blocks]
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        normal = partial(torch.randn, dtype=torch.float32, device="cpu", generator=generator)
+        seeds = [normal(b.values.shape).to(b.values) for b in blocks]
         trained = [p for p in self.parameters if p.requires_grad]
         self.recorder.returns_gradients = True
         try:
