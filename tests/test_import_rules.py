@@ -74,7 +74,7 @@ def test_no_import_cycles(files):
 
 LAYERS = (
     ("torch_private", "event_log", "distributed", "memory", "state"),
-    ("samples", "update", "rules"),
+    ("samples", "base_optimizer", "update", "rules"),
     ("capture",),
     ("coefficients", "gauss_newton"),
     ("preconditioner",),
