@@ -30,7 +30,10 @@ def base_class(base: str | type[Optimizer]) -> type[Optimizer]:
             )
         return _BASES[base]
     if not (isinstance(base, type) and issubclass(base, Optimizer)):
-        raise TypeError(f"base: expected {_NAMES} or a torch.optim class, got {base!r}")
+        got = base if isinstance(base, type) else f"an instance of {type(base).__name__}"
+        raise TypeError(
+            f"base: expected {_NAMES} or a torch.optim class, whose options go to FNGD; got {got}"
+        )
     wanted = _required(base.__init__)
     # A wrapper often has its groups and its state from the optimizer that it holds.
     if wanted & {"optimizer", "base_optimizer"} or hasattr(base, "param_groups") or hasattr(base, "state"):

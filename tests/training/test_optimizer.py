@@ -779,7 +779,12 @@ def test_layer_grams_on_a_routed_model_leave_the_optimizer_untouched():
         ({"lr": -1.0}, ValueError, "Invalid learning rate"),
         ({"base": "lion"}, ValueError, "base: expected one of 'sgd', 'adamw'"),
         ({"base": torch.optim.LBFGS}, ValueError, "LBFGS"),
-        ({"base": nn.Linear}, TypeError, "base"),
+        ({"base": nn.Linear}, TypeError, "base: expected 'sgd', 'adamw' or a torch.optim class.*Linear"),
+        (
+            {"base": torch.optim.Adam([torch.ones(1)])},
+            TypeError,
+            "base.* options go to FNGD; got an instance of Adam",
+        ),
         (
             {"base": "adamw", "momentum": 0.9},
             TypeError,
