@@ -210,6 +210,7 @@ class FNGD(NotCopied):
             named = ", ".join(map(repr, sorted(mine)))
             raise ValueError(f"parameter group: one for all groups is {named}, give it to FNGD itself")
         if "_update" in vars(self):
+            self._update.link(self)
             self._update.base.add_param_group(param_group)
         else:  # during construction, where the base has its groups already
             super().add_param_group(param_group)

@@ -31,7 +31,7 @@ class Update:
         self.link(owner)
 
     def link(self, owner: Optimizer) -> None:
-        """Let the base optimizer work on what its owner holds now."""
+        """Let the base optimizer work on what its owner holds now; a user may have put other state there."""
         self.base.param_groups = owner.param_groups
         self.base.state = owner.state
         self._with_momentum: list[int] = []  # the parameters, by id, when all had begun
@@ -48,6 +48,7 @@ class Update:
             saved = self.base.state_dict()
             return {key: saved[key] for key in SHARED}
 
+        self.link(owner)
         # Before the owner's hooks, which may change what is saved.
         handle = owner.register_state_dict_post_hook(saved_by_base, prepend=True)
         try:
@@ -69,6 +70,7 @@ class Update:
         def take_over(owner: Optimizer) -> None:
             owner.state, owner.param_groups = self.base.state, self.base.param_groups  # type: ignore[assignment]
 
+        self.link(owner)
         # After the owner's hooks that change what is loaded, before those that change what was.
         handles = (
             owner.register_load_state_dict_pre_hook(load_by_base),
@@ -92,7 +94,7 @@ class Update:
         """Update the parameters, unless a gradient is not finite.
 
         Args:
-            owner: Whose groups and state; a user may have put others there.
+            owner: Whose groups and state.
             found_inf: () or (1,) 1 if one is not; None where nobody looked yet.
             grad_scale: What a fused update divides the gradients by, None for 1.
         """

@@ -162,6 +162,18 @@ def test_a_state_that_the_user_replaces_is_what_the_base_works_on():
         torch.testing.assert_close(p, q)
 
 
+def test_a_state_that_the_user_replaces_is_what_is_saved():
+    model, x, y = make("mlp", N)
+    opt = fngd.FNGD(model, lr=0.1, momentum=0.9, share="none")
+    train(model, opt, x, y, 2)
+    opt.state, opt.param_groups = type(opt.state)(dict), [{**group, "lr": 0.3} for group in opt.param_groups]
+    state = opt.state_dict()
+    assert (state["state"], state["param_groups"][0]["lr"]) == ({}, 0.3)
+    extra = nn.Parameter(torch.ones(()))
+    opt.add_param_group({"params": [extra]})
+    assert [len(group["params"]) for group in opt.param_groups] == [4, 1]
+
+
 def test_a_base_hears_of_groups_that_come_later():
     class Masked(torch.optim.SGD):
         def add_param_group(self, param_group):
