@@ -66,7 +66,8 @@ def contributions_embedding(
     ids, e = (ids.unsqueeze(1), e.unsqueeze(1)) if ids.ndim == 1 else (ids, e)
     if padding_idx is not None:
         e = e.masked_fill((ids == padding_idx).unsqueeze(-1), 0)
-    one_hot = (ids.unsqueeze(-1) == torch.arange(num_embeddings, device=ids.device)).to(_wide(e).dtype)
+    rows = torch.arange(num_embeddings, dtype=torch.int64, device=ids.device)
+    one_hot = (ids.unsqueeze(-1) == rows).to(_wide(e).dtype)
     return torch.einsum("ntv,ntd->nvd", one_hot, _wide(e)).flatten(1)
 
 

@@ -74,10 +74,10 @@ def test_no_import_cycles(files):
 
 LAYERS = (
     ("torch_private", "event_log", "distributed", "memory", "state"),
-    ("samples", "update", "rules"),
+    ("drawn", "base_optimizer", "update", "rules"),
     ("capture",),
     ("coefficients", "gauss_newton"),
-    ("preconditioner",),
+    ("preconditioner", "samples"),
     ("optimizer",),
     ("graphs",),
     ("__init__",),

@@ -49,7 +49,7 @@ def _found_non_finite(tensors: Sequence[Tensor]) -> Tensor:
     device = tensors[0].device
     largest = [torch.linalg.vector_norm(t, math.inf).to(device, torch.float64) for t in tensors if t.numel()]
     if not largest:
-        return torch.zeros(1, device=device)
+        return torch.zeros(1, dtype=torch.float32, device=device)
     return torch.stack(largest).isfinite().all().logical_not().float().reshape(1)
 
 

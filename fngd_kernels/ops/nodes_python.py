@@ -13,7 +13,7 @@ from ..backends.torch.convolution import ConvolutionArguments
 from ..backends.torch.scaling import scaled
 from ..torch_private import will_execute
 
-_EVERYTHING = torch.empty(0, device="cpu", requires_grad=True)
+_EVERYTHING = torch.empty(0, dtype=torch.float32, device="cpu", requires_grad=True)
 """The last tensor of every node that has a handler: a leaf whose gradient nobody asks for by name.
 
 Its gradient is needed only if those of all leaves are, so it tells whether .grad is wanted or some gradients

@@ -21,7 +21,7 @@ def all_reduce_max(
     numbers: Sequence[int], group: "dist.ProcessGroup | None", device: torch.device
 ) -> list[int]:
     """Return the element-wise maximum over the ranks."""
-    maximum = torch.tensor(numbers, device=device)
+    maximum = torch.tensor(numbers, dtype=torch.int64, device=device)
     dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
     return maximum.tolist()
 

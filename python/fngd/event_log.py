@@ -10,6 +10,9 @@ log = logging.getLogger("fngd")
 """Warnings about batches whose gradient is plain, and about steps that are left out."""
 
 
+READ_ON = "; see coverage(), stats() and docs/stats.md of fngd"
+
+
 class EventLog:
     """Counts by reason what happened to a subject; logs the 1st, 10th, 100th, ... of each."""
 
@@ -29,18 +32,20 @@ class EventLog:
         self.counts[reason] = after = before + times
         if len(str(after)) > len(str(before)) or not before:
             so_far = f" ({after} times so far)" if after > 1 else ""
-            log.warning("%s: %s%s", self.subject, detail or reason, so_far)
+            log.warning("%s: %s%s%s", self.subject, detail or reason, so_far, READ_ON)
 
 
 class DeviceCounts:
     """Counters on a device; the host reads those that have arrived, without waiting."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
-        # Numbers that floating-point flags can be added to; exact to 2^53.
-        self.values = torch.zeros(shape, dtype=torch.float64, device=device)
         cuda = device.type == "cuda"
-        self.arrived = torch.zeros(shape, dtype=torch.float64, pin_memory=cuda) if cuda else self.values
-        self._taken = torch.zeros(shape, dtype=torch.float64)
+        with torch.inference_mode(False):  # or they could be written to under inference_mode only
+            # Numbers that floating-point flags can be added to; exact to 2^53.
+            self.values = torch.zeros(shape, dtype=torch.float64, device=device)
+            on_host = torch.zeros(shape, dtype=torch.float64, device="cpu", pin_memory=cuda)
+        self.arrived = on_host if cuda else self.values
+        self._taken = self.arrived.clone()
 
     def send(self, *, wait: bool = False) -> None:
         """Copy the counts to the host; with `wait`, until they are there."""
@@ -55,5 +60,6 @@ class DeviceCounts:
 
     def load(self, values: Tensor | float) -> None:
         """Go on from earlier counts, none of which is new."""
-        for counts in (self.values, self.arrived, self._taken):
-            counts.copy_(torch.as_tensor(values))
+        self.values.copy_(torch.as_tensor(values, dtype=torch.float64, device=self.values.device))
+        self.send(wait=True)
+        self._taken = self.arrived.clone()

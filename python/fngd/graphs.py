@@ -99,7 +99,7 @@ class GraphedStep:
         return _detached(output)
 
     def _key(self, inputs: Sequence[Tensor]) -> object:
-        """Return what a graph is captured for: shapes, and the tensors that hold the learning rates."""
+        """Return what a graph is captured for: shapes, a damping to solve with, tensors of learning rates."""
         for n, x in enumerate(inputs):
             if not isinstance(x, Tensor):
                 raise TypeError(f"inputs: expected tensors, got {type(x).__name__} at position {n}")
@@ -108,7 +108,8 @@ class GraphedStep:
             None if batch is None else (batch.size, batch.coefficients is None or batch.coefficients.shape)
         )
         shapes = tuple((x.shape, x.dtype) for x in inputs)
-        return shapes, samples, tuple(id(group["lr"]) for group in self.optimizer.param_groups)
+        damping = self.optimizer.damping if self.optimizer.share == "none" else None
+        return shapes, samples, damping, tuple(id(group["lr"]) for group in self.optimizer.param_groups)
 
     def _check_optimizer(self) -> None:
         for group in self.optimizer.param_groups:

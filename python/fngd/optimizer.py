@@ -1,9 +1,10 @@
 """FNGD: natural gradients for any torch.optim update rule."""
 
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,14 @@ from fngd_kernels import Sketch
 from fngd_kernels.ops.coefficients import DAMPING_MODES, NORMALIZATIONS
 from fngd_kernels.sketch import as_sketch
 
+from .base_optimizer import base_class, fuses_on_cuda, make_base
 from .capture import USER_REASONS, find_blocks, release, route
 from .coefficients import SHARES, Report, Schedule, Solver
 from .preconditioner import Preconditioner
 from .samples import checked_ids
-from .state import check_groups, check_like
+from .state import NotCopied, check_groups, check_like
 from .torch_private import parameters_of
-from .update import Update, base_class, fuses_on_cuda
+from .update import SHARED, Update
 
 ADDED_LATER = "its parameter group was added later"
 """Reason for the plain gradient of a module that was not optimized when the layers were looked for."""
@@ -28,7 +30,7 @@ NOT_OPTIMIZED = "not optimized: it is not the parameter that the optimizer was m
 """What is said of a parameter that joined the model later, or took the place of another."""
 
 
-class FNGD(Optimizer):
+class FNGD(NotCopied):
     """Natural-gradient descent at first-order cost: a torch.optim rule applied to weighted gradients.
 
     For every supported layer `.grad` becomes sum_n s_n C_n, C_n the contribution of sample n to the ordinary
@@ -47,11 +49,13 @@ class FNGD(Optimizer):
 
     Args:
         model: The network; its modules are routed through FNGD's layer rules until `detach()`.
-        lr: The base optimizer's learning rate.
+        lr: The base optimizer's learning rate; None for 0.1 with SGD and for the default of any other base.
         params: What to optimize, as for any torch optimizer: an iterable of parameters or of groups, by
-            default all of the model's; a layer whose weight is not among them is left alone.
-        base: "sgd", "adamw" or a torch.optim class: the update rule.
-        damping: lam in the unit of damping_mode.
+            default all of the model's; a layer whose weight is not among them is left alone. FNGD's own
+            options are one for all groups.
+        base: "sgd", "adamw" or any torch.optim class: the update rule. It updates from the gradients alone;
+            what works around another optimizer (SAM, Lookahead) goes around FNGD.
+        damping: lam in the unit of damping_mode; `optimizer.damping = ...` changes it from the next solve on.
         damping_mode: "trace" tr(K') / N, "mean_eig" tr(K') / N^2, or "absolute" 1, with K' the Gram matrix of
             the per-sample gradients N C_n.
         normalize: "mean" s / mean(s), so that learning rates carry over; "lambda" lam s; "raw" s; "graft"
@@ -63,7 +67,7 @@ class FNGD(Optimizer):
         norms: Scale and shift of normalisation layers take the "plain" or the "weighted" gradient.
         sketch: An fngd_kernels.Sketch, or its size alone, to solve with Gram matrices of compressed
             contributions: right in expectation and cheaper; None for the exact ones.
-        skip: fnmatch patterns of the names of modules that keep the plain gradient.
+        skip: fnmatch patterns of the names of modules that keep the plain gradient, with all inside them.
         strict: Raise for a module with trainable parameters that no rule serves.
         process_group: The data-parallel ranks that share coefficients where torch.distributed is in use, by
             default all; `start_epoch`, and with it a tracked loader, is then called by all of them.
@@ -73,8 +77,8 @@ class FNGD(Optimizer):
             for the gradients.
 
     Raises:
-        ValueError: An argument out of range, a model without supported layers, and with strict an unsupported
-            module.
+        ValueError: An argument out of range, a base that cannot serve, a pattern in skip without a module, a
+            model without supported layers, and with strict an unsupported module.
         TypeError: A wrong type, or an option that the base optimizer does not know.
 
     Source: Ou, Zhu, Huang, Liu 2024, arXiv 2403.03473.
@@ -82,6 +86,7 @@ class FNGD(Optimizer):
 
     _update: Update
     _preconditioner: Preconditioner
+    _solver: Solver
     _schedule: Schedule
     _report: Report
     _model: nn.Module
@@ -91,7 +96,7 @@ class FNGD(Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float | Tensor = 0.1,
+        lr: SupportsFloat | None = None,
         *,
         params: Iterable[Any] | None = None,
         base: str | type[Optimizer] = "sgd",
@@ -108,15 +113,16 @@ class FNGD(Optimizer):
         **options: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        if not isinstance(damping, numbers.Real):
-            raise TypeError(f"damping: expected a number, got {type(damping).__name__}")
-        if not (math.isfinite(damping) and damping >= 0):
-            raise ValueError(f"damping: expected a finite number >= 0, got {damping}")
+            raise TypeError(
+                f"model: expected a torch.nn.Module, got {type(model).__name__}; parameters go to params="
+            )
+        if not (lr is None or isinstance(lr, SupportsFloat)):
+            raise TypeError(
+                f"lr: expected a number or a tensor, got {type(lr).__name__}; parameters go to params="
+            )
         _one_of("damping_mode", damping_mode, DAMPING_MODES)
         _one_of("normalize", normalize, NORMALIZATIONS)
-        if damping == 0 and normalize == "lambda":
-            raise ValueError("damping: expected a number > 0 with normalize='lambda', which multiplies by it")
+        damping = _checked_damping(damping, normalize)
         _one_of("share", share, SHARES)
         _one_of("norms", norms, ("plain", "weighted"))
         if refresh_every is not None and (not isinstance(refresh_every, int) or refresh_every < 1):
@@ -128,10 +134,7 @@ class FNGD(Optimizer):
         rule = base_class(base)
         if fuses_on_cuda(rule, model, options):
             options["fused"] = True
-        try:
-            updating = rule(model.parameters() if params is None else params, lr=lr, **options)
-        except TypeError as error:
-            raise TypeError(f"options of base {rule.__name__}: {error}") from error
+        updating = make_base(rule, model.parameters() if params is None else params, lr, options, _OWN)
         super().__init__(updating.param_groups, updating.defaults)
         self.state.update(updating.state)  # Adagrad's begins in its constructor
 
@@ -151,8 +154,18 @@ class FNGD(Optimizer):
         self._update = Update(updating, self, device)
         self._schedule = Schedule(share, refresh_every, len(blocks), device, process_group)
         self._report = Report(blocks, device)
-        solver = Solver(float(damping), damping_mode, normalize)
-        self._preconditioner = Preconditioner(blocks, self._schedule, solver, self._report, sketch)
+        self._solver = Solver(damping, damping_mode, normalize)
+        self._preconditioner = Preconditioner(blocks, self._schedule, self._solver, self._report, sketch)
+        self._settings = {
+            "base": rule.__name__,
+            "damping_mode": damping_mode,
+            "normalize": normalize,
+            "share": share,
+            "refresh_every": refresh_every,
+            "norms": norms,
+            "sketch": sketch,
+            "skip": [*skip],
+        }
         self._restore: Callable[[], None] | None = None
         release(model, optimized)
         self.attach()
@@ -161,6 +174,46 @@ class FNGD(Optimizer):
     def share(self) -> str:
         """What later epochs reuse of the coefficients."""
         return self._schedule.share
+
+    @property
+    def damping(self) -> float:
+        """The damping, in the unit of damping_mode; setting it takes effect from the next solve on.
+
+        It is an argument, which a state does not hold: a schedule of one's own sets it again after a restart.
+        """
+        return self._solver.damping
+
+    @damping.setter
+    def damping(self, damping: float) -> None:
+        self._solver.damping = _checked_damping(damping, self._solver.normalize)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the base optimizer has beyond any other: train() and eval() of schedule-free ones."""
+        base = getattr(vars(self).get("_update"), "base", None)  # absent during construction
+        if name.startswith("_") or not hasattr(base, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(base, name)
+
+    def __repr__(self) -> str:
+        settings = {"damping": self.damping} | self._settings
+        own = "".join(f"\n    {name}: {value}" for name, value in settings.items())
+        return super().__repr__().replace("(", f"({own}", 1)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Optimize more parameters; their layers keep the plain gradient, which `coverage()` says.
+
+        Raises:
+            ValueError: An option of FNGD itself in the group.
+        """
+        mine = _OWN & param_group.keys() - self.defaults.keys() if isinstance(param_group, dict) else ()
+        if mine:
+            named = ", ".join(map(repr, sorted(mine)))
+            raise ValueError(f"parameter group: one for all groups is {named}, give it to FNGD itself")
+        if "_update" in vars(self):
+            self._update.link(self)
+            self._update.base.add_param_group(param_group)
+        else:  # during construction, where the base has its groups already
+            super().add_param_group(param_group)
 
     def attach(self) -> None:
         """Route the model's layers again after `detach`."""
@@ -238,8 +291,8 @@ class FNGD(Optimizer):
         self._schedule.end_step()
         # A GradScaler sets both, and then leaves unscaling and skipping to this step; without gradients its
         # found_inf is the number 0.
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        self._update.step(found_inf if isinstance(found_inf, Tensor) else None, grad_scale)
+        found_inf, grad_scale = vars(self).get("found_inf"), vars(self).get("grad_scale")
+        self._update.step(self, found_inf if isinstance(found_inf, Tensor) else None, grad_scale)
         return loss
 
     @property
@@ -248,24 +301,28 @@ class FNGD(Optimizer):
         return self._update.skips_on_device
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base optimizer's state and, under "fngd", coefficients and counters.
+        """Return the base optimizer's state and, under "fngd", coefficients, counters and what else it saves.
 
         torch.distributed.checkpoint.state_dict passes on the base optimizer's part alone.
         """
-        state = super().state_dict()
-        for group in state["param_groups"]:
-            group["fngd"] = True  # tells the base optimizer's part from another optimizer's state
+        with self._update.saving(self):
+            state = super().state_dict()
         return {**state, "fngd": self._own_state()}
 
     def _own_state(self) -> dict[str, Any]:
         shapes = [list(p.shape) for group in self.param_groups for p in group["params"]]
-        counted = {"skipped_steps": self._update.skipped_steps}
-        return self._schedule.state_dict() | self._report.state_dict() | counted | {"shapes": shapes}
+        own = {
+            "skipped_steps": self._update.skipped_steps,
+            "shapes": shapes,
+            "base": self._update.own_state(),
+        }
+        return self._schedule.state_dict() | self._report.state_dict() | own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what state_dict returned; the continued run is the same bit for bit.
 
-        Without "fngd", as torch.distributed.checkpoint.state_dict returns it, coefficients stay as they are.
+        Without "fngd" coefficients stay as they are: a state of the base optimizer alone, or what
+        torch.distributed.checkpoint.state_dict passes on.
 
         Raises:
             TypeError: What is no dictionary.
@@ -274,14 +331,16 @@ class FNGD(Optimizer):
         """
         check_groups(state_dict, self)
         own = state_dict.get("fngd")
+        if isinstance(own, Mapping):
+            own = {"base": {}, **Schedule.ADDED, **own}  # which earlier versions did not save
+        of_base = {key: value for key, value in state_dict.items() if key not in (*SHARED, "fngd")}
         if own is not None:
-            own = {**Schedule.ADDED, **own} if isinstance(own, Mapping) else own
             self._check_own_state(own)
-        elif not all("fngd" in group for group in state_dict["param_groups"]):
-            raise ValueError("state_dict: expected the state of an FNGD optimizer, the key 'fngd' is missing")
+            of_base = own["base"]
+        # Earlier versions marked their groups.
         groups = [{k: v for k, v in group.items() if k != "fngd"} for group in state_dict["param_groups"]]
-        super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
-        self._update.link(self)
+        with self._update.loading(self, of_base):
+            super().load_state_dict({**state_dict, "param_groups": groups})
         if own is not None:
             self._schedule.load_state_dict(own)
             self._report.load_state_dict(own)
@@ -332,3 +391,17 @@ class FNGD(Optimizer):
 def _one_of(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _checked_damping(damping: float, normalize: str) -> float:
+    if not isinstance(damping, numbers.Real):
+        raise TypeError(f"damping: expected a number, got {type(damping).__name__}")
+    if not (math.isfinite(damping) and damping >= 0):
+        raise ValueError(f"damping: expected a finite number >= 0, got {damping}")
+    if damping == 0 and normalize == "lambda":
+        raise ValueError("damping: expected a number > 0 with normalize='lambda', which multiplies by it")
+    return float(damping)
+
+
+_OWN = inspect.signature(FNGD).parameters.keys() - {"model", "lr", "params", "options"}
+"""The names of FNGD's own options."""

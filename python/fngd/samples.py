@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,11 +11,14 @@ from torch.utils.data import DataLoader
 from .coefficients import Schedule
 from .drawn import DrawnIds, check_ids_can_be_drawn, length, recording, viewed
 
-if TYPE_CHECKING:
-    from .optimizer import FNGD
-
 MOST_SAMPLES = 2**31
 """Bound of ids: rejects hashes and timestamps passed by mistake before a table is allocated for them."""
+
+
+class TakesSamples(Protocol):
+    """An optimizer that a tracked loader tells about its batches."""
+
+    _schedule: Schedule
 
 
 def checked_ids(ids: Sequence[int] | Tensor, dataset_size: int | None) -> tuple[Tensor, int]:
@@ -38,7 +41,7 @@ def checked_ids(ids: Sequence[int] | Tensor, dataset_size: int | None) -> tuple[
             "a dataset with other keys needs its own map to 0, 1, 2, ..."
         ) from error
     if not named:  # which frombuffer refuses
-        return torch.zeros(0, dtype=torch.int64), -1
+        return torch.zeros(0, dtype=torch.int64, device="cpu"), -1
     low, high = min(named), max(named)
     if low < 0 or high >= (MOST_SAMPLES if dataset_size is None else dataset_size):
         bound = "2^31" if dataset_size is None else f"the dataset's length {dataset_size}"
@@ -49,7 +52,7 @@ def checked_ids(ids: Sequence[int] | Tensor, dataset_size: int | None) -> tuple[
 Key = Hashable | Callable[[Any], Any]
 
 
-def track(loader: DataLoader, optimizer: "FNGD", *others: "FNGD", key: Key | None = None) -> DataLoader:
+def track(loader: DataLoader, optimizer: TakesSamples, *others: TakesSamples, key: Key | None = None) -> DataLoader:
     """Return a copy of the loader that tells the optimizer the sample ids of every batch it yields.
 
     The ids are the dataset indices that the loader's own batch sampler draws: any map-style dataset, number

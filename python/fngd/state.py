@@ -1,7 +1,7 @@
-"""What a state_dict must hold before any of it is loaded."""
+"""What a state_dict must hold before any of it is loaded; optimizers that cannot be copied without one."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -22,6 +22,18 @@ def check_groups(state_dict: Any, optimizer: Optimizer) -> None:
             raise ValueError(
                 f"state_dict: expected {', '.join(sorted(missing))} in param_groups[{number}], missing there"
             )
+
+
+class NotCopied(Optimizer):
+    """An optimizer that knows the modules of one model: a copy would serve that model, not a copy of it."""
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse copy.copy, copy.deepcopy and pickle."""
+        name = type(self).__name__
+        raise TypeError(
+            f"{name} cannot be copied or pickled, because it belongs to its model: make a new {name} for a "
+            "copy of the model, and load copy.deepcopy(optimizer.state_dict()) into it"
+        )
 
 
 def check_like(state: Any, expected: Mapping[str, Any], name: str) -> None:

@@ -1,20 +1,23 @@
 """The update rule under FNGD: a torch.optim optimizer that leaves out steps whose gradient is not finite."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fngd_kernels.ops.finite import unchecked as found_non_finite
 
 from .distributed import all_reduce_max_, local_shards
 from .event_log import DeviceCounts, EventLog
+from .torch_private import step_without_global_hooks
 
-_BASES: dict[str, type[Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
-_NAMES = ", ".join(map(repr, _BASES))
+SHARED = ("state", "param_groups")
+"""What an optimizer saves that the base and its owner have in common."""
+
 LEFT_OUT = "left out, its gradient is not finite"
-_FUSED_ON_CUDA = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 class Update:
@@ -28,10 +31,57 @@ class Update:
         self.link(owner)
 
     def link(self, owner: Optimizer) -> None:
-        """Let the base optimizer work on what its owner holds now."""
+        """Let the base optimizer work on what its owner holds now; a user may have put other state there."""
         self.base.param_groups = owner.param_groups
         self.base.state = owner.state
         self._with_momentum: list[int] = []  # the parameters, by id, when all had begun
+
+    def own_state(self) -> dict[str, Any]:
+        """Return what the base optimizer saves beside state and groups: counters, modes, schedules."""
+        return {key: value for key, value in self.base.state_dict().items() if key not in SHARED}
+
+    @contextmanager
+    def saving(self, owner: Optimizer) -> Iterator[None]:
+        """Inside, the owner's state_dict() holds state and groups in the form that the base saves them in."""
+
+        def saved_by_base(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+            saved = self.base.state_dict()
+            return {key: saved[key] for key in SHARED}
+
+        self.link(owner)
+        # Before the owner's hooks, which may change what is saved.
+        handle = owner.register_state_dict_post_hook(saved_by_base, prepend=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def loading(self, owner: Optimizer, own_state: Mapping[str, Any]) -> Iterator[None]:
+        """Inside, the owner's load_state_dict() has the base load state and groups, and its own state.
+
+        What `own_state` lacks stays as it is. When the base refuses, the owner keeps what it has.
+        """
+
+        def load_by_base(_: Optimizer, state: dict[str, Any]) -> None:
+            shared = {key: state[key] for key in SHARED}
+            self.base.load_state_dict({**self.own_state(), **own_state, **shared})
+
+        def take_over(owner: Optimizer) -> None:
+            owner.state, owner.param_groups = self.base.state, self.base.param_groups  # type: ignore[assignment]
+
+        self.link(owner)
+        # After the owner's hooks that change what is loaded, before those that change what was.
+        handles = (
+            owner.register_load_state_dict_pre_hook(load_by_base),
+            owner.register_load_state_dict_post_hook(take_over, prepend=True),
+        )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.link(owner)
 
     @property
     def skips_on_device(self) -> bool:
@@ -40,13 +90,16 @@ class Update:
             group.get("fused", True) and not group.get("dampening") for group in self.base.param_groups
         )
 
-    def step(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+    def step(self, owner: Optimizer, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         """Update the parameters, unless a gradient is not finite.
 
         Args:
+            owner: Whose groups and state.
             found_inf: () or (1,) 1 if one is not; None where nobody looked yet.
             grad_scale: What a fused update divides the gradients by, None for 1.
         """
+        if self.base.state is not owner.state or self.base.param_groups is not owner.param_groups:
+            self.link(owner)
         if found_inf is None:
             found_inf = self._found_non_finite()
         if self.skips_on_device:
@@ -61,8 +114,12 @@ class Update:
             return
         else:
             found_inf = None
-        self.base.found_inf, self.base.grad_scale = found_inf, grad_scale  # type: ignore[attr-defined]
-        self.base.step()
+        base: Any = self.base
+        base.found_inf, base.grad_scale = found_inf, grad_scale
+        try:
+            step_without_global_hooks(base)
+        finally:
+            del base.found_inf, base.grad_scale
 
     @property
     def skipped_steps(self) -> int:
@@ -98,33 +155,5 @@ class Update:
         gradients = (p.grad for group in self.base.param_groups for p in group["params"])
         local, groups = local_shards([g for g in gradients if g is not None])
         dense = [g.coalesce().values() if g.is_sparse else g for g in local]
-        found = found_non_finite(dense) if dense else torch.zeros(1, device=self._skipped.values.device)
+        found = found_non_finite(dense) if dense else self._skipped.values.new_zeros(1, dtype=torch.float32)
         return all_reduce_max_(found, groups)
-
-
-def base_class(base: str | type[Optimizer]) -> type[Optimizer]:
-    """Return the torch.optim class that the argument `base` of FNGD names.
-
-    Raises:
-        TypeError: What is no optimizer.
-        ValueError: A name or an optimizer that cannot serve.
-    """
-    if isinstance(base, str):
-        if base not in _BASES:
-            raise ValueError(f"base: expected one of {_NAMES}, got {base!r}")
-        return _BASES[base]
-    if not (isinstance(base, type) and issubclass(base, Optimizer)):
-        raise TypeError(f"base: expected {_NAMES} or a torch.optim class, got {base!r}")
-    if issubclass(base, torch.optim.LBFGS):
-        raise ValueError("base: LBFGS evaluates the loss several times a step, weighted gradients only once")
-    return base
-
-
-def fuses_on_cuda(base: type[Optimizer], model: nn.Module, options: dict[str, Any]) -> bool:
-    """Return whether torch's fused update can be chosen for a user who named no other."""
-    return (
-        base in _FUSED_ON_CUDA
-        and not options.keys() & {"fused", "foreach", "capturable", "differentiable"}
-        and all(p.is_cuda and p.is_floating_point() for p in model.parameters())
-        and not any(getattr(module, "sparse", False) for module in model.modules())
-    )

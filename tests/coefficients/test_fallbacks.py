@@ -12,7 +12,7 @@ import fngd
 import fngd.preconditioner
 from fngd.coefficients import OUT_OF_MEMORY
 from fngd.coefficients.report import REASONS
-from fngd.event_log import EventLog
+from fngd.event_log import READ_ON, EventLog
 from fngd_kernels.workspace import default_workspace
 from networks import make
 
@@ -22,9 +22,15 @@ FAILED, ZERO = REASONS.values()
 
 @pytest.fixture
 def lines(caplog):
-    """The lines logged so far."""
+    """The lines logged so far, without the advice at the end of each."""
     caplog.set_level(logging.WARNING, "fngd")
-    return lambda: [record.getMessage() for record in caplog.records if record.name == "fngd"]
+
+    def logged():
+        messages = [record.getMessage() for record in caplog.records if record.name == "fngd"]
+        assert all(message.endswith(READ_ON) for message in messages)
+        return [message.removesuffix(READ_ON) for message in messages]
+
+    return logged
 
 
 def gradients(model):

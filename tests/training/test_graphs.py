@@ -139,6 +139,20 @@ def test_replaced_learning_rates_are_captured_anew(monkeypatch):
     assert captures.captured == 2
 
 
+@pytest.mark.parametrize(("share", "graphs"), [("none", 2), ("sample", 1)])
+def test_a_damping_that_graphs_solve_with_is_captured_anew(monkeypatch, share, graphs):
+    captures = Captures(monkeypatch)
+
+    def raised(opt):
+        opt.damping = 0.1 if opt.stats()["epoch"] < 2 else 10.0
+
+    model = network()
+    _, expected = run(copy.deepcopy(model), 3, eager, share=share, on_epoch=raised)
+    _, losses = run(model, 3, fngd.GraphedStep, share=share, on_epoch=raised)
+    assert torch.equal(losses, expected)
+    assert captures.captured == graphs
+
+
 def test_a_batch_longer_than_the_table_of_positions_is_captured(monkeypatch):
     captures = Captures(monkeypatch)
     model = network()

@@ -558,6 +558,33 @@ def test_added_group_is_optimized():
     assert float(extra.detach()) == pytest.approx(0.9)
 
 
+def test_options_of_fngd_are_one_for_all_groups():
+    model, _, _ = make("mlp", N)
+    opt = fngd.FNGD(model, params=[{"params": model[0].parameters(), "note": "kept"}])
+    group = {"params": [*model[2].parameters()], "share": "none", "damping": 1.0}
+    message = "parameter group: one for all groups is 'damping', 'share'"
+    with pytest.raises(ValueError, match=message):
+        fngd.FNGD(model, params=[dict(group)])
+    with pytest.raises(ValueError, match=message):
+        opt.add_param_group(dict(group))
+    assert [group["note"] for group in opt.param_groups] == ["kept"]
+
+
+def test_a_group_may_set_an_option_that_the_base_calls_the_same():
+    class Damped(torch.optim.SGD):
+        def __init__(self, params, lr=0.1):
+            super().__init__(params, lr=lr)
+            self.defaults["damping"] = 1.0
+            for group in self.param_groups:
+                group.setdefault("damping", 1.0)
+
+    model, _, _ = make("mlp", N)
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "damping": 2.0}]
+    opt = fngd.FNGD(model, params=groups, base=Damped, damping=0.5)
+    assert [group["damping"] for group in opt.param_groups] == [1.0, 2.0]
+    assert opt.damping == 0.5
+
+
 # ---- what is routed
 # ---------------------------------------------------------------------------------------------
 
@@ -615,6 +642,21 @@ def test_coverage_names_every_parameter_and_uncovered_ones_get_plain_gradients()
             torch.testing.assert_close(p.grad, q.grad)
         else:
             assert not torch.allclose(p.grad, q.grad), name
+
+
+@pytest.mark.parametrize(("skip", "left"), [(["0"], ["1"]), (["0.*"], ["1"]), (["0.0"], ["0.1", "1"])])
+def test_what_is_skipped_is_skipped_with_all_inside(skip, left):
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 3))
+    opt = fngd.FNGD(model, share="none", skip=skip)
+    assert [block.name for block in opt._preconditioner.blocks] == left
+    assert opt.coverage()["0.0.weight"] == "plain: skipped"
+
+
+def test_a_module_can_be_skipped_by_any_of_its_names():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model.append(model[0])
+    opt = fngd.FNGD(model, share="none", skip=["3"])
+    assert opt.coverage()["0.weight"] == "plain: skipped"
 
 
 def test_strict_refuses_what_no_rule_serves():
@@ -732,11 +774,31 @@ def test_layer_grams_on_a_routed_model_leave_the_optimizer_untouched():
         ({"norms": "both"}, ValueError, "norms"),
         ({"refresh_every": 0}, ValueError, "refresh_every"),
         ({"skip": "head"}, TypeError, "skip"),
+        ({"skip": ["head*"]}, ValueError, r"skip: expected patterns of module names, 'head\*' matches none"),
+        ({"skip": [3]}, TypeError, "skip: expected patterns of module names, got int"),
         ({"lr": -1.0}, ValueError, "Invalid learning rate"),
         ({"base": "lion"}, ValueError, "base: expected one of 'sgd', 'adamw'"),
         ({"base": torch.optim.LBFGS}, ValueError, "LBFGS"),
-        ({"base": nn.Linear}, TypeError, "base"),
-        ({"base": "adamw", "momentum": 0.9}, TypeError, "options of base AdamW"),
+        ({"base": nn.Linear}, TypeError, "base: expected 'sgd', 'adamw' or a torch.optim class.*Linear"),
+        (
+            {"base": torch.optim.Adam([torch.ones(1)])},
+            TypeError,
+            "base.* options go to FNGD; got an instance of Adam",
+        ),
+        (
+            {"base": "adamw", "momentum": 0.9},
+            TypeError,
+            "options of base AdamW.*'momentum'; it takes lr, betas",
+        ),
+        ({"dampning": 0.1}, TypeError, "'dampning'; did you mean 'damping' of FNGD or 'dampening' of SGD"),
+        ({"refresh_evry": 1}, TypeError, "did you mean 'refresh_every' of FNGD"),
+        ({"weigth_decay": 1}, TypeError, "did you mean 'weight_decay' of SGD"),
+        (
+            {"lr": iter([])},
+            TypeError,
+            "lr: expected a number or a tensor, got list_iterator; parameters go to",
+        ),
+        ({"lr": "0.1"}, TypeError, "lr: expected a number or a tensor, got str"),
     ],
 )
 def test_bad_arguments(arguments, error, message):
@@ -744,8 +806,44 @@ def test_bad_arguments(arguments, error, message):
         fngd.FNGD(nn.Linear(2, 2), **arguments)
 
 
+def test_damping_can_be_scheduled():
+    model, x, y = make("mlp", N)
+    opt, other = fngd.FNGD(model, share="none"), fngd.FNGD(copy.deepcopy(model), share="none", damping=3.0)
+    opt.damping = 3
+    assert opt.damping == 3.0
+    for optimizer in (opt, other):
+        F.cross_entropy(optimizer._model(x), y).backward()
+    for p, q in zip(opt._model.parameters(), other._model.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+@pytest.mark.parametrize(
+    ("damping", "normalize", "error"),
+    [
+        ("big", "mean", TypeError),
+        (-1.0, "mean", ValueError),
+        (torch.nan, "mean", ValueError),
+        (0, "lambda", ValueError),
+    ],
+)
+def test_a_bad_damping_is_not_set(damping, normalize, error):
+    opt = fngd.FNGD(nn.Linear(2, 2), normalize=normalize)
+    with pytest.raises(error, match="damping: expected"):
+        opt.damping = damping
+    assert opt.damping == 0.1
+
+
+def test_repr_shows_the_settings():
+    opt = fngd.FNGD(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), share="none", sketch=4, skip=["1"])
+    opt.damping = 0.5
+    text = repr(opt)
+    for line in ("damping: 0.5", "base: SGD", "share: none", "normalize: mean", "skip: ['1']", "momentum: 0"):
+        assert f"    {line}\n" in text
+    assert text.index("damping_mode") < text.index("Parameter Group 0")
+
+
 def test_bad_models():
-    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module"):
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got list; parameters go to"):
         fngd.FNGD([nn.Parameter(torch.ones(1))])
     unsupported = nn.LSTM(2, 2, num_layers=2, dropout=0.5)
     with pytest.raises(ValueError, match=r"no supported layer.*LSTM"):

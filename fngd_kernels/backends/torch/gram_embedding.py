@@ -17,7 +17,7 @@ def gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: i
     n, t, dim = e.shape
     dtype = accumulation_dtype(e.dtype)
     k = e.new_zeros((n, n), dtype=dtype)
-    samples = torch.arange(n, device=ids.device)
+    samples = torch.arange(n, dtype=torch.int64, device=ids.device)
     padding = torch.zeros_like(ids, dtype=torch.bool) if padding_idx is None else ids == padding_idx
     low, high = (int(bound) for bound in ids.masked_fill(padding, 0).aminmax())
     largest = torch.iinfo(torch.int64).max // n - 1
@@ -33,7 +33,7 @@ def gram_embedding(ids: Tensor, e: Tensor, padding_idx: int | None, workspace: i
     for columns in e.flatten(0, 1).split(chunk, 1):
         sums = columns.new_zeros((len(keys), columns.shape[1]), dtype=dtype)
         sums = sums.index_add_(0, row_of, columns.to(dtype))[first:]
-        left = torch.arange(len(sums), device=ids.device)
+        left = torch.arange(len(sums), dtype=torch.int64, device=ids.device)
         right = left
         while len(left):
             products = sums.index_select(0, left).mul_(sums.index_select(0, right)).sum(1)

@@ -39,14 +39,15 @@ def sketch(x: Tensor, groups: int, size: int, key: int, y: Tensor) -> None:
 
 
 def _signs_of(channels: int, key: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return signs(torch.arange(channels, device=device), key).to(dtype)
+    return signs(torch.arange(channels, dtype=torch.int64, device=device), key).to(dtype)
 
 
 def _matrices(
     channels: int, groups: int, size: int, key: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, ...]:
     """Return R (C/groups,size) for each group."""
-    buckets = torch.arange(channels, device=device).remainder_(channels // groups).remainder_(size)
+    numbers = torch.arange(channels, dtype=torch.int64, device=device)
+    buckets = numbers.remainder_(channels // groups).remainder_(size)
     r = torch.zeros((channels, size), dtype=dtype, device=device)
     r.scatter_(1, buckets.unsqueeze(1), _signs_of(channels, key, dtype, device).unsqueeze(1))
     return r.chunk(groups)

@@ -32,9 +32,14 @@ def find_blocks(
         model: The network.
         parameters: Those to be optimized; a module whose weight is not among them is left alone.
         affine: Whether normalisation layers are served.
-        skip: fnmatch patterns of module names to leave plain.
+        skip: fnmatch patterns of the names of modules to leave plain, with all inside them.
         composite: Whether to serve modules that share a weight, and any module by the generic rule.
+
+    Raises:
+        TypeError: A pattern that is no string.
+        ValueError: A pattern that is the name of no module.
     """
+    skipped = _matching(model, skip)
     wanted = {id(p) for p in parameters}
     modules = dict(model.named_modules())
     served: dict[str, RoutedModule] = {}
@@ -46,7 +51,7 @@ def find_blocks(
         if not own or (inside and parametrized in served):
             continue
         rule, reason = rule_for(module)
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in skip):
+        if module in skipped:
             rule, reason = None, SKIPPED
         elif inside:
             rule, reason = None, reasons[parametrized]
@@ -83,6 +88,20 @@ def find_blocks(
     for routed in served.values():
         routed.time_first = routed.owner in time_first
     return blocks, reasons
+
+
+def _matching(model: nn.Module, patterns: Sequence[str]) -> set[nn.Module]:
+    """Return the modules whose names match a pattern, and those inside them."""
+    named = dict(model.named_modules(remove_duplicate=False))
+    found: set[nn.Module] = set()
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"skip: expected patterns of module names, got {type(pattern).__name__}")
+        names = [name for name in named if fnmatch.fnmatchcase(name, pattern)]
+        if not names:
+            raise ValueError(f"skip: expected patterns of module names, {pattern!r} matches none")
+        found.update(inner for name in names for inner in named[name].modules())
+    return found
 
 
 def _weight(module: nn.Module) -> nn.Parameter | None:

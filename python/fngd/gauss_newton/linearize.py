@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -208,11 +209,12 @@ class Linearizer:
         owners, trained = self._owners(), self._trained()
         used: set[Tensor] = set()
         wrong: set[tuple[str, RoutedModule]] = set()
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        normal = partial(torch.randn, dtype=torch.float32, device="cpu", generator=generator)
         v = torch.zeros_like(jacobian.residuals)
         parts = v.split([block.values.numel() for block in blocks])
         for block, part in zip(blocks, parts, strict=True):
-            seed = torch.randn(block.values.shape, generator=generator).to(block.values)
+            seed = normal(block.values.shape).to(block.values)
             gradients = self._gradients(block.values, block.scale * seed)
             expected = {p: g for p, g in zip(trained, gradients, strict=True) if g is not None}
             if not expected:

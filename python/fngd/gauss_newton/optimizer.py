@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from fngd_kernels import solve
 from fngd_kernels.ops.finite import found_non_finite
 
 from ..event_log import EventLog
-from ..state import check_groups, check_like
+from ..state import NotCopied, check_groups, check_like
 from .jacobian import Jacobian
 from .linearize import Linearizer
 
@@ -27,7 +26,7 @@ MAX_TRIALS = 12
 Direction = dict[Tensor, Tensor]
 
 
-class GaussNewton(Optimizer):
+class GaussNewton(NotCopied):
     """Exact damped Gauss-Newton for regression and physics-informed networks, solved in sample space.
 
     With the M residuals rho, scaled so that the loss is |rho|^2, and their Jacobian J (M, P),

@@ -42,7 +42,7 @@ class EmbeddingRule(Rule):
     def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
         ids, e = masked_positions(module, uses)
         samples, rows = len(ids), module.num_embeddings
-        cells = ids + rows * torch.arange(samples, device=ids.device).unsqueeze(1)
+        cells = ids + rows * torch.arange(samples, dtype=torch.int64, device=ids.device).unsqueeze(1)
         # In a fixed order, which index_put_ does not keep on a CPU and index_add_ does not on CUDA.
         sums = torch.ops.aten.embedding_dense_backward(
             e.flatten(0, 1), cells.flatten(), samples * rows, -1, False

@@ -1,6 +1,7 @@
 """One call of a module of any kind, seen from outside: which tensors have a row per sample."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,9 +52,8 @@ class Call:
         """Add noise to samples that are all the same, as they are behind a layer that begins with zeros."""
         pairs = zip(self.tensors, self.dims, strict=True)
         if all(bool((t == t.narrow(dim, 0, 1)).all()) for t, dim in pairs):
-            self.tensors = [
-                t + torch.randn(t.shape).to(t) if t.is_floating_point() else t for t in self.tensors
-            ]
+            noise = partial(torch.randn, dtype=torch.float32, device="cpu")
+            self.tensors = [t + noise(t.shape).to(t) if t.is_floating_point() else t for t in self.tensors]
 
     @property
     def nbytes(self) -> int:

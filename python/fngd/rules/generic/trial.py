@@ -56,8 +56,8 @@ def _try(module: GenericModule, call: Call) -> str:
                 return f"{name} keeps a state from call to call"
             if not _leaves(y) <= {id(t) for t in (*parameters.values(), *tensors)}:
                 return f"{name} depends on tensors that are not its arguments"
-            e = torch.randn(y.shape, dtype=y.dtype).to(y.device)
-            s = (torch.rand(len(y), dtype=y.dtype) + 0.5).to(y.device)
+            e = torch.randn(y.shape, dtype=y.dtype, device="cpu").to(y.device)
+            s = (torch.rand(len(y), dtype=y.dtype, device="cpu") + 0.5).to(y.device)
             expected = torch.cat([g.flatten() for g in gradients_by(parameters, y, e * s.unsqueeze(1))])
             size, found, outputs = _by_sample(module, call, e, s)
         except Exception as error:  # whatever a module of any kind may raise
