@@ -332,7 +332,7 @@ class FNGD(NotCopied):
         check_groups(state_dict, self)
         own = state_dict.get("fngd")
         if isinstance(own, Mapping):
-            own = {"base": {}, **Schedule.ADDED, **own}  # which earlier versions did not save
+            own = {"base": {}, **self._schedule.added(), **own}  # which earlier versions did not save
         of_base = {key: value for key, value in state_dict.items() if key not in (*SHARED, "fngd")}
         if own is not None:
             self._check_own_state(own)

@@ -52,7 +52,9 @@ def checked_ids(ids: Sequence[int] | Tensor, dataset_size: int | None) -> tuple[
 Key = Hashable | Callable[[Any], Any]
 
 
-def track(loader: DataLoader, optimizer: TakesSamples, *others: TakesSamples, key: Key | None = None) -> DataLoader:
+def track(
+    loader: DataLoader, optimizer: TakesSamples, *others: TakesSamples, key: Key | None = None
+) -> DataLoader:
     """Return a copy of the loader that tells the optimizer the sample ids of every batch it yields.
 
     The ids are the dataset indices that the loader's own batch sampler draws: any map-style dataset, number

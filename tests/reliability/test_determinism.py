@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import fngd
 import fngd_kernels as fk
-from fngd.coefficients.table import Table
+from fngd.coefficients import Batch
 
 SAMPLES, BATCH, EPOCHS = 40, 20, 3
 SHARES, BASES = ("sample", "position", "mean", "none"), ("sgd", "adamw")
@@ -109,16 +109,11 @@ def train(network, share, base, device, workers=0):
 
 
 def drawn_twice(device):
-    """Keep the weights of very many samples of which most were drawn several times."""
+    """Sum the rows of very many samples, each of which was drawn many times."""
     torch.manual_seed(0)
-    ids, s, learned = torch.randint(0, 10, (100_000,)), torch.rand(1, 100_000), torch.tensor(True)
-    table = Table(1, torch.device(device))
-    table.grow(10)
-    results = []
-    for _ in range(10):
-        table.record(ids, table.columns(ids), [0], s.to(device), learned.to(device))
-        results.append(table.values.clone())
-    return results
+    sample_of, k = torch.randint(0, 10, (1000,)), torch.rand(1000, 1000)
+    batch = Batch(1000, torch.arange(10), sample_of=sample_of.to(device))
+    return [batch.by_sample(k.to(device)) for _ in range(10)]
 
 
 def counted(loader, opt):

@@ -88,8 +88,8 @@ def test_missing_keys(kind, tally):
     state = opt.state_dict()
     cases = 0
     for path in [(), (own(kind),), ("param_groups", 0)]:
-        # A state of the base optimizer alone lacks "fngd", an older one "base".
-        for key in sorted(set(inside(state, path)) - {"fngd", "base"}):
+        # A state of the base optimizer alone lacks "fngd", an older one the others.
+        for key in sorted(set(inside(state, path)) - {"fngd", "base", "missed", "datasets", "epoch_ended"}):
             damaged = copy.deepcopy(state)
             del inside(damaged, path)[key]
             refused(opt, damaged, match=key)

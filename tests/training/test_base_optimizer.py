@@ -98,6 +98,8 @@ def test_training_goes_on_from_torchs_checkpoint_and_keeps_coefficients(base):
     opt = fngd.FNGD(model, base=base, damping=1e12, **options)
     opt.set_samples(range(N))
     F.cross_entropy(model(x), y).backward()
+    opt.step()
+    model.load_state_dict(twin.state_dict())
     opt.load_state_dict(through_file(alone.state_dict()))
     assert opt.stats()["seen_samples"] == N
     opt.set_samples(range(N))

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ class Schedule:
         if size is None:
             return 0
         offset, taken_over = self._datasets.columns(dataset, size)
-        self.dataset_size = self._datasets.size
+        self.dataset_size = size if len(self._datasets) == 1 else self._datasets.size
         if taken_over:
             with torch.inference_mode(False):
                 self.table.forget_columns(slice(offset, offset + size))
@@ -260,8 +260,9 @@ class Schedule:
             "table_bytes": self.table.values.nbytes,
         }
 
-    ADDED: Final = {"missed": [], "datasets": [], "epoch_ended": True}
-    """What states of earlier versions do not hold."""
+    def added(self) -> dict[str, Any]:
+        """Return what states of earlier versions do not hold."""
+        return {"missed": [0] * len(self.table.values), "datasets": [], "epoch_ended": True}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the table and the epoch, as tensors, strings and numbers."""
@@ -290,8 +291,11 @@ class Schedule:
             raise ValueError(
                 f"state_dict: expected tables 'values', 'averaged' of {layers} layers, got {shapes}"
             )
-        if len(state["missed"]) not in (0, layers):
+        if len(state["missed"]) != layers:
             raise ValueError(f"state_dict: expected 'missed' of {layers} layers, got {len(state['missed'])}")
+        for key in ("missed", "datasets"):
+            if not all(isinstance(count, int) and count >= 0 for count in state[key]):
+                raise ValueError(f"state_dict: expected integers >= 0 in {key!r}, got {state[key]!r:.80}")
         if len(set(columns.values())) > 1:
             raise ValueError(f"state_dict: expected one number of samples, got {columns}")
         if not values.isfinite().all():
@@ -304,7 +308,7 @@ class Schedule:
         table.values = state["values"].to(table.values.device, copy=True)
         table.averaged = state["averaged"].to(table.values.device, copy=True)
         table.mark(state["seen"].to("cpu"), state["fresh"].to("cpu"))
-        table.missed = state["missed"] or [0] * len(table.values)
+        table.missed = list(state["missed"])
         self.dataset_size, self.epoch = state["dataset_size"], state["epoch"]
         self._datasets.load(state["datasets"])
         self._stepped, self._pass = state["epoch_ended"], None
