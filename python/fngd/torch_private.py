@@ -18,6 +18,7 @@ __all__ = [
     "batches_received",
     "buffers_of",
     "computes_own_convolution",
+    "convolution_without_bias",
     "current_graph_task",
     "has_gradient_hooks",
     "inside_function_transform",
@@ -113,6 +114,15 @@ def computes_own_convolution(module: nn.Module) -> bool:
     Conv1d-3d call it from their public forward, so that a subclass may keep that and still differ.
     """
     return getattr(type(module), "_conv_forward", None) not in _CONV_FORWARDS
+
+
+def convolution_without_bias(module: Any, x: Tensor) -> Tensor:
+    """Return the convolution of a Conv1d-3d without its bias.
+
+    The method that Conv1d-3d call from their public forward takes the bias as an argument, and knows every
+    padding mode.
+    """
+    return module._conv_forward(x, module.weight, None)
 
 
 def padding_around(module: Any) -> list[int]:

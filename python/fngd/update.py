@@ -98,6 +98,7 @@ class Update:
         gradients = (p.grad for group in self.base.param_groups for p in group["params"])
         local, groups = local_shards([g for g in gradients if g is not None])
         dense = [g.coalesce().values() if g.is_sparse else g for g in local]
+        dense = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in dense]
         found = found_non_finite(dense) if dense else torch.zeros(1, device=self._skipped.values.device)
         return all_reduce_max_(found, groups)
 

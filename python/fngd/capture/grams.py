@@ -13,7 +13,7 @@ from fngd_kernels.sketch import as_sketch
 from ..rules import block_gram
 from .block import Gradients, ParameterBlock, RoutedModule, Uses
 from .collector import Collected, UseCollector
-from .discovery import find_blocks
+from .discovery import USER_REASONS, find_blocks
 from .routing import route
 
 
@@ -46,8 +46,9 @@ def layer_grams(
     blocks, left_out = find_blocks(model, model.parameters(), affine=True)
     if not blocks:
         raise ValueError(f"model: no supported layer in {type(model).__name__}")
-    if left_out:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+    unserved = {name: reason for name, reason in left_out.items() if reason not in USER_REASONS}
+    if unserved:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in unserved.items())
         warnings.warn(f"layer_grams leaves out {reasons}", stacklevel=2)
     collector = _GramCollector(sketch, keeps_uses=False)
     if not _run(closure, blocks, collector):

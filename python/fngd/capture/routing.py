@@ -98,7 +98,7 @@ def _forward_for(routed: RoutedModule, router: Router) -> RoutedForward:
         return RoutedGenericModule(routed, router)
     if isinstance(routed.module, InputProjection):
         return RoutedAttention(routed, router)
-    if isinstance(routed.module, TRANSPOSED_CONVOLUTIONS):
+    if isinstance(routed.owner, TRANSPOSED_CONVOLUTIONS):
         return RoutedTransposedConv(routed, router)
     return RoutedForward(routed, router)
 

@@ -37,8 +37,8 @@ class InputProjection:
         return parameters_of(self.attention).get("in_proj_bias")
 
     def standing(self) -> tuple[Tensor | None, ...]:
-        """Return what stands in the places of its parameters now."""
-        return self.weight, self.bias
+        """Return what stands in the places of the attention's parameters now."""
+        return tuple(parameters_of(self.attention).values())
 
     def trains(self) -> bool:
         """Return whether the weight asks for a gradient."""
@@ -46,7 +46,9 @@ class InputProjection:
 
     def forward(self, x: Tensor, rows: slice) -> Tensor:
         """Return x W[rows]^T + b[rows]."""
-        return F.linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
+        own = parameters_of(self.attention)
+        bias = own["in_proj_bias"]
+        return F.linear(x, own["in_proj_weight"][rows], None if bias is None else bias[rows])
 
 
 class ProjectionRule(LinearRule):
@@ -75,6 +77,9 @@ class ProjectionRule(LinearRule):
         bias = None if module.bias is None else module.bias[rows]
         rows_handler = on_use and _padded(on_use, rows, len(module.weight))
         return nodes.linear(x, module.weight[rows], bias, coefficients, rows_handler)
+
+    def without_bias(self, module: Any, x: Tensor, rows: slice = ALL) -> Tensor:
+        return F.linear(x, parameters_of(module.attention)["in_proj_weight"][rows])
 
 
 def _padded(on_use: UseHandler, rows: slice, outputs: int) -> UseHandler:
