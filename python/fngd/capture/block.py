@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..distributed import is_dtensor
 from ..event_log import EventLog
-from ..rules import GenericModule, GenericRule, InputProjection, PartRule, Rule, Use
+from ..rules import GenericModule, GenericRule, InputProjection, PartRule, Rule, Use, trainable_bias
 from ..torch_private import has_gradient_hooks, parameters_of
 
 
@@ -57,7 +57,7 @@ class RoutedModule:
         if not (self.owner.training and torch.is_grad_enabled()):
             return False
         trains = self.module.trains() if self._is_view else parameters_of(self.owner)["weight"].requires_grad
-        if not trains and any(p is not None and p.requires_grad for p in self.parameters):
+        if not trains and trainable_bias(self.module):
             self.block.keep_plain("its weight is frozen")
         return trains and self.rule.batched(self.module, x) and x.shape[0] > 0
 

@@ -5,7 +5,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .affine import AffineRule
 from .attention import InputProjection, ProjectionRule, attention
-from .base import Rule, Use, added
+from .base import Rule, Use, added, trainable_bias
 from .batch_norm import BatchNormRule
 from .conv import ConvRule, ConvTransposeRule
 from .embedding import EmbeddingRule, ScaledEmbeddingRule
@@ -31,6 +31,7 @@ __all__ = [
     "reason_against_call",
     "register",
     "rule_for",
+    "trainable_bias",
     "weight_rule",
 ]
 
