@@ -49,7 +49,8 @@ class FNGD(Optimizer):
         model: The network; its modules are routed through FNGD's layer rules until `detach()`.
         lr: The base optimizer's learning rate.
         params: What to optimize, as for any torch optimizer: an iterable of parameters or of groups, by
-            default all of the model's; a layer whose weight is not among them is left alone.
+            default all of the model's. No other parameter gets a weighted gradient: a linear layer or
+            convolution of which only the weight or only the bias is among them has that one weighted.
         base: "sgd", "adamw" or a torch.optim class: the update rule.
         damping: lam in the unit of damping_mode.
         damping_mode: "trace" tr(K') / N, "mean_eig" tr(K') / N^2, or "absolute" 1, with K' the Gram matrix of
@@ -73,8 +74,8 @@ class FNGD(Optimizer):
             for the gradients.
 
     Raises:
-        ValueError: An argument out of range, a model without supported layers, and with strict an unsupported
-            module.
+        ValueError: An argument out of range, a model without supported layers or with parameters that have no
+            values yet (lazy modules, the meta device), and with strict an unsupported module.
         TypeError: A wrong type, or an option that the base optimizer does not know.
 
     Source: Ou, Zhu, Huang, Liu 2024, arXiv 2403.03473.

@@ -24,7 +24,7 @@ def layer_grams(
 
     For tangent kernels, influence functions, gradient diversity and, on the diagonal, per-sample norms; the
     sum over layers is the Gram matrix of the whole network. Samples are the rows of each layer's input,
-    weight and bias are one block. No `.grad` is touched and no weight gradient is formed.
+    the weight and bias that train are one block. No `.grad` is touched and no weight gradient is formed.
 
     Args:
         model: The network, in training mode; modules that no rule serves are named in a warning and left out.
@@ -36,8 +36,8 @@ def layer_grams(
         {module name: K}, float32 (float64 for a float64 layer), for the layers that the loss depends on.
 
     Raises:
-        ValueError: A model without layers to serve, a closure without a differentiable loss, or a
-            sketch out of range.
+        ValueError: A model without layers to serve or with parameters that have no values yet, a closure
+            without a differentiable loss, or a sketch out of range.
         TypeError: A sketch of another type.
 
     Source: the Gram form of the empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).

@@ -50,7 +50,7 @@ class GaussNewton(Optimizer):
             equation besides the model's parameters; by default the model's.
 
     Raises:
-        ValueError: An argument out of range.
+        ValueError: An argument out of range, or a model with parameters that have no values yet.
         TypeError: A wrong type, or a complex parameter.
 
     Source: arXiv 2505.12149 (Gauss-Newton for physics-informed networks in Woodbury form); arXiv 2401.10190

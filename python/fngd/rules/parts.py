@@ -39,15 +39,20 @@ def bias_rule(rule: Rule) -> Rule | None:
 
 
 class LayerPart:
-    """A layer with its weight or its bias as the only parameter; all other attributes are the layer's."""
+    """A layer with one of its parameters, as `weight`, and no bias; all other attributes are the layer's."""
 
     bias = None
 
-    def __init__(self, owner: nn.Module) -> None:
-        self.owner = owner
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        self.owner, self.name = owner, name
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.owner, name)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter."""
+        return parameters_of(self.owner)[self.name]
 
     def standing(self) -> Iterable[Tensor | None]:
         """Return what stands in the places of the layer's parameters now."""
@@ -62,39 +67,21 @@ class LayerPart:
         return type(self.owner).forward(self.owner, x, *arguments)
 
 
-class WeightPart(LayerPart):
-    """A layer whose bias is not optimized here."""
+class InputPart(InputProjection):
+    """The input projection of an attention with one of its parameters, as `weight`, and no bias."""
+
+    def __init__(self, attention: nn.MultiheadAttention, name: str) -> None:
+        super().__init__(attention)
+        self.name = name
 
     @property
     def weight(self) -> nn.Parameter:
-        """The layer's weight."""
-        return parameters_of(self.owner)["weight"]
-
-
-class BiasPart(LayerPart):
-    """A layer whose weight is frozen, or not optimized here."""
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The layer's bias."""
-        return parameters_of(self.owner)["bias"]
-
-
-class InputWeight(InputProjection):
-    """The weight of an attention's input projection."""
+        """The parameter."""
+        return parameters_of(self.attention)[self.name]
 
     @property
     def bias(self) -> None:
-        """None: it is not optimized here."""
-
-
-class InputBias(InputWeight):
-    """The bias of an attention's input projection."""
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """in_proj_bias (3 D,)."""
-        return parameters_of(self.attention)["in_proj_bias"]
+        """None."""
 
 
 class _WeightRule(PartRule):
@@ -103,7 +90,7 @@ class _WeightRule(PartRule):
     channel: int
 
     def part_of(self, module: Any) -> Any:
-        return WeightPart(module)
+        return LayerPart(module, "weight")
 
     def forward(
         self, module: Any, x: Tensor, coefficients: Tensor | None, on_use: UseHandler | None, *arguments: Any
@@ -132,7 +119,7 @@ class ProjectionWeightRule(PartRule, ProjectionRule):
     """The input projections of an attention."""
 
     def part_of(self, module: Any) -> Any:
-        return InputWeight(module)
+        return InputPart(module, "in_proj_weight")
 
     def forward(
         self,
@@ -158,7 +145,7 @@ class BiasRule(PartRule, Rule):
         self.layer: Any = layer
 
     def part_of(self, module: Any) -> Any:
-        return BiasPart(module)
+        return LayerPart(module, "bias")
 
     def batched(self, module: Any, x: Tensor) -> bool:
         return self.layer.batched(module, x)
@@ -178,7 +165,7 @@ class ProjectionBiasRule(BiasRule):
     """The biases of an attention's input projections."""
 
     def part_of(self, module: Any) -> Any:
-        return InputBias(module)
+        return InputPart(module, "in_proj_bias")
 
     def forward(
         self,
