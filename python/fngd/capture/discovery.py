@@ -85,6 +85,11 @@ def find_blocks(
     return blocks, reasons
 
 
+def listed(reasons: Mapping[str, str]) -> str:
+    """Return modules with the reasons against them as one line."""
+    return "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in reasons.items())
+
+
 def _weight(module: nn.Module) -> nn.Parameter | None:
     name = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
     return parameters_of(module).get(name)

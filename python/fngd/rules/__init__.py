@@ -3,6 +3,7 @@
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..routed_class import own_forward
 from .affine import AffineRule
 from .attention import InputProjection, ProjectionRule, attention
 from .base import Rule, Use, added
@@ -90,7 +91,7 @@ def rule_for(module: nn.Module) -> tuple[Rule | None, str]:
     """
     kind = next((kind for kind in type(module).__mro__ if kind in _RULES), None)
     rule: Rule = _GENERIC
-    if kind is not None and type(module).forward is kind.forward and not is_parametrized(module):
+    if kind is not None and own_forward(module) is kind.forward and not is_parametrized(module):
         rule = _RULES[kind]
     elif type(module).__module__.startswith("transformers."):
         rule = _of_hugging_face(module)

@@ -36,18 +36,6 @@ class InputProjection:
         """in_proj_bias (3 D,), or None."""
         return parameters_of(self.attention).get("in_proj_bias")
 
-    def standing(self) -> tuple[Tensor | None, ...]:
-        """Return what stands in the places of its parameters now."""
-        return self.weight, self.bias
-
-    def trains(self) -> bool:
-        """Return whether the weight asks for a gradient."""
-        return self.weight.requires_grad
-
-    def forward(self, x: Tensor, rows: slice) -> Tensor:
-        """Return x W[rows]^T + b[rows]."""
-        return F.linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
-
 
 class ProjectionRule(LinearRule):
     """Query, key and value of one input, or of several, each by its rows of one weight."""
