@@ -29,6 +29,9 @@ from .rules import Use, block_gram, layer_of
 from .torch_private import at_end_of_backward, current_graph_task
 
 
+EAGER = torch.compiler.disable(reason="a batch that is solved for runs eagerly; see fngd.FNGD.solving")
+
+
 class Preconditioner(UseCollector):
     """Gives sum_n s_n C_n for the gradient; s is solved for in some batches, looked up in the others.
 
@@ -93,7 +96,7 @@ class Preconditioner(UseCollector):
             )
             return False
         if batch.rows is None and not self._open:
-            self.shared.look()
+            self._look()
         if module.block.why_shared:
             self.turn_away(module, module.block.why_shared)
             return False
@@ -116,7 +119,11 @@ class Preconditioner(UseCollector):
             return self._collect(module, batch, x, *arguments)
         return module.rule.forward(module.module, x, s, None, *arguments)
 
-    @torch.compiler.disable(reason="a batch that is solved for runs eagerly; see fngd.FNGD.solving")
+    @EAGER
+    def _look(self) -> None:
+        self.shared.look()
+
+    @EAGER
     def _collect(self, module: RoutedModule, batch: Batch, x: Tensor, *arguments: Any) -> Any:
         module.served_through = module.owner.__dict__.get("forward")
         y = self.collect(module, batch, x, *arguments)

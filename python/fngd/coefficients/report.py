@@ -103,11 +103,14 @@ class Report:
         if self.solves[block.index] == 0:
             if block.why_plain:
                 return f"plain: {block.why_plain}"
-            if block.fallbacks.counts[EVAL_MODE]:
+            if block.fallbacks.counts[EVAL_MODE] and (self._has_trained() or parameter.grad is not None):
                 return f"plain: {EVAL_MODE}"
-            if self.solved_batches > 0 or self.plain_steps > 0:
+            if self._has_trained():
                 return "plain: its module took no part in a solving step"
         return f"{block.kind}, at times plain: {block.why_plain}" if block.why_plain else block.kind
+
+    def _has_trained(self) -> bool:
+        return self.solved_batches > 0 or self.plain_steps > 0
 
     def stats(self) -> dict[str, Any]:
         """Return the counters, and the spread of each block's coefficients in its last solve."""
