@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
+from torch.autograd import Variable, forward_ad
+from torch.compiler import is_exporting
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
@@ -77,6 +78,10 @@ def has_gradient_hooks(parameter: Tensor) -> bool:
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
+# Looked up once: a routed call asks for each.
+_transform_level, _tracing_state = torch._C._functorch.maybe_current_level, torch._C._get_tracing_state
+
+
 @torch.compiler.assume_constant_result
 def unusual_context() -> str:
     """Return in which context a call is made that nodes of the autograd engine do not serve, "" for none.
@@ -86,13 +91,13 @@ def unusual_context() -> str:
     mode offer no public test, and torch.jit's own is slower. torch.compile asks while it traces, and guards
     the answer itself.
     """
-    if torch._C._functorch.maybe_current_level() is not None:
+    if _transform_level() is not None:
         return "called inside a torch.func transform"
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         return "called inside forward-mode differentiation"
-    if torch._C._get_tracing_state() is not None:
+    if _tracing_state() is not None:
         return "traced by torch.jit"
-    return "exported by torch.export" if torch.compiler.is_exporting() else ""
+    return "exported by torch.export" if is_exporting() else ""
 
 
 def is_batched(t: Any) -> bool:

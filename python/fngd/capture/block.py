@@ -59,7 +59,7 @@ class RoutedModule:
 
     def reason_against_parameters(self) -> str:
         """Return why what stands in its parameters' places keeps the plain gradient, "" if it need not."""
-        standing = self.standing()
+        standing = self.standing() if self._is_generic else parameters_of(self.owner)
         for name in self._names:
             p = standing.get(name)
             if p is None:
@@ -83,7 +83,7 @@ class RoutedModule:
         """Return why a call on x, samples first, keeps the plain gradient in any mode, "" if it need not."""
         if not torch.is_grad_enabled():
             return NO_GRADIENT
-        if is_irregular(x):
+        if not isinstance(x, Tensor) or x.is_nested or x.layout is not torch.strided:
             return "its input is not a dense tensor"
         reason = unusual_context() or self.reason_against_parameters()
         if not reason and not self.rule.batched(self.module, x):
@@ -91,11 +91,6 @@ class RoutedModule:
         if not reason and x.shape[0] == 0:
             reason = "its batch is empty"
         return reason
-
-
-def is_irregular(x: Any) -> bool:
-    """Return whether an input is nested, sparse, or what torch.fx traces with."""
-    return not isinstance(x, Tensor) or x.is_nested or x.layout is not torch.strided
 
 
 Uses = dict[RoutedModule, list[Use]]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..routed_class import entry_of, own_forward, reaches_entry, remove_entry, set_entry
 from ..rules import GenericModule, InputProjection, attention, reason_against_call
-from .block import RoutedModule, is_irregular
+from .block import RoutedModule
 
 
 class Router(Protocol):
@@ -54,7 +54,7 @@ class Routing:
                 return self.own(self.owner, *args, **kwargs)
             args, kwargs = (*args, *(kwargs[name] for name in named)), {}
         x = args[0]
-        exchanged = routed.time_first and not is_irregular(x) and x.ndim == 3
+        exchanged = routed.time_first and _has_time(x)
         if exchanged:
             x = x.transpose(0, 1)
         if not router.serves(routed, x):
@@ -75,7 +75,7 @@ class AttentionRouting(Routing):
         """Return what the module returns; the arguments are its own."""
         router, routed = self.router(), self.routed
         if router is not None:
-            exchanged = not routed.owner.batch_first and not is_irregular(query) and query.ndim == 3
+            exchanged = not routed.owner.batch_first and _has_time(query)
             if router.serves(routed, query.transpose(0, 1) if exchanged else query):
                 project = partial(router.forward, routed)
                 return attention(routed.owner, project, query, key, value, *args, **kwargs)
@@ -99,6 +99,11 @@ class GenericRouting(Routing):
                     return router.forward(routed, x, args, kwargs)
                 self.turn_away(router, reason)
         return self.own(self.owner, *args, **kwargs)
+
+
+def _has_time(x: Any) -> bool:
+    """Return whether an input is a tensor (T, N, D)."""
+    return isinstance(x, Tensor) and not x.is_nested and x.ndim == 3
 
 
 def _routing(routed: RoutedModule, router: Router) -> Routing:
