@@ -102,6 +102,11 @@ def find_blocks(
     return blocks, reasons
 
 
+def listed(reasons: Mapping[str, str]) -> str:
+    """Return modules with the reasons against them as one line."""
+    return "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in reasons.items())
+
+
 def _check_values(model: nn.Module, wanted: Collection[int]) -> None:
     """Raise ValueError where a parameter to be optimized has no values yet."""
     for name, p in model.named_parameters():

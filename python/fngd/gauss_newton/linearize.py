@@ -20,7 +20,7 @@ from ..capture import (
     route,
 )
 from ..rules import Use, is_linear_map
-from ..torch_private import BATCH_NORMS, inside_function_transform
+from ..torch_private import BATCH_NORMS
 from .autograd_rows import differentiated_rows, per_sample_rows
 from .jacobian import Factor, Jacobian, RowsFactor, linear_factor
 from .residuals import Block, evaluate, loss
@@ -38,14 +38,8 @@ class UseRecorder(UseCollector):
         self.returns_gradients = False
         self.uses: Uses = {}  # in the last differentiation
 
-    def forward(self, module: RoutedModule, x: Tensor, *arguments: Any) -> Tensor:
-        """Return the module's output, from a node that collects; plain where autograd does not see it."""
-        if (
-            inside_function_transform()
-            or not torch.is_grad_enabled()
-            or not module.rule.batched(module.module, x)
-        ):
-            return module.plain(x, *arguments)
+    def forward(self, module: RoutedModule, x: Tensor, *arguments: Any) -> Any:
+        """Return the module's output, from a node that collects."""
         return self.collect(module, None, x, *arguments)
 
     def complete(self, block: ParameterBlock, uses: Uses) -> None:

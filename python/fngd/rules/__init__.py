@@ -3,9 +3,10 @@
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..routed_class import own_forward
 from .affine import AffineRule
 from .attention import InputProjection, ProjectionRule, attention
-from .base import Rule, Use, added, trainable_bias
+from .base import Rule, Use, added
 from .batch_norm import BatchNormRule
 from .conv import ConvRule, ConvTransposeRule
 from .embedding import EmbeddingRule, ScaledEmbeddingRule
@@ -31,7 +32,6 @@ __all__ = [
     "reason_against_call",
     "register",
     "rule_for",
-    "trainable_bias",
     "weight_rule",
 ]
 
@@ -98,7 +98,7 @@ def rule_for(module: nn.Module) -> tuple[Rule | None, str]:
     """
     kind = next((kind for kind in type(module).__mro__ if kind in _RULES), None)
     rule: Rule = _GENERIC
-    if kind is not None and type(module).forward is kind.forward and not is_parametrized(module):
+    if kind is not None and own_forward(module) is kind.forward and not is_parametrized(module):
         rule = _RULES[kind]
     elif type(module).__module__.startswith("transformers."):
         rule = _of_hugging_face(module)

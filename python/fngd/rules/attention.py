@@ -36,20 +36,6 @@ class InputProjection:
         """in_proj_bias (3 D,), or None."""
         return parameters_of(self.attention).get("in_proj_bias")
 
-    def standing(self) -> tuple[Tensor | None, ...]:
-        """Return what stands in the places of the attention's parameters now."""
-        return tuple(parameters_of(self.attention).values())
-
-    def trains(self) -> bool:
-        """Return whether the weight asks for a gradient."""
-        return self.weight.requires_grad
-
-    def forward(self, x: Tensor, rows: slice) -> Tensor:
-        """Return x W[rows]^T + b[rows]."""
-        own = parameters_of(self.attention)
-        bias = own["in_proj_bias"]
-        return F.linear(x, own["in_proj_weight"][rows], None if bias is None else bias[rows])
-
 
 class ProjectionRule(LinearRule):
     """Query, key and value of one input, or of several, each by its rows of one weight."""

@@ -4,7 +4,7 @@ The rule of such a layer works on a view of it, which holds the one parameter as
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,18 +53,6 @@ class LayerPart:
     def weight(self) -> nn.Parameter:
         """The parameter."""
         return parameters_of(self.owner)[self.name]
-
-    def standing(self) -> Iterable[Tensor | None]:
-        """Return what stands in the places of the layer's parameters now."""
-        return parameters_of(self.owner).values()
-
-    def trains(self) -> bool:
-        """Return whether the parameter asks for a gradient."""
-        return self.weight.requires_grad
-
-    def forward(self, x: Tensor, *arguments: Any) -> Tensor:
-        """Return what the layer computes by itself."""
-        return type(self.owner).forward(self.owner, x, *arguments)
 
 
 class InputPart(InputProjection):
