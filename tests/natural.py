@@ -67,6 +67,9 @@ def check(
 ) -> dict[str, str]:
     """Assert that a parameter has the natural gradient, or is named and has the plain one; return coverage().
 
+    Parameters of other optimizers have the plain one. A step of the base optimizer with these gradients is
+    made and undone.
+
     loss: draws the same random numbers every time
     tolerance: of the solving step, relative; weights are shared in single precision
     """
@@ -75,11 +78,13 @@ def check(
     for step, error in (("solving", tolerance), ("shared", max(tolerance, 1e-6))):
         opt.set_samples(range(samples))
         opt.zero_grad()
+        model.zero_grad()  # also what others optimize
         loss(model, range(samples)).backward()
         coverage = opt.coverage()
+        trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+        coverage |= {key: "plain: optimized elsewhere" for key in trained if key not in coverage}
         weighted = {key: g for key, g in truth.items() if not coverage[key].startswith("plain: ")}
         assert opt.stats()["solved_batches"] == bool(weighted)
-        trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
         assert {key for key in trained if not coverage[key].startswith("plain: ")} == weighted.keys()
         expected = dict(plain)
         sizes = {key: float(g.norm()) for key, g in plain.items()}
@@ -95,8 +100,22 @@ def check(
             assert difference <= error * sizes[key] + floor, (
                 f"{key} ({coverage[key]}), {step} step: off by {difference} of {sizes[key]}"
             )
+    _check_step(opt)
     opt.detach()
-    return coverage
+    return opt.coverage()
+
+
+@torch.no_grad()
+def _check_step(opt: fngd.FNGD) -> None:
+    """Assert that a step moves every parameter by -lr times its gradient; undo it."""
+    (group,) = opt.param_groups
+    before = [p.clone() for p in group["params"]]
+    group["lr"] = 0.1
+    opt.step()
+    assert opt.stats()["skipped_steps"] == 0
+    for p, old in zip(group["params"], before, strict=True):
+        torch.testing.assert_close(p, old if p.grad is None else old - 0.1 * p.grad)
+        p.copy_(old)
 
 
 def natural_gradients(model: nn.Module, loss: Loss, samples: int) -> dict[str, Tensor]:

@@ -73,7 +73,7 @@ def test_no_import_cycles(files):
 
 
 LAYERS = (
-    ("torch_private", "event_log", "distributed", "memory", "state"),
+    ("torch_private", "routed_class", "event_log", "distributed", "memory", "state"),
     ("drawn", "base_optimizer", "update", "rules"),
     ("capture",),
     ("coefficients", "gauss_newton"),

@@ -15,7 +15,17 @@ from fngd_kernels.ops.coefficients import DAMPING_MODES, NORMALIZATIONS
 from fngd_kernels.sketch import as_sketch
 
 from .base_optimizer import base_class, fuses_on_cuda, make_base
-from .capture import USER_REASONS, find_blocks, release, route
+from .capture import (
+    USER_REASONS,
+    ParameterBlock,
+    RoutedModule,
+    SharedParameters,
+    find_blocks,
+    listed,
+    reason_against_routing,
+    release,
+    route,
+)
 from .coefficients import SHARES, Report, Schedule, Solver
 from .preconditioner import Preconditioner
 from .samples import checked_ids
@@ -25,6 +35,9 @@ from .update import SHARED, Update
 
 ADDED_LATER = "its parameter group was added later"
 """Reason for the plain gradient of a module that was not optimized when the layers were looked for."""
+
+SWAPPED = "its module was replaced since the optimizer was made"
+"""Reason for the plain gradient of a parameter that is in the model without the module that was routed."""
 
 NOT_OPTIMIZED = "not optimized: it is not the parameter that the optimizer was made with"
 """What is said of a parameter that joined the model later, or took the place of another."""
@@ -51,8 +64,9 @@ class FNGD(NotCopied):
         model: The network; its modules are routed through FNGD's layer rules until `detach()`.
         lr: The base optimizer's learning rate; None for 0.1 with SGD and for the default of any other base.
         params: What to optimize, as for any torch optimizer: an iterable of parameters or of groups, by
-            default all of the model's; a layer whose weight is not among them is left alone. FNGD's own
-            options are one for all groups.
+            default all of the model's. No other parameter gets a weighted gradient: a linear layer or
+            convolution of which only the weight or only the bias is among them has that one weighted. FNGD's
+            own options are one for all groups.
         base: "sgd", "adamw" or any torch.optim class: the update rule. It updates from the gradients alone;
             what works around another optimizer (SAM, Lookahead) goes around FNGD.
         damping: lam in the unit of damping_mode; `optimizer.damping = ...` changes it from the next solve on.
@@ -78,7 +92,8 @@ class FNGD(NotCopied):
 
     Raises:
         ValueError: An argument out of range, a base that cannot serve, a pattern in skip without a module, a
-            model without supported layers, and with strict an unsupported module.
+            model without supported layers or with parameters that have no values yet (lazy modules, the meta
+            device), and with strict an unsupported module.
         TypeError: A wrong type, or an option that the base optimizer does not know.
 
     Source: Ou, Zhu, Huang, Liu 2024, arXiv 2403.03473.
@@ -92,6 +107,7 @@ class FNGD(NotCopied):
     _model: nn.Module
     _plain: dict[str, str]
     _left_out: set[str]
+    _served: dict[int, ParameterBlock]
 
     def __init__(
         self,
@@ -142,11 +158,11 @@ class FNGD(NotCopied):
         blocks, self._plain = find_blocks(model, optimized, affine=norms == "weighted", skip=skip)
         if not blocks:
             kinds = sorted({type(m).__name__ for m in model.modules() if parameters_of(m)})
-            raise ValueError(f"model: no supported layer among its modules ({', '.join(kinds)})")
+            reasons = listed(self._plain) or f"none holds a parameter to optimize: {', '.join(kinds)}"
+            raise ValueError(f"model: no supported layer among its modules ({reasons})")
         unsupported = {name: reason for name, reason in self._plain.items() if reason not in USER_REASONS}
         if strict and unsupported:
-            listed = "; ".join(f"{name or 'the model itself'}: {why}" for name, why in unsupported.items())
-            raise ValueError(f"strict: modules without a rule ({listed})")
+            raise ValueError(f"strict: modules without a rule ({listed(unsupported)})")
         self._model = model
         wanted = {id(p) for p in optimized}
         self._left_out = {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in wanted}
@@ -155,7 +171,11 @@ class FNGD(NotCopied):
         self._schedule = Schedule(share, refresh_every, len(blocks), device, process_group)
         self._report = Report(blocks, device)
         self._solver = Solver(damping, damping_mode, normalize)
-        self._preconditioner = Preconditioner(blocks, self._schedule, self._solver, self._report, sketch)
+        shared = SharedParameters(model, blocks)
+        self._preconditioner = Preconditioner(
+            blocks, self._schedule, self._solver, self._report, sketch, shared
+        )
+        self._served = {id(p): block for block in blocks for p in block.parameters}
         self._settings = {
             "base": rule.__name__,
             "damping_mode": damping_mode,
@@ -217,6 +237,7 @@ class FNGD(NotCopied):
 
     def attach(self) -> None:
         """Route the model's layers again after `detach`."""
+        self._preconditioner.shared.look()
         if self._restore is None:
             self._restore = route(self._preconditioner.modules, self._preconditioner)
 
@@ -238,6 +259,7 @@ class FNGD(NotCopied):
             ValueError: Ids out of range.
         """
         named, highest = checked_ids(ids, self._schedule.dataset_size)
+        self._preconditioner.shared.glance()
         self._schedule.set_samples(named, highest)
 
     def start_epoch(self, dataset_size: int | None = None) -> None:
@@ -245,6 +267,7 @@ class FNGD(NotCopied):
 
         In data-parallel runs all ranks call it, and merge what the epoch that ends has solved for.
         """
+        self._preconditioner.shared.look()
         self._schedule.start_epoch(dataset_size)
 
     def merge_coefficients(self) -> None:
@@ -272,6 +295,7 @@ class FNGD(NotCopied):
         """Reset the gradients as any torch optimizer does, and let go of what a failed backward captured."""
         self._preconditioner.drop_failed()
         self._schedule.drop()
+        self._preconditioner.shared.glance()
         super().zero_grad(set_to_none)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -363,8 +387,10 @@ class FNGD(NotCopied):
 
         A parameter of the model that was put there since, and which no group holds, is "not optimized: ".
         """
+        self._preconditioner.shared.look()
         optimized = {id(p) for group in self.param_groups for p in group["params"]}
-        served = {id(p): block for block in self._preconditioner.blocks for p in block.parameters}
+        served = self._served | {id(p): b for b in self._preconditioner.blocks for p in b.parameters}
+        holders = {part: each for each in self._preconditioner.modules for part in each.parts()}
         report = {}
         for module_name, module in self._model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
@@ -376,9 +402,21 @@ class FNGD(NotCopied):
                 block = served.get(id(parameter))
                 if block is None:
                     report[path] = f"plain: {self._plain.get(module_name, ADDED_LATER)}"
+                    continue
+                if parameter.requires_grad and (reason := self._reason_against(block, holders.get(module))):
+                    report[path] = f"plain: {reason}"
                 else:
                     report[path] = self._report.describe(block, parameter, self._schedule.missed(block.index))
         return report
+
+    def _reason_against(self, block: ParameterBlock, holder: RoutedModule | None) -> str:
+        """Return what in the model of now keeps a parameter of a block plain, held by a module, or ""."""
+        if block.why_shared:
+            return block.why_shared
+        if holder is None:
+            return SWAPPED
+        routing = reason_against_routing(holder, self._preconditioner) if self._restore else ""
+        return routing or holder.reason_against_parameters()
 
     def stats(self) -> dict[str, Any]:
         """Return counters of batches, solves and steps, the coefficients' spread, seconds in batched solves,

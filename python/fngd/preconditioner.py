@@ -12,11 +12,23 @@ from fngd_kernels import Sketch
 from fngd_kernels.ops.devices import runs_triton
 from fngd_kernels.ops.gram import gram_batch
 
-from .capture import Collected, Gradients, ParameterBlock, RoutedModule, UseCollector, Uses, combined
+from .capture import (
+    EVAL_MODE,
+    Collected,
+    Gradients,
+    ParameterBlock,
+    RoutedModule,
+    SharedParameters,
+    UseCollector,
+    Uses,
+    combined,
+)
 from .coefficients import OUT_OF_MEMORY, Batch, Report, Schedule, Solver
 from .memory import within_memory
 from .rules import Use, block_gram, layer_of
 from .torch_private import at_end_of_backward, current_graph_task
+
+EAGER = torch.compiler.disable(reason="a batch that is solved for runs eagerly; see fngd.FNGD.solving")
 
 
 class Preconditioner(UseCollector):
@@ -33,12 +45,14 @@ class Preconditioner(UseCollector):
         solver: Solver,
         report: Report,
         sketch: Sketch | None,
+        shared: SharedParameters,
     ) -> None:
         super().__init__()
-        self.blocks = list(blocks)
+        self.blocks, self.shared = list(blocks), shared
         self._schedule, self._solver, self._report = schedule, solver, report
         self._sketch = sketch
-        self._watches: list[Any] = []  # handles of hooks that note gradients from elsewhere
+        # Handles of hooks that note gradients from elsewhere in the first backward that solves.
+        self._watches: dict[ParameterBlock, list[Any]] = defaultdict(list)
 
     @property
     def modules(self) -> list[RoutedModule]:
@@ -48,16 +62,23 @@ class Preconditioner(UseCollector):
     def reset(self) -> None:
         """Forget what was collected, and the hooks that were set, since the last step."""
         super().reset()
-        while self._watches:
-            self._watches.pop().remove()
+        self._stop_watching()
+        if not self._report.solved_batches and self._has_gradients():
+            self._report.note_plain_step()
+
+    def _has_gradients(self) -> bool:
+        return any(p.grad is not None for block in self.blocks for p in block.parameters)
 
     # Forward
 
-    def forward(self, module: RoutedModule, x: Tensor, *arguments: Any) -> Any:
-        """Return the module's output; its node weights the parameters' gradient, or has its use collected."""
-        if not module.takes(x):
-            return module.plain(x, *arguments)
-        block, batch, samples = module.block, self._schedule.batch, x.shape[0]
+    def serves(self, module: RoutedModule, x: Any) -> bool:
+        """Return whether a call on x, samples first, is weighted or solved for; note why if it is not."""
+        reason = module.reason_against_call(x) if module.owner.training else EVAL_MODE
+        if reason:
+            if torch.is_grad_enabled():
+                self.turn_away(module, reason)
+            return False
+        batch = self._schedule.batch
         if batch is None:
             raise RuntimeError(
                 "share='sample' needs to know which samples a batch holds: iterate "
@@ -70,18 +91,35 @@ class Preconditioner(UseCollector):
             self._note_plain(block, batch)
             return module.plain(x, *arguments)
         batch.used = True
+        samples = x.shape[0]
         # Spelled out: torch.compile is wrong about `in` where a size is symbolic.
         if batch.size is not None and batch.size != samples:
-            block.keep_plain(
+            self.turn_away(
+                module,
                 "its input has other rows than the batch's samples",
                 f"its input has {samples} rows, the batch has {batch.size} samples",
             )
-            return module.plain(x, *arguments)
-        reason = module.reason_against_parameters()
-        if reason:
-            block.keep_plain(reason)
-            return module.plain(x, *arguments)
-        s = self._schedule.coefficients(batch, block.index, samples)
+            return False
+        if batch.rows is None and not self._open:
+            self._look()
+        if module.block.why_shared:
+            self.turn_away(module, module.block.why_shared)
+            return False
+        return True
+
+    def turn_away(self, module: RoutedModule, reason: str, detail: str = "") -> None:
+        """Note why a call, or a use of it, keeps the plain gradient, if it has any."""
+        if not module.trains():
+            return
+        if module.owner.training:
+            module.block.keep_plain(reason, detail)
+        else:
+            module.block.note_eval_mode()
+
+    def forward(self, module: RoutedModule, x: Tensor, *arguments: Any) -> Any:
+        """Return the module's output; its node weights the parameters' gradient, or has its use collected."""
+        batch = self._schedule.batch
+        s = self._schedule.coefficients(batch, module.block.index, x.shape[0])
         if s is None:
             return self._collect(module, batch, x, *arguments)
         return module.rule.forward(module.module, x, s, None, *arguments)
@@ -93,8 +131,13 @@ class Preconditioner(UseCollector):
             block.fallbacks.counts[batch.why_plain] += 1
             self._schedule.note_plain(batch)
 
-    @torch.compiler.disable(reason="a batch that is solved for runs eagerly; see fngd.FNGD.solving")
+    @EAGER
+    def _look(self) -> None:
+        self.shared.look()
+
+    @EAGER
     def _collect(self, module: RoutedModule, batch: Batch, x: Tensor, *arguments: Any) -> Any:
+        module.served_through = module.owner.__dict__.get("forward")
         y = self.collect(module, batch, x, *arguments)
         if not self._report.solves[module.block.index] and not self.is_awaited(module.block):
             self._watch(module)
@@ -109,7 +152,15 @@ class Preconditioner(UseCollector):
 
         for p in module.parameters:
             if p is not None and p.requires_grad:
-                self._watches.append(torch.autograd.graph.get_gradient_edge(p).node.register_prehook(note))
+                node = torch.autograd.graph.get_gradient_edge(p).node
+                self._watches[module.block].append(node.register_prehook(note))
+
+    def _stop_watching(self, *, solved_only: bool = False) -> None:
+        """Remove the hooks of `_watch`, for all blocks or for those that were solved for."""
+        for block in list(self._watches):
+            if not solved_only or self._report.solves[block.index]:
+                for handle in self._watches.pop(block):
+                    handle.remove()
 
     # Backward
 
@@ -193,6 +244,8 @@ class Preconditioner(UseCollector):
                 keep()
         rows = [self._schedule.table.index(group.rows) for group in solved]
         self._report.count(batch, current_graph_task(), solved, rows)
+        if self._watches:
+            at_end_of_backward(partial(self._stop_watching, solved_only=True))
         return {
             block: batch.by_row(s)
             for group in solved

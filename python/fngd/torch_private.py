@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
+from torch.autograd import Variable, forward_ad
+from torch.compiler import is_exporting
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data.dataloader import _BaseDataLoaderIter
@@ -19,9 +20,10 @@ __all__ = [
     "batches_received",
     "buffers_of",
     "computes_own_convolution",
+    "convolution_without_bias",
     "current_graph_task",
     "has_gradient_hooks",
-    "inside_function_transform",
+    "is_batched",
     "is_torchs_iterator",
     "output_padding",
     "padding_around",
@@ -29,6 +31,7 @@ __all__ = [
     "step_without_global_hooks",
     "tree_flatten",
     "tree_unflatten",
+    "unusual_context",
     "version",
 ]
 # tree_flatten, tree_unflatten: how torch.func takes nested arguments apart; the package optree would do.
@@ -78,13 +81,34 @@ def has_gradient_hooks(parameter: Tensor) -> bool:
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
-def inside_function_transform() -> bool:
-    """Return whether a torch.func transform (vmap, grad, jvp, ...) or forward-mode differentiation is active.
+# Looked up once: a routed call asks for each.
+_transform_level, _tracing_state = torch._C._functorch.maybe_current_level, torch._C._get_tracing_state
 
-    Nodes of the autograd engine do not see what those compute. `torch.func` offers no public test.
+
+@torch.compiler.assume_constant_result
+def unusual_context() -> str:
+    """Return in which context a call is made that nodes of the autograd engine do not serve, "" for none.
+
+    torch.func transforms (vmap, grad, jvp, ...) and forward-mode differentiation compute what such nodes do
+    not see, and a trace or an exported program is to hold torch's operators only. `torch.func` and forward
+    mode offer no public test, and torch.jit's own is slower. torch.compile asks while it traces, and guards
+    the answer itself.
     """
-    transformed = torch._C._functorch.maybe_current_level() is not None
-    return transformed or torch.autograd.forward_ad._current_level >= 0
+    if _transform_level() is not None:
+        return "called inside a torch.func transform"
+    if forward_ad._current_level >= 0:
+        return "called inside forward-mode differentiation"
+    if _tracing_state() is not None:
+        return "traced by torch.jit"
+    return "exported by torch.export" if is_exporting() else ""
+
+
+def is_batched(t: Any) -> bool:
+    """Return whether vmap batches a tensor: in a backward, several gradients at once (is_grads_batched).
+
+    Public torch does not tell.
+    """
+    return isinstance(t, Tensor) and torch._C._functorch.is_batchedtensor(t)
 
 
 def version(t: Tensor) -> int:
@@ -115,6 +139,15 @@ def computes_own_convolution(module: nn.Module) -> bool:
     Conv1d-3d call it from their public forward, so that a subclass may keep that and still differ.
     """
     return getattr(type(module), "_conv_forward", None) not in _CONV_FORWARDS
+
+
+def convolution_without_bias(module: Any, x: Tensor) -> Tensor:
+    """Return the convolution of a Conv1d-3d without its bias.
+
+    The method that Conv1d-3d call from their public forward takes the bias as an argument, and knows every
+    padding mode.
+    """
+    return module._conv_forward(x, module.weight, None)
 
 
 def padding_around(module: Any) -> list[int]:

@@ -155,5 +155,6 @@ class Update:
         gradients = (p.grad for group in self.base.param_groups for p in group["params"])
         local, groups = local_shards([g for g in gradients if g is not None])
         dense = [g.coalesce().values() if g.is_sparse else g for g in local]
+        dense = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in dense]
         found = found_non_finite(dense) if dense else self._skipped.values.new_zeros(1, dtype=torch.float32)
         return all_reduce_max_(found, groups)

@@ -70,7 +70,7 @@ CASES = {  # network, inputs, parameters that stay plain and why
     "frequency-domain": (
         kinds.Filtered,
         [floats(4)],
-        {"spectral": "plain: Spectral has parameters that are not all real, of one type"},
+        {"spectral": "plain: complex parameters"},
     ),
     "structured": (kinds.Structured, [floats(4)], {}),
     "multi-task": (kinds.MultiTask, [floats(4)], {}),

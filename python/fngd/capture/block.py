@@ -1,6 +1,6 @@
 """What is captured: modules whose calls are routed, and the blocks of parameters that they own together."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,8 +8,13 @@ from torch import Tensor, nn
 
 from ..distributed import is_dtensor
 from ..event_log import EventLog
-from ..rules import GenericModule, GenericRule, InputProjection, Rule, Use
-from ..torch_private import has_gradient_hooks, parameters_of
+from ..rules import GenericModule, GenericRule, InputProjection, PartRule, Rule, Use
+from ..torch_private import has_gradient_hooks, parameters_of, unusual_context
+
+NO_GRADIENT = "no gradient is recorded"
+EVAL_MODE = "its module is in eval mode"
+FROZEN = "its weight is frozen"
+MOVED = "its weight or bias is no longer in place (pruned, parametrized or removed)"
 
 
 class RoutedModule:
@@ -23,43 +28,71 @@ class RoutedModule:
     def __init__(self, name: str, owner: nn.Module, rule: Rule) -> None:
         self.name, self.owner, self.rule = name, owner, rule
         self.module: Any = owner
+        self._pair = ("weight", "bias")
         if isinstance(rule, GenericRule):
             self.module = GenericModule(owner)
+        elif isinstance(rule, PartRule):
+            self.module = rule.part_of(owner)
+            self._pair = (self.module.name, "")
         elif isinstance(owner, nn.MultiheadAttention):
-            self.module = InputProjection(owner)
-        self._is_view = self.module is not owner
+            self.module, self._pair = InputProjection(owner), ("in_proj_weight", "in_proj_bias")
+        self._is_generic = isinstance(rule, GenericRule)
+        standing = self.standing()
+        names = standing if self._is_generic else self._pair
+        self._names = tuple(name for name in names if standing.get(name) is not None)
         self.time_first = False  # whether dimension 1 of its input (T, N, D) counts the samples
+        self.served_through: Any = None  # the forward by which its last collected call came
 
     @property
     def parameters(self) -> Sequence[nn.Parameter | None]:
         """Return (weight, bias), None for a bias that the module does not have; all of a generic module."""
-        if isinstance(self.module, GenericModule):
+        if self._is_generic:
             return self.module.parameters
-        return self.module.weight, getattr(self.module, "bias", None)
+        standing = self.standing()
+        return standing.get(self._pair[0]), standing.get(self._pair[1])
 
-    def standing(self) -> Collection[Tensor | None]:
-        """Return what stands in the places of its parameters now."""
-        return self.module.standing() if self._is_view else parameters_of(self.owner).values()
+    def parts(self) -> list[nn.Module]:
+        """Return the modules that hold its parameters: parametrizations are modules of their own."""
+        return list(self.owner.modules()) if self._is_generic else [self.owner]
+
+    def standing(self) -> Mapping[str, Any]:
+        """Return what stands in the places of its parameters now, by name."""
+        return dict(self.owner.named_parameters()) if self._is_generic else parameters_of(self.owner)
 
     def reason_against_parameters(self) -> str:
-        """Return why what stands in its parameters' place keeps the plain gradient, "" if it need not."""
-        for p in self.standing():
-            if p is not None and is_dtensor(p):
-                return "its weight is split over ranks by tensor parallelism"
-            if p is not None and not isinstance(p, nn.Parameter):  # as in torch.func.functional_call
-                return "other tensors stand in the place of its parameters"
-        return ""
+        """Return why what stands in its parameters' places keeps the plain gradient, "" if it need not."""
+        standing = self.standing() if self._is_generic else parameters_of(self.owner)
+        for name in self._names:
+            p = standing.get(name)
+            if p is None:
+                return MOVED
+            if type(p) is not nn.Parameter:
+                if is_dtensor(p):
+                    return "its weight is split over ranks by tensor parallelism"
+                if not isinstance(p, nn.Parameter):  # as in torch.func.functional_call
+                    return "other tensors stand in the place of its parameters"
+        if self._is_generic:
+            if len(standing) > len(self._names):
+                return MOVED
+            return "" if self.trains() else FROZEN
+        return "" if standing[self._names[0]].requires_grad else FROZEN
 
-    def takes(self, x: Tensor) -> bool:
-        """Return whether this call is a training call on a non-empty batch."""
-        if not (self.owner.training and torch.is_grad_enabled()):
-            return False
-        trains = self.module.trains() if self._is_view else parameters_of(self.owner)["weight"].requires_grad
-        return trains and self.rule.batched(self.module, x) and x.shape[0] > 0
+    def trains(self) -> bool:
+        """Return whether any of its parameters asks for a gradient."""
+        return any(p is not None and p.requires_grad for p in self.standing().values())
 
-    def plain(self, x: Tensor, *arguments: Any) -> Any:
-        """Return what the module computes without being routed."""
-        return type(self.module).forward(self.module, x, *arguments)
+    def reason_against_call(self, x: Any) -> str:
+        """Return why a call on x, samples first, keeps the plain gradient in any mode, "" if it need not."""
+        if not torch.is_grad_enabled():
+            return NO_GRADIENT
+        if not isinstance(x, Tensor) or x.is_nested or x.layout is not torch.strided:
+            return "its input is not a dense tensor"
+        reason = unusual_context() or self.reason_against_parameters()
+        if not reason and not self.rule.batched(self.module, x):
+            reason = "its input has no dimension for samples"
+        if not reason and x.shape[0] == 0:
+            reason = "its batch is empty"
+        return reason
 
 
 Uses = dict[RoutedModule, list[Use]]
@@ -76,6 +109,7 @@ class ParameterBlock:
         self.modules, self.index = tuple(modules), index
         self.name = "+".join(module.name for module in modules)
         self.why_plain = ""  # why the last batch that could not be weighted was not
+        self.why_shared = ""  # why its parameters are no longer its own, see shared.py
         self.fallbacks = EventLog(f"layer {self.name}")
         for module in modules:
             module.block = self
@@ -86,10 +120,17 @@ class ParameterBlock:
         if not torch.compiler.is_compiling():
             self.fallbacks.count(reason, detail=f"plain gradient, {self.why_plain}")
 
+    def note_eval_mode(self) -> None:
+        """Count a call in eval mode; as parts of a model often are in it, no line is logged."""
+        if not torch.compiler.is_compiling():
+            self.fallbacks.counts[EVAL_MODE] += 1
+
     def has_gradient_hooks(self) -> bool:
         """Return whether a hook waits for the gradient of one of its parameters."""
         return any(
-            p is not None and has_gradient_hooks(p) for module in self.modules for p in module.standing()
+            p is not None and has_gradient_hooks(p)
+            for module in self.modules
+            for p in module.standing().values()
         )
 
     @property

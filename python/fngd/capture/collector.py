@@ -22,6 +22,7 @@ Three cases depart from this:
 - Autograd itself wants the gradient of this very use as a return value (`must_return`: autograd.grad,
   checkpoints, or a wait that began after the forward). The consumer answers for the use alone (`answer`).
 - The gradient is to be differentiated (create_graph=True): coefficients have no derivative, the use is plain.
+  So it is where autograd wants several gradients at once (is_grads_batched), each with coefficients of its own.
 
 A backward inside another (reentrant checkpoint) files its uses with the outer one. What a failed backward has
 collected is dropped when the gradients are zeroed or the step is made.
@@ -40,9 +41,12 @@ from torch import Tensor, nn
 
 from ..distributed import is_initialized
 from ..rules import Use, added
-from ..torch_private import at_end_of_backward, current_graph_task
+from ..torch_private import at_end_of_backward, current_graph_task, is_batched
 from .barrier import Barrier, ShieldedParameters
 from .block import Gradients, ParameterBlock, RoutedModule, Uses
+
+DIFFERENTIATED = "its gradient was asked for with create_graph=True"
+IN_A_BATCH = "its gradients were asked for in a batch (is_grads_batched or vmap)"
 
 
 class Collected:
@@ -76,11 +80,12 @@ class OpenCall:
     def __call__(self, a: Any, e: Tensor, biased: bool, must_return: bool) -> Gradients | None:
         """Receive a use inside backward, as fngd_kernels/ops/nodes.py describes."""
         use = Use(a, e, biased)
-        self.is_differentiated |= must_return and torch.is_grad_enabled()
-        if not self.is_differentiated:
+        self.is_differentiated |= torch.is_grad_enabled()
+        batched = is_batched(a) or is_batched(e)
+        if not (self.is_differentiated or batched):
             return self.collector.receive(self, use, must_return)
-        # The plain gradient, and its own, by operators that autograd knows.
-        self.module.block.keep_plain("its gradient was asked for with create_graph=True")
+        # The plain gradient, and its own, by operators that autograd and vmap know.
+        self.collector.turn_away(self.module, IN_A_BATCH if batched else DIFFERENTIATED)
         contributions = self.module.rule.contributions(self.module.module, [use])
         return [None if c is None else c.sum(0) for c in contributions]
 
@@ -104,8 +109,18 @@ class UseCollector:
 
     # What a subclass decides
 
+    def serves(self, module: RoutedModule, x: Any) -> bool:
+        """Return whether a call on x, samples first, goes through `forward`; by default in any mode."""
+        reason = module.reason_against_call(x)
+        if reason:
+            self.turn_away(module, reason)
+        return not reason
+
+    def turn_away(self, module: RoutedModule, reason: str) -> None:
+        """Note why a call, or a use of it, keeps the plain gradient."""
+
     def forward(self, module: RoutedModule, x: Tensor, *arguments: Any) -> Any:
-        """Return the output of a routed module's call: plain, weighted, or by `collect`."""
+        """Return the output of a call that is served: weighted, or by `collect`."""
         raise NotImplementedError
 
     def complete(self, block: ParameterBlock, uses: Uses) -> Any:

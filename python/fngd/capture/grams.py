@@ -13,7 +13,7 @@ from fngd_kernels.sketch import as_sketch
 from ..rules import block_gram
 from .block import Gradients, ParameterBlock, RoutedModule, Uses
 from .collector import Collected, UseCollector
-from .discovery import find_blocks
+from .discovery import USER_REASONS, find_blocks, listed
 from .routing import route
 
 
@@ -24,10 +24,11 @@ def layer_grams(
 
     For tangent kernels, influence functions, gradient diversity and, on the diagonal, per-sample norms; the
     sum over layers is the Gram matrix of the whole network. Samples are the rows of each layer's input,
-    weight and bias are one block. No `.grad` is touched and no weight gradient is formed.
+    the weight and bias that train are one block. No `.grad` is touched and no weight gradient is formed.
 
     Args:
-        model: The network, in training mode; modules that no rule serves are named in a warning and left out.
+        model: The network, in any mode; modules that no rule serves, and those whose calls cannot be captured
+            (nested inputs, torch.func transforms, ...), are named in a warning and left out.
         closure: () -> scalar loss, runs the forward; with a batch mean C_n carries the factor 1/N. It is
             called a second time where the loss holds derivatives of the model.
         sketch: An fngd_kernels.Sketch, or its size alone, to compress contributions; None for the exact K.
@@ -36,8 +37,8 @@ def layer_grams(
         {module name: K}, float32 (float64 for a float64 layer), for the layers that the loss depends on.
 
     Raises:
-        ValueError: A model without layers to serve, a closure without a differentiable loss, or a
-            sketch out of range.
+        ValueError: A model without layers to serve or with parameters that have no values yet, a closure
+            without a differentiable loss, or a sketch out of range.
         TypeError: A sketch of another type.
 
     Source: the Gram form of the empirical Fisher, Ou et al. 2024 (arXiv 2403.03473).
@@ -45,14 +46,17 @@ def layer_grams(
     sketch = as_sketch(sketch)
     blocks, left_out = find_blocks(model, model.parameters(), affine=True)
     if not blocks:
-        raise ValueError(f"model: no supported layer in {type(model).__name__}")
-    if left_out:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-        warnings.warn(f"layer_grams leaves out {reasons}", stacklevel=2)
+        raise ValueError(f"model: no supported layer in {type(model).__name__} ({listed(left_out)})")
     collector = _GramCollector(sketch, keeps_uses=False)
     if not _run(closure, blocks, collector):
         collector = _GramCollector(sketch, keeps_uses=True)
         _run(closure, blocks, collector)
+    for module, reason in collector.turned_away.items():
+        if module.block not in collector.grams:
+            left_out[module.name] = reason
+    unserved = {name: reason for name, reason in left_out.items() if reason not in USER_REASONS}
+    if unserved:
+        warnings.warn(f"layer_grams leaves out {listed(unserved)}", stacklevel=2)
     return {block.name: collector.grams[block] for block in blocks if block in collector.grams}
 
 
@@ -82,10 +86,13 @@ class _GramCollector(UseCollector):
         self.sketch, self.keeps_uses = sketch, keeps_uses
         self.missed = False  # whether a use came after those before it were let go
         self.grams: dict[ParameterBlock, Tensor] = {}
+        self.turned_away: dict[RoutedModule, str] = {}  # why calls were not captured
+
+    def turn_away(self, module: RoutedModule, reason: str) -> None:
+        if module.trains():
+            self.turned_away[module] = reason
 
     def forward(self, module: RoutedModule, x: Tensor, *arguments: Any) -> Any:
-        if not module.takes(x):
-            return module.plain(x, *arguments)
         return self.collect(module, None, x, *arguments)
 
     def complete(self, block: ParameterBlock, uses: Uses) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture import ParameterBlock
-from ..event_log import DeviceCounts
+from ..capture import EVAL_MODE, ParameterBlock
+from ..event_log import DeviceCounts, log
 from ..rules import Use
 from .solver import Solved
 from .stopwatch import Stopwatch
@@ -37,6 +37,7 @@ class Report:
     def __init__(self, blocks: Sequence[ParameterBlock], device: torch.device) -> None:
         self.blocks = list(blocks)
         self.solved_batches = 0
+        self.plain_steps = 0  # steps with a gradient before the first solve
         self.solves = [0] * len(self.blocks)
         # The most that one solving step held: inputs, output gradients and Gram matrices.
         self.captured_bytes = 0
@@ -77,6 +78,15 @@ class Report:
             self._last_batch = (task, batch)
             self.solved_batches += 1
 
+    def note_plain_step(self) -> None:
+        """Note a step before anything was solved for; say so once where that is because of eval mode."""
+        self.plain_steps += 1
+        if self.plain_steps == 1 and any(block.fallbacks.counts[EVAL_MODE] for block in self.blocks):
+            log.warning(
+                "model is in eval mode, where no layer is captured: all gradients are plain; "
+                "call model.train() to have them weighted"
+            )
+
     def _log_outcomes(self) -> None:
         """Count and log what the host knows by now of the solves that gave plain coefficients."""
         new = self._outcomes.take_new()
@@ -97,10 +107,15 @@ class Report:
         if self.solves[block.index] == 0:
             if block.why_plain:
                 return f"plain: {block.why_plain}"
-            if self.solved_batches > 0:
+            if block.fallbacks.counts[EVAL_MODE] and (self._has_trained() or parameter.grad is not None):
+                return f"plain: {EVAL_MODE}"
+            if self._has_trained():
                 return "plain: its module took no part in a solving step"
         why = block.why_plain or (f"it took no part when {missed} samples were solved for" if missed else "")
         return f"{block.kind}, at times plain: {why}" if why else block.kind
+
+    def _has_trained(self) -> bool:
+        return self.solved_batches > 0 or self.plain_steps > 0
 
     def stats(self) -> dict[str, Any]:
         """Return the counters, and the spread of each block's coefficients in its last solve."""

@@ -48,8 +48,8 @@ class GaussNewton(NotCopied):
             equation besides the model's parameters; by default the model's.
 
     Raises:
-        ValueError: An argument out of range.
-        TypeError: A wrong type.
+        ValueError: An argument out of range, or a model with parameters that have no values yet.
+        TypeError: A wrong type, or a complex parameter.
 
     Source: arXiv 2505.12149 (Gauss-Newton for physics-informed networks in Woodbury form); arXiv 2401.10190
         (SPRING); damping after Levenberg and Marquardt.
@@ -89,6 +89,7 @@ class GaussNewton(NotCopied):
                 "line_search: expected False with damping='lm', which accepts or undoes steps itself"
             )
         super().__init__(model.parameters() if params is None else params, {"lr": lr})
+        _refuse_complex(model, self.param_groups)
         self.adaptive = damping == LM
         self.damping = float(initial_damping if isinstance(damping, str) else damping)
         self.momentum, self.line_search = float(momentum), line_search
@@ -101,10 +102,20 @@ class GaussNewton(NotCopied):
         return [p for group in self.param_groups for p in group["params"]]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Optimize more parameters from the next step on."""
+        """Optimize more parameters from the next step on.
+
+        Raises:
+            TypeError: A complex parameter.
+        """
         super().add_param_group(param_group)
         if hasattr(self, "_linearize"):
-            self._linearize = Linearizer(self._linearize.model, self._parameters())
+            model = self._linearize.model
+            try:
+                _refuse_complex(model, self.param_groups)
+                self._linearize = Linearizer(model, self._parameters())
+            except (TypeError, ValueError):
+                self.param_groups.pop()
+                raise
 
     def step(self, residuals: Callable[[], Any]) -> Tensor:  # type: ignore[override]
         """Make one step on the residuals and return the loss before it.
@@ -276,6 +287,15 @@ class GaussNewton(NotCopied):
         The logger "fngd" tells of the 1st, 10th, 100th, ... given up or skipped one.
         """
         return {"damping": self.damping, **self._counts}
+
+
+def _refuse_complex(model: nn.Module, groups: Iterable[dict[str, Any]]) -> None:
+    names = {id(p): name for name, p in model.named_parameters()}
+    for p in (p for group in groups for p in group["params"]):
+        if p.is_complex():
+            name = names.get(id(p), "outside of the model")
+            shape = tuple(p.shape)
+            raise TypeError(f"params: expected real ones, got the complex parameter {name}, of shape {shape}")
 
 
 def _number(name: str, value: object) -> None:

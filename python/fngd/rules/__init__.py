@@ -3,6 +3,7 @@
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..routed_class import own_forward
 from .affine import AffineRule
 from .attention import InputProjection, ProjectionRule, attention
 from .base import Rule, Use, added
@@ -11,22 +12,27 @@ from .conv import ConvRule, ConvTransposeRule
 from .embedding import EmbeddingRule, ScaledEmbeddingRule
 from .generic import GenericModule, GenericRule, reason_against_call
 from .linear import LinearRule, TransposedLinearRule, is_linear_map, layer_of
+from .parts import BiasRule, PartRule, bias_rule, weight_rule
 from .tied import block_gram
 
 __all__ = [
+    "BiasRule",
     "GenericModule",
     "GenericRule",
     "InputProjection",
+    "PartRule",
     "Rule",
     "Use",
     "added",
     "attention",
+    "bias_rule",
     "block_gram",
     "is_linear_map",
     "layer_of",
     "reason_against_call",
     "register",
     "rule_for",
+    "weight_rule",
 ]
 
 _RULES: dict[type[nn.Module], Rule] = {
@@ -50,6 +56,8 @@ _GENERIC = GenericRule()
 _TRANSPOSED_LINEAR = TransposedLinearRule()
 _SCALED_EMBEDDING = ScaledEmbeddingRule()
 
+COMPLEX = "complex parameters"
+"""Reason for the plain gradient of modules that have them: Gram matrices are real."""
 
 _METHODS = ("reason_against", "batched", "forward", "gram", "contributions", "combine")
 
@@ -90,11 +98,12 @@ def rule_for(module: nn.Module) -> tuple[Rule | None, str]:
     """
     kind = next((kind for kind in type(module).__mro__ if kind in _RULES), None)
     rule: Rule = _GENERIC
-    if kind is not None and type(module).forward is kind.forward and not is_parametrized(module):
+    if kind is not None and own_forward(module) is kind.forward and not is_parametrized(module):
         rule = _RULES[kind]
     elif type(module).__module__.startswith("transformers."):
         rule = _of_hugging_face(module)
-    reason = rule.reason_against(module)
+    own = module.parameters(recurse=is_parametrized(module))
+    reason = COMPLEX if any(p.is_complex() for p in own) else rule.reason_against(module)
     return (None, reason) if reason else (rule, rule.name)
 
 

@@ -36,18 +36,6 @@ class InputProjection:
         """in_proj_bias (3 D,), or None."""
         return parameters_of(self.attention).get("in_proj_bias")
 
-    def standing(self) -> tuple[Tensor | None, ...]:
-        """Return what stands in the places of its parameters now."""
-        return self.weight, self.bias
-
-    def trains(self) -> bool:
-        """Return whether the weight asks for a gradient."""
-        return self.weight.requires_grad
-
-    def forward(self, x: Tensor, rows: slice) -> Tensor:
-        """Return x W[rows]^T + b[rows]."""
-        return F.linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
-
 
 class ProjectionRule(LinearRule):
     """Query, key and value of one input, or of several, each by its rows of one weight."""
@@ -75,6 +63,9 @@ class ProjectionRule(LinearRule):
         bias = None if module.bias is None else module.bias[rows]
         rows_handler = on_use and _padded(on_use, rows, len(module.weight))
         return nodes.linear(x, module.weight[rows], bias, coefficients, rows_handler)
+
+    def without_bias(self, module: Any, x: Tensor, rows: slice = ALL) -> Tensor:
+        return F.linear(x, parameters_of(module.attention)["in_proj_weight"][rows])
 
 
 def _padded(on_use: UseHandler, rows: slice, outputs: int) -> UseHandler:

@@ -83,6 +83,20 @@ class Rule(ABC):
         return [None if c is None else fk.combine_rows(c, s) for c in contributions]
 
 
+def plus_bias(y: Tensor, bias: Tensor, channel: int) -> Tensor:
+    """Return y (N, ...) plus a bias (O,), or (N, O) with a row for each sample, in the dtype of y.
+
+    Args:
+        y: The output of a layer without its bias.
+        bias: The bias.
+        channel: The dimension of y that counts O: 1 or -1.
+    """
+    rows = bias if bias.ndim == 2 else bias.unsqueeze(0)
+    positions = (1,) * (y.ndim - 2)
+    shape = (*positions, rows.shape[1]) if channel == -1 else (rows.shape[1], *positions)
+    return y + rows.view(rows.shape[0], *shape).to(y.dtype)
+
+
 def added(parts: Sequence[Sequence[Tensor | None]]) -> tuple[Tensor | None, ...]:
     """Return the sum of several uses' gradients, parameter by parameter."""
     columns = ([g for g in column if g is not None] for column in zip(*parts, strict=True))

@@ -12,7 +12,12 @@ from fngd_kernels.ops import nodes
 from fngd_kernels.ops.contributions_conv import contributions_conv
 from fngd_kernels.ops.nodes import Gradients, UseHandler
 
-from ..torch_private import computes_own_convolution, output_padding, padding_around
+from ..torch_private import (
+    computes_own_convolution,
+    convolution_without_bias,
+    output_padding,
+    padding_around,
+)
 from .base import Rule, Use, added, bias_contributions, biased, combined_bias, pair, with_bias
 
 
@@ -20,6 +25,8 @@ class ConvRule(Rule):
     """Convolutions with any stride, dilation, groups and padding mode; output pixels are positions."""
 
     name = "conv"
+    channel = 1
+    """The dimension of the output that the bias belongs to."""
 
     def reason_against(self, module: Any) -> str | None:
         if computes_own_convolution(module):
@@ -37,6 +44,10 @@ class ConvRule(Rule):
             x = F.pad(x, before, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
         return nodes.conv(x, module.weight, module.bias, coefficients, on_use, **geometry(module))
 
+    def without_bias(self, module: Any, x: Tensor) -> Tensor:
+        """Return torch's own output, without the bias."""
+        return convolution_without_bias(module, x)
+
     def gram(self, module: Any, uses: Sequence[Use], sketch: fk.Sketch | None = None) -> Tensor:
         if len(uses) == 1:
             (use,) = uses
@@ -51,7 +62,7 @@ class ConvRule(Rule):
     def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
         shape, options = module.weight.shape, geometry(module)
         weight = [contributions_conv(use.a, use.e, shape, **options) for use in uses]
-        return torch.stack(weight).sum(0), bias_contributions(module, uses, 1)
+        return torch.stack(weight).sum(0), bias_contributions(module, uses, self.channel)
 
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
         shape, options = module.weight.shape, geometry(module)
@@ -92,17 +103,22 @@ class ConvTransposeRule(ConvRule):
             output_padding=output_padding(module, x, output_size),
         )
 
+    def without_bias(self, module: Any, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        convolution = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[x.ndim - 3]
+        padding = module.padding, output_padding(module, x, output_size)
+        return convolution(x, module.weight, None, module.stride, *padding, module.groups, module.dilation)
+
     def gram(self, module: Any, uses: Sequence[Use], sketch: fk.Sketch | None = None) -> Tensor:
         k = super().gram(module, _exchanged(uses), sketch)
-        return with_bias(k, bias_contributions(module, uses, 1), sketch)
+        return with_bias(k, bias_contributions(module, uses, self.channel), sketch)
 
     def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
         weight, _ = super().contributions(module, _exchanged(uses))
-        return weight, bias_contributions(module, uses, 1)
+        return weight, bias_contributions(module, uses, self.channel)
 
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
         weight, _ = super().combine(module, _exchanged(uses), s)
-        return weight, combined_bias(bias_contributions(module, uses, 1), s)
+        return weight, combined_bias(bias_contributions(module, uses, self.channel), s)
 
 
 def _exchanged(uses: Sequence[Use]) -> list[Use]:

@@ -4,6 +4,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fngd_kernels as fk
@@ -19,29 +20,35 @@ class LinearRule(Rule):
     """Linear layers on (N, I) or (N, ..., I); the dimensions between are positions."""
 
     name = "linear"
+    channel = -1
+    """The dimension of the output that the bias belongs to."""
 
     def forward(
         self, module: Any, x: Tensor, coefficients: Tensor | None, on_use: UseHandler | None
     ) -> Tensor:
         return nodes.linear(x, module.weight, module.bias, coefficients, on_use)
 
+    def without_bias(self, module: Any, x: Tensor) -> Tensor:
+        """Return torch's own output, without the bias."""
+        return F.linear(x, module.weight)
+
     def gram(self, module: Any, uses: Sequence[Use], sketch: fk.Sketch | None = None) -> Tensor:
         biases = len(biased(module, uses))
         if biases in (0, len(uses)):
             return fk.gram(*positions(uses), bias=biases > 0, sketch=sketch)
         k = fk.gram(*positions(uses), sketch=sketch)
-        return with_bias(k, bias_contributions(module, uses, -1), sketch)
+        return with_bias(k, bias_contributions(module, uses, self.channel), sketch)
 
     def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
         a, e = positions(uses)
-        return e.mT @ a, bias_contributions(module, uses, -1)
+        return e.mT @ a, bias_contributions(module, uses, self.channel)
 
     def combine(self, module: Any, uses: Sequence[Use], s: Tensor) -> Gradients:
         biases = len(biased(module, uses))
         if biases in (0, len(uses)):
             return pair(fk.combine(*positions(uses), s, bias=biases > 0))
         weight, _ = pair(fk.combine(*positions(uses), s))
-        return weight, combined_bias(bias_contributions(module, uses, -1), s)
+        return weight, combined_bias(bias_contributions(module, uses, self.channel), s)
 
 
 class TransposedLinearRule(LinearRule):
@@ -53,6 +60,9 @@ class TransposedLinearRule(LinearRule):
         self, module: Any, x: Tensor, coefficients: Tensor | None, on_use: UseHandler | None
     ) -> Tensor:
         return nodes.linear(x, module.weight.T, module.bias, coefficients, on_use)
+
+    def without_bias(self, module: Any, x: Tensor) -> Tensor:
+        return F.linear(x, module.weight.T)
 
     def contributions(self, module: Any, uses: Sequence[Use]) -> Gradients:
         weight, bias = super().contributions(module, uses)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ...routed_class import own_forward
 from ...torch_private import tree_flatten, tree_unflatten
 
 
@@ -93,14 +94,14 @@ class Call:
 
 
 class _OwnForward(nn.Module):
-    """A module's own forward, whatever was set on the instance."""
+    """A module's own forward, whatever was set on the instance and whoever takes its calls."""
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
         self.owner = owner
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self.owner).forward(self.owner, *args, **kwargs)
+        return own_forward(self.owner)(self.owner, *args, **kwargs)
 
 
 def gradients_by(parameters: Mapping[str, Tensor], y: Tensor, e: Tensor) -> tuple[Tensor, ...]:

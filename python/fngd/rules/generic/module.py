@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
+from ...routed_class import own_forward
 from ...torch_private import tree_flatten
 from .call import Call, gradients_by, sample_dim
 
@@ -30,21 +31,19 @@ class GenericModule:
         """The module's parameters, those of its parametrizations included."""
         return list(self.owner.parameters())
 
-    def standing(self) -> list[Tensor]:
-        """Return what stands in the places of its parameters now."""
-        return list(self.owner.parameters())
-
-    def trains(self) -> bool:
-        """Return whether any of its parameters asks for a gradient."""
-        return any(p.requires_grad for p in self.owner.parameters())
-
     def forward(self, x: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the module computes by itself."""
-        return type(self.owner).forward(self.owner, *args, **kwargs)
+        return own_forward(self.owner)(self.owner, *args, **kwargs)
 
     def samples_first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """Return the first tensor of a call with its samples in dimension 0, None where it has none."""
+        """Return the first tensor of a call with its samples in dimension 0, None where it has none.
+
+        One that is nested or sparse is returned as it is.
+        """
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        for t in tensors:
+            if t.is_nested or t.layout is not torch.strided:
+                return t
         if not tensors or (isinstance(self.owner, nn.RNNBase) and tensors[0].ndim != 3):
             return None
         dim = sample_dim(self.owner, 0)

@@ -15,7 +15,8 @@ from fngd_kernels.ops.nodes import UseHandler
 from fngd_kernels.ops.sketch import sketched
 from fngd_kernels.sketch import ROWS
 
-from ...torch_private import DROPOUTS, current_graph_task, tree_flatten, tree_unflatten, version
+from ...routed_class import own_forward
+from ...torch_private import DROPOUTS, current_graph_task, is_batched, tree_flatten, tree_unflatten, version
 from ..base import Rule, Use
 from .call import Call, gradients_by
 from .module import GenericModule
@@ -39,7 +40,7 @@ class GenericRule(Rule):
         children = [child for name, child in module.named_children() if name != "parametrizations"]
         if any(True for child in children for _ in child.parameters()):
             return f"no rule for {kind}"
-        if type(module).forward is nn.Module.forward or isinstance(module, torch.jit.ScriptModule):
+        if own_forward(module) is nn.Module.forward or isinstance(module, torch.jit.ScriptModule):
             return f"no rule for {kind}"
         if any(not p.is_floating_point() or p.dtype != parameters[0].dtype for p in parameters):
             return f"{kind} has parameters that are not all real, of one type"
@@ -192,6 +193,9 @@ def _captured(module: GenericModule, call: Call, tensors: Sequence[Tensor], on_u
     def answer(_: Any, ordinary: Tensor, __: bool, must_return: bool) -> Any:
         if grad_outputs.differentiable:
             module.refuse(call, "its gradient is differentiated again")
+            return ordinary[0], None
+        if is_batched(ordinary):
+            module.refuse(call, "its gradients were asked for in a batch")
             return ordinary[0], None
         if [version(t) for t in call.tensors] != versions:
             module.refuse(call, "its input is written to after the call")

@@ -1,0 +1,54 @@
+"""Parameters that came to be shared, or no longer are, after the blocks were found."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..torch_private import parameters_of
+from .block import ParameterBlock
+
+
+class SharedParameters:
+    """Notes, as `why_shared`, which blocks have parameters that are no longer theirs alone.
+
+    The gradient of such a parameter would be neither that of one block nor the plain one.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[ParameterBlock]) -> None:
+        self._model, self._blocks = model, blocks
+        self._places = [parameters_of(module) for module in model.modules()]
+        self._repeated = self._count_repeated()
+
+    def _count_repeated(self) -> int:
+        """Return how many places hold what another place holds already."""
+        held = [id(p) for place in self._places for p in place.values() if p is not None]
+        return len(held) - len(set(held))
+
+    def glance(self) -> None:
+        """Look anew if the places that were seen last hold other repetitions: cheap enough for every step."""
+        if self._count_repeated() != self._repeated:
+            self.look()
+
+    def look(self) -> None:
+        """Go through the whole model, modules that joined it since included."""
+        modules = dict(self._model.named_modules())
+        self._places = [parameters_of(module) for module in modules.values()]
+        self._repeated = self._count_repeated()
+        block_of = {part: block for block in self._blocks for each in block.modules for part in each.parts()}
+        holders: dict[int, list[str]] = defaultdict(list)
+        owners: dict[int, set[ParameterBlock | None]] = defaultdict(set)
+        for name, module in modules.items():
+            block = block_of.get(module)
+            kind = type(module).__name__ if block is None else block.kind
+            for p in module.parameters(recurse=False):
+                holders[id(p)].append(f"{name or 'the model itself'} ({kind})")
+                owners[id(p)].add(block)
+        for block in self._blocks:
+            block.why_shared = ""
+            shared = [p for p in block.parameters if len(owners[id(p)]) > 1]
+            if shared:
+                names = ", ".join(holders[id(shared[0])])
+                block.why_shared = f"its parameter came to be shared after the optimizer was made, by {names}"
+            elif len({id(module.parameters[0]) for module in block.modules}) > 1:
+                block.why_shared = "its modules no longer share a weight"
