@@ -88,8 +88,8 @@ class Preconditioner(UseCollector):
         if not batch.certain and not torch.compiler.is_compiling():
             batch = self._schedule.identify(x)
         if batch.why_plain:
-            self._note_plain(block, batch)
-            return module.plain(x, *arguments)
+            self._note_plain(module.block, batch)
+            return False
         batch.used = True
         samples = x.shape[0]
         # Spelled out: torch.compile is wrong about `in` where a size is symbolic.
@@ -119,6 +119,7 @@ class Preconditioner(UseCollector):
     def forward(self, module: RoutedModule, x: Tensor, *arguments: Any) -> Any:
         """Return the module's output; its node weights the parameters' gradient, or has its use collected."""
         batch = self._schedule.batch
+        assert batch is not None
         s = self._schedule.coefficients(batch, module.block.index, x.shape[0])
         if s is None:
             return self._collect(module, batch, x, *arguments)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..capture import (
@@ -16,7 +15,6 @@ from ..capture import (
     combined,
 )
 from ..rules import Use
-from ..torch_private import inside_function_transform
 
 
 class UseRecorder(UseCollector):
@@ -31,15 +29,8 @@ class UseRecorder(UseCollector):
         self.returns_gradients = False
         self.uses: Uses = {}  # in the last differentiation
 
-    def forward(self, module: RoutedModule, x: Tensor, *arguments: Any) -> Tensor:
-        """Return the module's output, from a node that collects; plain where autograd does not see it."""
-        if (
-            inside_function_transform()
-            or not torch.is_grad_enabled()
-            or not module.rule.batched(module.module, x)
-            or len(x) == 0
-        ):
-            return module.plain(x, *arguments)
+    def forward(self, module: RoutedModule, x: Tensor, *arguments: Any) -> Any:
+        """Return the module's output, from a node that collects."""
         return self.collect(module, None, x, *arguments)
 
     def complete(self, block: ParameterBlock, uses: Uses) -> None:
