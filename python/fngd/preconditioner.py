@@ -13,6 +13,7 @@ from fngd_kernels.ops.devices import runs_triton
 from fngd_kernels.ops.gram import gram_batch
 
 from .capture import (
+    EMPTY,
     EVAL_MODE,
     Collected,
     Gradients,
@@ -27,7 +28,6 @@ from .coefficients import OUT_OF_MEMORY, Batch, Report, Schedule, Solver
 from .memory import within_memory
 from .rules import Use, block_gram, layer_of
 from .torch_private import at_end_of_backward, current_graph_task
-
 
 EAGER = torch.compiler.disable(reason="a batch that is solved for runs eagerly; see fngd.FNGD.solving")
 
@@ -95,6 +95,9 @@ class Preconditioner(UseCollector):
                 f"its input has {samples} rows, the batch has {batch.size} samples",
             )
             return False
+        if samples == 0:
+            self.turn_away(module, EMPTY)
+            return False
         if batch.rows is None and not self._open:
             self._look()
         if module.block.why_shared:
@@ -114,6 +117,7 @@ class Preconditioner(UseCollector):
     def forward(self, module: RoutedModule, x: Tensor, *arguments: Any) -> Any:
         """Return the module's output; its node weights the parameters' gradient, or has its use collected."""
         batch = self._schedule.batch
+        assert batch is not None  # else the call was not served
         s = self._schedule.coefficients(batch, module.block.index, x.shape[0])
         if s is None:
             return self._collect(module, batch, x, *arguments)

@@ -22,7 +22,8 @@ Three cases depart from this:
 - Autograd itself wants the gradient of this very use as a return value (`must_return`: autograd.grad,
   checkpoints, or a wait that began after the forward). The consumer answers for the use alone (`answer`).
 - The gradient is to be differentiated (create_graph=True): coefficients have no derivative, the use is plain.
-  So it is where autograd wants several gradients at once (is_grads_batched), each with coefficients of its own.
+  So it is where autograd wants several gradients at once (is_grads_batched), which have no coefficients
+  together.
 
 A backward inside another (reentrant checkpoint) files its uses with the outer one. What a failed backward has
 collected is dropped when the gradients are zeroed or the step is made.
@@ -43,8 +44,7 @@ from ..distributed import is_initialized
 from ..rules import Use, added
 from ..torch_private import at_end_of_backward, current_graph_task, is_batched
 from .barrier import Barrier, ShieldedParameters
-from .block import Gradients, ParameterBlock, RoutedModule, Uses
-
+from .block import EMPTY, Gradients, ParameterBlock, RoutedModule, Uses
 
 DIFFERENTIATED = "its gradient was asked for with create_graph=True"
 IN_A_BATCH = "its gradients were asked for in a batch (is_grads_batched or vmap)"
@@ -112,7 +112,7 @@ class UseCollector:
 
     def serves(self, module: RoutedModule, x: Any) -> bool:
         """Return whether a call on x, samples first, goes through `forward`; by default in any mode."""
-        reason = module.reason_against_call(x)
+        reason = module.reason_against_call(x) or ("" if x.shape[0] > 0 else EMPTY)
         if reason:
             self.turn_away(module, reason)
         return not reason
