@@ -140,7 +140,8 @@ class Preconditioner(UseCollector):
 
         def note(gradients: Sequence[Tensor | None]) -> None:
             if gradients[0] is not None and not module.block.why_plain:
-                module.block.keep_plain("a parameter of it is also used outside of its calls")
+                outside = "a parameter of it is also used outside of its calls"
+                module.block.keep_plain(module.block.why_refused or outside)
 
         for p in module.parameters:
             if p is not None and p.requires_grad:

@@ -131,6 +131,11 @@ class ParameterBlock:
         )
 
     @property
+    def why_refused(self) -> str:
+        """Return why a module of any kind kept a gradient plain after its call was captured, "" if none did."""
+        return next(filter(None, (getattr(module.module, "refused", "") for module in self.modules)), "")
+
+    @property
     def kind(self) -> str:
         """Return the names of its rules."""
         return "+".join(dict.fromkeys(module.rule.name for module in self.modules))
