@@ -21,6 +21,7 @@
 #include <optional>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 namespace fngd {
 
@@ -99,6 +100,20 @@ inline bool has_bias(AutogradContext* ctx) { return ctx->saved_data["has_bias"].
 
 // Whether the gradient of the bias is needed; the graph has an edge only for a tensor that was given.
 inline bool needs_bias(AutogradContext* ctx) { return has_bias(ctx) && ctx->needs_input_grad(kBias); }
+
+// Where autograd.grad is asked for several gradients at once, its vmap has no rule for at::flatten.
+inline Tensor flattened(const Tensor& x, int64_t first, int64_t last) {
+  if (!x.key_set().has(c10::DispatchKey::Batched)) {
+    return x.flatten(first, last);
+  }
+  std::vector<int64_t> shape = x.sizes().vec();
+  const auto begin = shape.begin() + first, end = shape.end() + last + 1;
+  int64_t joined = 1;
+  for (auto size = begin; size != end; ++size) joined *= *size;
+  *begin = joined;
+  shape.erase(begin + 1, end);
+  return x.reshape(shape);
+}
 
 // Casts as torch's own linear and convolution do under autocast. Done outside of the node, so that autograd
 // differentiates the casts.

@@ -12,7 +12,7 @@ namespace {
 // For a (N, C, *space) and e (N, O, *space).
 WeightedFactors weighted_factors(
     const Tensor& a, const Tensor& e, const OptionalTensor& coefficients, bool need_w, bool need_b) {
-  const auto sum = [](const Tensor& t) { return t.transpose(0, 1).flatten(1).sum(1); };
+  const auto sum = [](const Tensor& t) { return flattened(t.transpose(0, 1), 1, -1).sum(1); };
   if (!coefficients) {
     return {a, e, need_b ? sum(e) : Tensor()};
   }

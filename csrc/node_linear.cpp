@@ -8,7 +8,7 @@
 namespace fngd {
 namespace {
 
-Tensor flat(const Tensor& x) { return x.dim() == 2 ? x : x.flatten(0, -2); }
+Tensor flat(const Tensor& x) { return x.dim() == 2 ? x : flattened(x, 0, -2); }
 
 // For a (N, ..., I) and e (N, ..., O).
 WeightedFactors weighted_factors(

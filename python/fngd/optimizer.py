@@ -390,7 +390,7 @@ class FNGD(NotCopied):
         self._preconditioner.shared.look()
         optimized = {id(p) for group in self.param_groups for p in group["params"]}
         served = self._served | {id(p): b for b in self._preconditioner.blocks for p in b.parameters}
-        holders = {part: each for each in self._preconditioner.modules for part in each.parts()}
+        holders = {part: each for each in self._preconditioner.modules for part in each.owner.modules()}
         report = {}
         for module_name, module in self._model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
@@ -413,7 +413,7 @@ class FNGD(NotCopied):
         """Return what in the model of now keeps a parameter of a block plain, held by a module, or ""."""
         if block.why_shared:
             return block.why_shared
-        if holder is None:
+        if holder is None or holder.block is not block:
             return SWAPPED
         routing = reason_against_routing(holder, self._preconditioner) if self._restore else ""
         return routing or holder.reason_against_parameters()

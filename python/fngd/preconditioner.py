@@ -13,6 +13,7 @@ from fngd_kernels.ops.devices import runs_triton
 from fngd_kernels.ops.gram import gram_batch
 
 from .capture import (
+    EMPTY,
     EVAL_MODE,
     Collected,
     Gradients,
@@ -100,6 +101,9 @@ class Preconditioner(UseCollector):
                 f"its input has {samples} rows, the batch has {batch.size} samples",
             )
             return False
+        if samples == 0:
+            self.turn_away(module, EMPTY)
+            return False
         if batch.rows is None and not self._open:
             self._look()
         if module.block.why_shared:
@@ -119,7 +123,7 @@ class Preconditioner(UseCollector):
     def forward(self, module: RoutedModule, x: Tensor, *arguments: Any) -> Any:
         """Return the module's output; its node weights the parameters' gradient, or has its use collected."""
         batch = self._schedule.batch
-        assert batch is not None
+        assert batch is not None  # else the call was not served
         s = self._schedule.coefficients(batch, module.block.index, x.shape[0])
         if s is None:
             return self._collect(module, batch, x, *arguments)
@@ -149,7 +153,8 @@ class Preconditioner(UseCollector):
 
         def note(gradients: Sequence[Tensor | None]) -> None:
             if gradients[0] is not None and not module.block.why_plain:
-                module.block.keep_plain("a parameter of it is also used outside of its calls")
+                outside = "a parameter of it is also used outside of its calls"
+                module.block.keep_plain(module.block.why_refused or outside)
 
         for p in module.parameters:
             if p is not None and p.requires_grad:

@@ -1,4 +1,4 @@
-"""The class of a routed module: a subclass of its own class, with a `forward` that finds out whose call it is.
+"""The class of a routed module: a subclass of its own class, whose `forward` finds out whose call it is.
 
 As torch's parametrizations do. A callable on the instance would not know: copies that share the instance's
 dictionary (copy.copy, replicas of nn.DataParallel, clones of meta-learning packages) would take it along, and
@@ -84,7 +84,7 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 
 def own_forward(module: nn.Module) -> Callable[..., Any]:
     """Return the module's forward as its own class defines it, a function of (module, *args, **kwargs)."""
-    own = (kind for kind in type(module).__mro__ if RoutedClass not in kind.__bases__)
+    own: Any = (kind for kind in type(module).__mro__ if RoutedClass not in kind.__bases__)
     return next(kind for kind in own if "forward" in vars(kind)).forward
 
 

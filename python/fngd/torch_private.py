@@ -29,6 +29,7 @@ __all__ = [
     "padding_around",
     "parameters_of",
     "step_without_global_hooks",
+    "taken_apart",
     "tree_flatten",
     "tree_unflatten",
     "unusual_context",
@@ -108,7 +109,24 @@ def is_batched(t: Any) -> bool:
 
     Public torch does not tell.
     """
-    return isinstance(t, Tensor) and torch._C._functorch.is_batchedtensor(t)
+    functorch = torch._C._functorch  # autograd.grad has a vmap of its own, an older one
+    return isinstance(t, Tensor) and (functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t))
+
+
+def taken_apart(t: Any) -> tuple[list[Any], Callable[[list[Tensor]], Tensor]]:
+    """Return the tensors that a batched one stands for, and what makes a batched one of such a list.
+
+    autograd.grad's own vmap has no rules for many operators, so that gradients are computed one by one.
+    """
+    functorch = torch._C._functorch
+    if functorch.is_legacy_batchedtensor(t):
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        whole = torch._remove_batch_dim(t, level, 1, 0)
+        return list(whole.unbind(0)), lambda parts: torch._add_batch_dim(torch.stack(parts), 0, level)
+    level = functorch.maybe_get_level(t)
+    whole, dim = functorch._unwrap_batched(t, level)
+    return list(whole.unbind(dim)), lambda parts: functorch._add_batch_dim(torch.stack(parts), 0, level)
 
 
 def version(t: Tensor) -> int:

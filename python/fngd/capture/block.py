@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn, strided
+from torch.nn import Parameter
 
 from ..distributed import is_dtensor
 from ..event_log import EventLog
@@ -13,6 +14,7 @@ from ..torch_private import has_gradient_hooks, parameters_of, unusual_context
 
 NO_GRADIENT = "no gradient is recorded"
 EVAL_MODE = "its module is in eval mode"
+EMPTY = "its batch is empty"
 FROZEN = "its weight is frozen"
 MOVED = "its weight or bias is no longer in place (pruned, parametrized or removed)"
 
@@ -44,7 +46,7 @@ class RoutedModule:
         self.served_through: Any = None  # the forward by which its last collected call came
 
     @property
-    def parameters(self) -> Sequence[nn.Parameter | None]:
+    def parameters(self) -> Sequence[Parameter | None]:
         """Return (weight, bias), None for a bias that the module does not have; all of a generic module."""
         if self._is_generic:
             return self.module.parameters
@@ -66,10 +68,10 @@ class RoutedModule:
             p = standing.get(name)
             if p is None:
                 return MOVED
-            if type(p) is not nn.Parameter:
+            if type(p) is not Parameter:
                 if is_dtensor(p):
                     return "its weight is split over ranks by tensor parallelism"
-                if not isinstance(p, nn.Parameter):  # as in torch.func.functional_call
+                if not isinstance(p, Parameter):  # as in torch.func.functional_call
                     return "other tensors stand in the place of its parameters"
         if self._is_generic:
             if len(standing) > len(self._names):
@@ -83,15 +85,13 @@ class RoutedModule:
 
     def reason_against_call(self, x: Any) -> str:
         """Return why a call on x, samples first, keeps the plain gradient in any mode, "" if it need not."""
-        if not torch.is_grad_enabled():
+        if not is_grad_enabled():
             return NO_GRADIENT
-        if not isinstance(x, Tensor) or x.is_nested or x.layout is not torch.strided:
+        if not isinstance(x, Tensor) or x.is_nested or x.layout is not strided:
             return "its input is not a dense tensor"
         reason = unusual_context() or self.reason_against_parameters()
         if not reason and not self.rule.batched(self.module, x):
-            reason = "its input has no dimension for samples"
-        if not reason and x.shape[0] == 0:
-            reason = "its batch is empty"
+            return "its input has no dimension for samples"
         return reason
 
 
@@ -134,11 +134,16 @@ class ParameterBlock:
         )
 
     @property
+    def why_refused(self) -> str:
+        """Return why a module of any kind kept a gradient plain after its call was captured, "" if none did."""
+        return next(filter(None, (getattr(module.module, "refused", "") for module in self.modules)), "")
+
+    @property
     def kind(self) -> str:
         """Return the names of its rules."""
         return "+".join(dict.fromkeys(module.rule.name for module in self.modules))
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[Parameter]:
         """Return the parameters of all modules, each once."""
         return list(dict.fromkeys(p for module in self.modules for p in module.parameters if p is not None))

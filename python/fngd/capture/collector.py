@@ -22,7 +22,8 @@ Three cases depart from this:
 - Autograd itself wants the gradient of this very use as a return value (`must_return`: autograd.grad,
   checkpoints, or a wait that began after the forward). The consumer answers for the use alone (`answer`).
 - The gradient is to be differentiated (create_graph=True): coefficients have no derivative, the use is plain.
-  So it is where autograd wants several gradients at once (is_grads_batched), each with coefficients of its own.
+  So it is where autograd wants several gradients at once (is_grads_batched), which have no coefficients
+  together.
 
 A backward inside another (reentrant checkpoint) files its uses with the outer one. What a failed backward has
 collected is dropped when the gradients are zeroed or the step is made.
@@ -41,9 +42,9 @@ from torch import Tensor, nn
 
 from ..distributed import is_initialized
 from ..rules import Use, added
-from ..torch_private import at_end_of_backward, current_graph_task, is_batched
+from ..torch_private import at_end_of_backward, current_graph_task, is_batched, taken_apart
 from .barrier import Barrier, ShieldedParameters
-from .block import Gradients, ParameterBlock, RoutedModule, Uses
+from .block import EMPTY, Gradients, ParameterBlock, RoutedModule, Uses
 
 DIFFERENTIATED = "its gradient was asked for with create_graph=True"
 IN_A_BATCH = "its gradients were asked for in a batch (is_grads_batched or vmap)"
@@ -81,13 +82,25 @@ class OpenCall:
         """Receive a use inside backward, as fngd_kernels/ops/nodes.py describes."""
         use = Use(a, e, biased)
         self.is_differentiated |= torch.is_grad_enabled()
-        batched = is_batched(a) or is_batched(e)
-        if not (self.is_differentiated or batched):
+        if is_batched(a) or is_batched(e):
+            self.collector.turn_away(self.module, IN_A_BATCH)
+            return self._plain_one_by_one(use)
+        if not self.is_differentiated:
             return self.collector.receive(self, use, must_return)
-        # The plain gradient, and its own, by operators that autograd and vmap know.
-        self.collector.turn_away(self.module, IN_A_BATCH if batched else DIFFERENTIATED)
+        self.collector.turn_away(self.module, DIFFERENTIATED)
+        return self._plain(use)
+
+    def _plain(self, use: Use) -> Gradients:
+        """Return the plain gradients, by operators that autograd knows."""
         contributions = self.module.rule.contributions(self.module.module, [use])
         return [None if c is None else c.sum(0) for c in contributions]
+
+    def _plain_one_by_one(self, use: Use) -> Gradients:
+        """Return the plain gradients of a use that stands for several."""
+        parts, joined = taken_apart(use.e if is_batched(use.e) else use.a)
+        a, e = (taken_apart(t)[0] if is_batched(t) else [t] * len(parts) for t in use[:2])
+        found = [self._plain(Use(*each, use.biased)) for each in zip(a, e, strict=True)]
+        return [None if column[0] is None else joined(list(column)) for column in zip(*found, strict=True)]
 
 
 class UseCollector:
@@ -111,7 +124,7 @@ class UseCollector:
 
     def serves(self, module: RoutedModule, x: Any) -> bool:
         """Return whether a call on x, samples first, goes through `forward`; by default in any mode."""
-        reason = module.reason_against_call(x)
+        reason = module.reason_against_call(x) or ("" if x.shape[0] > 0 else EMPTY)
         if reason:
             self.turn_away(module, reason)
         return not reason

@@ -53,14 +53,13 @@ class Routing:
                 self.turn_away(router, "called with arguments that its rule does not know")
                 return self.own(self.owner, *args, **kwargs)
             args, kwargs = (*args, *(kwargs[name] for name in named)), {}
-        x = args[0]
-        exchanged = routed.time_first and _has_time(x)
-        if exchanged:
-            x = x.transpose(0, 1)
-        if not router.serves(routed, x):
-            return self.own(self.owner, *args)
-        y = router.forward(routed, x, *args[1:])
-        return y.transpose(0, 1) if exchanged else y
+        if routed.time_first and _has_time(args[0]):
+            x = args[0].transpose(0, 1)
+            if router.serves(routed, x):
+                return router.forward(routed, x).transpose(0, 1)
+        elif router.serves(routed, args[0]):
+            return router.forward(routed, *args)
+        return self.own(self.owner, *args)
 
     def turn_away(self, router: Router, reason: str) -> None:
         """Have it noted why a call keeps the plain gradient, if it is to have one."""

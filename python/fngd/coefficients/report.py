@@ -105,8 +105,8 @@ class Report:
         if not parameter.requires_grad:
             return "plain: frozen"
         if self.solves[block.index] == 0:
-            if block.why_plain:
-                return f"plain: {block.why_plain}"
+            if block.why_plain or block.why_refused:
+                return f"plain: {block.why_plain or block.why_refused}"
             if block.fallbacks.counts[EVAL_MODE] and (self._has_trained() or parameter.grad is not None):
                 return f"plain: {EVAL_MODE}"
             if self._has_trained():

@@ -23,6 +23,10 @@ class BatchNormRule(AffineRule):
     ) -> Tensor:
         weight, bias = sample_parameters(module, x.shape[0], coefficients, on_use)
         assert bias is not None  # batch normalisation has both or neither
+        if not module.training and module.running_mean is not None:
+            x_hat = F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
+            shape = (*weight.shape, *(1,) * (x.ndim - 2))
+            return (x_hat * weight.view(shape) + bias.expand_as(weight).view(shape)).to(x_hat.dtype)
         momentum = module.momentum or 0.0
         if module.track_running_stats:
             module.num_batches_tracked.add_(1)

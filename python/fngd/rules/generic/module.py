@@ -25,6 +25,7 @@ class GenericModule:
         self.vectorized = True
         # Kinds of calls that were tried, each with why it must keep the plain gradient, "" if it need not.
         self.tried: list[tuple[Any, str]] = []
+        self.refused = ""  # why the last call was refused whose gradient had come already
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -50,7 +51,8 @@ class GenericModule:
         return tensors[0].transpose(0, dim) if tensors[0].ndim > dim else None
 
     def refuse(self, call: Call, reason: str) -> None:
-        """Keep the plain gradient for calls of this kind from now on."""
+        """Keep the plain gradient for this call, and for those of its kind from now on."""
+        self.refused = reason
         self.tried.insert(0, (call.kind, reason))
 
     def chunks(self, samples: int) -> list[slice]:

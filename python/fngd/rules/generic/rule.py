@@ -177,7 +177,8 @@ class _GradOutputs:
         task = current_graph_task()
         if task != self.task:
             self.task, self.arrived = task, {}
-        self.arrived[index] = gradient.detach()
+        # autograd.grad's own vmap, of several gradients at once, has no rule for detach.
+        self.arrived[index] = gradient if is_batched(gradient) else gradient.detach()
 
 
 def _captured(module: GenericModule, call: Call, tensors: Sequence[Tensor], on_use: UseHandler) -> Any:
