@@ -107,7 +107,7 @@ class ParameterBlock:
         self.name = "+".join(module.name for module in modules)
         self.why_plain = ""  # why the last batch that could not be weighted was not
         self.why_shared = ""  # why its parameters are no longer its own, see shared.py
-        self.fallbacks = EventLog(f"layer {self.name}")
+        self.fallbacks = EventLog(f"layer {self.name}" if self.name else "the model itself")
         for module in modules:
             module.block = self
 
@@ -132,7 +132,7 @@ class ParameterBlock:
 
     @property
     def why_refused(self) -> str:
-        """Return why a module of any kind kept a gradient plain after its call was captured, "" if none did."""
+        """Return why a module of any kind refused a call that was captured already, "" if none did."""
         return next(filter(None, (getattr(module.module, "refused", "") for module in self.modules)), "")
 
     @property
