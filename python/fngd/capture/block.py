@@ -80,6 +80,11 @@ class RoutedModule:
         """Return whether any of its parameters asks for a gradient."""
         return any(p is not None and p.requires_grad for p in self.standing().values())
 
+    def reason_against_places(self) -> str:
+        """Return why its parameters cannot be found between calls, when they may be sharded; "" if they can."""
+        standing = self.standing()
+        return "" if all(standing.get(name) is not None for name in self._names) else MOVED
+
     def reason_against_call(self, x: Any) -> str:
         """Return why a call on x, samples first, keeps the plain gradient in any mode, "" if it need not."""
         if not is_grad_enabled():
