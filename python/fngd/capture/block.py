@@ -81,7 +81,7 @@ class RoutedModule:
         return any(p is not None and p.requires_grad for p in self.standing().values())
 
     def reason_against_places(self) -> str:
-        """Return why its parameters cannot be found between calls, when they may be sharded; "" if they can."""
+        """Return why a parameter is not in its place, also between calls, when it may be sharded."""
         standing = self.standing()
         return "" if all(standing.get(name) is not None for name in self._names) else MOVED
 
