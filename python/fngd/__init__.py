@@ -3,7 +3,8 @@
 What a training step does, and where:
 
 1. `FNGD.__init__` (optimizer.py) finds the modules that rules serve (capture/discovery.py, rules/) and routes
-   their calls (capture/routing.py) to its `Preconditioner` (preconditioner.py).
+   their calls (routed_class.py, capture/routing.py) to its `Preconditioner` (preconditioner.py). Calls that
+   it does not serve (`Preconditioner.serves`) stay plain and are counted.
 2. `set_samples` asks the schedule (coefficients/schedule.py) whether this batch is solved for, or whether the
    table (coefficients/table.py) knows the coefficients s_n of its samples.
 3. Known: the module's rule runs a node of fngd_kernels/ops/nodes.py, whose backward gives sum_n s_n C_n at

@@ -416,7 +416,7 @@ class FNGD(NotCopied):
         if holder is None or holder.block is not block:
             return SWAPPED
         routing = reason_against_routing(holder, self._preconditioner) if self._restore else ""
-        return routing or holder.reason_against_parameters()
+        return routing or holder.reason_against_places()
 
     def stats(self) -> dict[str, Any]:
         """Return counters of batches, solves and steps, the coefficients' spread, seconds in batched solves,

@@ -126,6 +126,7 @@ def taken_apart(t: Any) -> tuple[list[Any], Callable[[list[Tensor]], Tensor]]:
         return list(whole.unbind(0)), lambda parts: torch._add_batch_dim(torch.stack(parts), 0, level)
     level = functorch.maybe_get_level(t)
     whole, dim = functorch._unwrap_batched(t, level)
+    assert dim is not None  # it is batched
     return list(whole.unbind(dim)), lambda parts: functorch._add_batch_dim(torch.stack(parts), 0, level)
 
 

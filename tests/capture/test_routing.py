@@ -1,4 +1,4 @@
-"""Routing belongs to the module that is called: copies, wrappers, tracers and detach() see the module as it is."""
+"""Routing belongs to the module that is called: copies, wrappers and tracers see the module as it is."""
 
 import copy
 import functools
@@ -18,14 +18,15 @@ from architectures import floats, mlp
 N = 6
 
 
+REGISTER = {}
+
+
 class Scale(nn.Module):
     """A module of one's own; its subclasses need an argument, and are kept in a register."""
 
-    register: dict[str, type] = {}
-
     def __init_subclass__(cls, /, key, **options):
         super().__init_subclass__(**options)
-        Scale.register[key] = cls
+        REGISTER[key] = cls
 
     def __init__(self):
         super().__init__()
@@ -98,7 +99,7 @@ def test_a_routed_module_looks_as_before():
     assert (kind.__name__, kind.__qualname__, kind.__module__) == ("Scale", "Scale", __name__)
     assert (repr(model), inspect.signature(model.forward)) == (before, signature)
     assert inspect.getsource(model.forward) == source
-    assert Scale.register == {}
+    assert REGISTER == {}
     opt.detach()
     assert type(model) is Scale
 

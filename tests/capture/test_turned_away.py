@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import fngd
 from architectures import floats, mlp
+from fngd_kernels import native
 
 N = 4
 
@@ -202,25 +203,24 @@ def test_backward_with_create_graph_gives_gradients_that_have_their_own(name):
     assert all(how.startswith("plain: its gradient") for how in opt.coverage().values())
 
 
-WITHOUT_EXTENSION = """
-import torch, fngd
-from torch import nn
-
-model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
-opt = fngd.FNGD(model, share="none")
-model(torch.randn(5, 3)).square().mean().backward(create_graph=True)
-gradients = [p.grad for p in model.parameters()]
-torch.autograd.grad(gradients, list(model.parameters()), gradients)
-assert opt.stats()["solved_batches"] == 0
-"""
-
-
 @pytest.mark.filterwarnings("ignore:Using backward")
 def test_create_graph_with_the_nodes_in_python(monkeypatch):
-    from fngd_kernels import native
-
     monkeypatch.setattr(native, "AVAILABLE", False)
-    exec(compile(WITHOUT_EXTENSION, "example", "exec"), {})
+    test_backward_with_create_graph_gives_gradients_that_have_their_own("conv")
+
+
+def test_a_backward_under_vmap_is_plain_where_a_batch_is_solved_for():
+    model, x = mlp(3, 4, 2), floats(N, 3)
+    opt, twin, e = fngd.FNGD(model, share="none"), copy.deepcopy(model), floats(3, N, 2)
+
+    def gradients(net):
+        y, parameters = net(x), list(net.parameters())
+        return vmap(lambda e: torch.autograd.grad(y, parameters, e, retain_graph=True))(e)
+
+    found, expected = gradients(model), gradients(twin)
+    for g, h in zip(found, expected, strict=True):
+        torch.testing.assert_close(g, h)
+    assert opt.stats()["solved_batches"] == 0
 
 
 @pytest.fixture

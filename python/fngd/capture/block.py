@@ -83,6 +83,11 @@ class RoutedModule:
         """Return whether any of its parameters asks for a gradient."""
         return any(p is not None and p.requires_grad for p in self.standing().values())
 
+    def reason_against_places(self) -> str:
+        """Return why a parameter is not in its place, also between calls, when it may be sharded."""
+        standing = self.standing()
+        return "" if all(standing.get(name) is not None for name in self._names) else MOVED
+
     def reason_against_call(self, x: Any) -> str:
         """Return why a call on x, samples first, keeps the plain gradient in any mode, "" if it need not."""
         if not is_grad_enabled():
@@ -110,7 +115,7 @@ class ParameterBlock:
         self.name = "+".join(module.name for module in modules)
         self.why_plain = ""  # why the last batch that could not be weighted was not
         self.why_shared = ""  # why its parameters are no longer its own, see shared.py
-        self.fallbacks = EventLog(f"layer {self.name}")
+        self.fallbacks = EventLog(f"layer {self.name}" if self.name else "the model itself")
         for module in modules:
             module.block = self
 
@@ -135,7 +140,7 @@ class ParameterBlock:
 
     @property
     def why_refused(self) -> str:
-        """Return why a module of any kind kept a gradient plain after its call was captured, "" if none did."""
+        """Return why a module of any kind refused a call that was captured already, "" if none did."""
         return next(filter(None, (getattr(module.module, "refused", "") for module in self.modules)), "")
 
     @property
