@@ -1,7 +1,9 @@
 """Parameters that came to be shared, or no longer are, after the blocks were found."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
 
 from torch import nn
 
@@ -17,24 +19,23 @@ class SharedParameters:
 
     def __init__(self, model: nn.Module, blocks: Sequence[ParameterBlock]) -> None:
         self._model, self._blocks = model, blocks
-        self._places = [parameters_of(module) for module in model.modules()]
-        self._repeated = self._count_repeated()
+        self._places = _places(model.modules())
+        self._distinct = self._count_distinct()
 
-    def _count_repeated(self) -> int:
-        """Return how many places hold what another place holds already."""
-        held = [id(p) for place in self._places for p in place.values() if p is not None]
-        return len(held) - len(set(held))
+    def _count_distinct(self) -> int:
+        """Return how many parameters the places hold: fewer once two are tied, more once they are not."""
+        return len(set(map(id, chain.from_iterable(map(dict.values, self._places)))))
 
     def glance(self) -> None:
-        """Look anew if the places that were seen last hold other repetitions: cheap enough for every step."""
-        if self._count_repeated() != self._repeated:
+        """Look anew if the places that were seen last hold more or fewer parameters; takes microseconds."""
+        if self._count_distinct() != self._distinct:
             self.look()
 
     def look(self) -> None:
         """Go through the whole model, modules that joined it since included."""
         modules = dict(self._model.named_modules())
-        self._places = [parameters_of(module) for module in modules.values()]
-        self._repeated = self._count_repeated()
+        self._places = _places(modules.values())
+        self._distinct = self._count_distinct()
         block_of = {part: block for block in self._blocks for each in block.modules for part in each.parts()}
         holders: dict[int, list[str]] = defaultdict(list)
         owners: dict[int, set[ParameterBlock | None]] = defaultdict(set)
@@ -52,3 +53,7 @@ class SharedParameters:
                 block.why_shared = f"its parameter came to be shared after the optimizer was made, by {names}"
             elif len({id(module.parameters[0]) for module in block.modules}) > 1:
                 block.why_shared = "its modules no longer share a weight"
+
+
+def _places(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
+    return [place for place in map(parameters_of, modules) if place]
