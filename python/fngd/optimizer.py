@@ -259,6 +259,7 @@ class FNGD(NotCopied):
             ValueError: Ids out of range.
         """
         named, highest = checked_ids(ids, self._schedule.dataset_size)
+        self._preconditioner.shared.glance()
         self._schedule.set_samples(named, highest)
 
     def start_epoch(self, dataset_size: int | None = None) -> None:

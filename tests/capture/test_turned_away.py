@@ -253,12 +253,13 @@ def test_parts_in_eval_mode_are_named_without_a_line(lines):
     assert lines() == []
 
 
-def test_a_frozen_weight_with_a_trained_bias_is_the_reason():
+def test_a_weight_frozen_later_is_the_reason_for_its_bias():
     model, x = mlp(3, 4, 2), floats(N, 3)
-    model[0].weight.requires_grad_(False)
     opt = fngd.FNGD(model, share="none")
+    model[0].weight.requires_grad_(False)
     model(x).square().mean().backward()
     assert opt.coverage()["0.weight"] == "plain: frozen"
+    assert opt.coverage()["0.bias"] == "plain: its weight is frozen"
     assert opt.coverage()["2.weight"] == "linear"
 
 
