@@ -293,6 +293,15 @@ def test_samplers_of_arrays_name_whole_batches(kind):
     assert_kept(opt, drawn, dataset)
 
 
+def test_ids_far_apart_are_named(warned):
+    model = network()
+    opt = fngd.FNGD(model, lr=0.0)
+    opt.set_samples([0, 2**20])
+    assert not warned()
+    opt.set_samples([0, 20_000_000])
+    assert "ids up to 20000000 make a table of 160,000,008 bytes" in warned()
+
+
 # ---- A name is good for one step ----
 
 

@@ -19,6 +19,8 @@ SHARES = ("sample", "position", "mean", "none")
 
 SPENT = "its samples were not named since the last step"
 DRAWN_AHEAD = "its samples are not known, batches are drawn ahead of their use"
+MANY_SAMPLES = 2**24
+"""From here on a table may well be due to ids with gaps, such as keys of a database."""
 ADVICE = "call optimizer.set_samples(ids) before each forward"
 
 
@@ -153,6 +155,12 @@ class Schedule:
                 self.table.grow(self.dataset_size)
             if highest >= len(self.table):
                 self.table.grow(max(highest + 1, 2 * len(self.table)))  # doubled: ids may arrive in order
+                if len(self.table) > MANY_SAMPLES:
+                    self._log.count(
+                        "its ids make a large table; number samples from 0 on, without gaps",
+                        detail=f"ids up to {highest} make a table of {self.table.values.nbytes:,} bytes; "
+                        "number samples from 0 on, without gaps",
+                    )
             if self.table.knows(ids):
                 known = self.table.columns(ids)
                 self.batch = Batch(ids.numel(), ids, known, self.table.gather(known))
