@@ -40,7 +40,7 @@ CASES = {  # network, inputs, parameters that stay plain and why
     "one-expert": (
         kinds.Experts,
         [floats(4), lambda: torch.zeros(N, dtype=torch.int64)],
-        {"experts.1": "plain: its module took no part in a solving step"},
+        {"experts.1": "plain: its input has 0 rows, the batch has 4 samples"},
     ),
     "set": (kinds.DeepSet, [floats(6, 3)], {}),
     "radiance-field": (kinds.DeepSet, [floats(3, 5, 3)], {}),
