@@ -1,5 +1,6 @@
 """The nodes of nodes.py as torch.autograd.Function, for when the native extension was not built."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -92,6 +93,13 @@ def _everything(on_use: Any) -> Tensor | None:
     return None if on_use is None else _EVERYTHING
 
 
+def _inside_backward(node: type[Function], *arguments: Any) -> Tensor:
+    """Run a node in another one's backward; without a graph there is none, and vmap takes no such node."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return node.apply(*arguments)  # type: ignore[no-untyped-call]
+    return node.forward(SimpleNamespace(save_for_backward=lambda *tensors: None), *arguments)
+
+
 class Linear(Function):
     """y = x W^T + b, or its adjoint y = x W."""
 
@@ -108,7 +116,7 @@ class Linear(Function):
         dx = dw = db = None
         if needs_x:
             following = _everything(ctx.on_use), ctx.on_use, not ctx.adjoint
-            dx = Linear.apply(gradient, weight, None, coefficients, *following)
+            dx = _inside_backward(Linear, gradient, weight, None, coefficients, *following)
         if needs_w or needs_b:
             a, e = (gradient, x) if ctx.adjoint else (x, gradient)
             if ctx.on_use is not None:
@@ -138,7 +146,7 @@ class Conv(Function):
         if needs_x:
             like = None if ctx.adjoint else x.detach()
             following = _everything(ctx.on_use), ctx.on_use, ctx.arguments
-            dx = Conv.apply(gradient, weight, None, coefficients, like, *following)
+            dx = _inside_backward(Conv, gradient, weight, None, coefficients, like, *following)
         if needs_w or needs_b:
             a, e = (gradient, x) if ctx.adjoint else (x, gradient)
             if ctx.on_use is not None:
@@ -146,7 +154,7 @@ class Conv(Function):
             else:
                 e = scaled(e, coefficients, e.dtype)
                 dw = convolution.weight_gradient(e, a, weight, ctx.arguments) if needs_w else None
-                db = e.transpose(0, 1).flatten(1).sum(1) if needs_b else None
+                db = e.transpose(0, 1).reshape(e.shape[1], -1).sum(1) if needs_b else None
         return dx, dw, db, None, None, None, None, None
 
 

@@ -73,6 +73,7 @@ def test_a_batch_longer_than_the_table_of_positions_is_compiled():
     opt = fngd.FNGD(model, lr=0.0, share="position")
     opt.start_epoch()
     F.cross_entropy(model(x[:4]), y[:4]).backward()
+    opt.step()
     opt.start_epoch()
     gradients = []
     for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
