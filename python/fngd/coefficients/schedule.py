@@ -13,7 +13,7 @@ from .batch import Batch
 from .datasets import Datasets
 from .names import Named, Names, Pass, goes_on
 from .solver import Solved
-from .table import Table
+from .table import Kept, Table
 
 SHARES = ("sample", "position", "mean", "none")
 
@@ -46,7 +46,7 @@ class Schedule:
         self.batch: Batch | None = None if share == "sample" else Batch(None)
         self._datasets = Datasets()
         self._names = Names()
-        self._solved: dict[Batch, list[Solved]] = {}  # since the last step
+        self._solved: dict[Batch, list[Kept]] = {}  # since the last step
         self._pass: weakref.ref[Pass] | None = None  # whose batches the epoch consists of
         self._stepped = True  # whether a step was made since the epoch began: the next pass is a new one
         self._log = EventLog("batch")
@@ -195,41 +195,34 @@ class Schedule:
     # Steps
 
     def keep(self, batch: Batch, solved: Sequence[Solved]) -> None:
-        """Have the step keep what was solved for."""
-        if self.share != "none":
-            self._solved.setdefault(batch, []).extend(solved)
+        """Have the step keep what was solved for, unless a Gram matrix was not finite."""
+        if self.share == "none":
+            return
+        device = self.table.values.device
+        for group in solved:
+            # The diagonal bounds the other elements of a positive semidefinite matrix.
+            finite = group.k.diagonal(dim1=-2, dim2=-1).sum().isfinite().to(device)
+            s = group.s.mean(1, keepdim=True) if self.share == "mean" else group.s
+            self._solved.setdefault(batch, []).append(Kept(group.rows, s, finite))
 
     def drop(self) -> None:
         """Let go of what was solved for since the last step, as the gradients are let go."""
         self._solved.clear()
 
     def end_step(self) -> None:
-        """Keep what was solved for since the last step, unless a Gram matrix was not finite.
-
-        From here on another batch is to be named.
-        """
+        """Keep what was solved for since the last step; from here on another batch is to be named."""
         self._stepped = True
         for batch, solved in self._solved.items():
-            self._record(batch, solved)
+            if batch.ids is not None and batch.columns is not None:
+                self.table.record(batch.ids, batch.columns, solved)
+            else:
+                for group in solved:
+                    self.table.average(group)
         self._solved.clear()
         if self.share != "sample" or self.batch is None:
             return
         self._names.clear(waiting=False)
         self.batch = _unknown() if self._names.waiting else Batch(None, why_plain=SPENT)
-
-    def _record(self, batch: Batch, solved: Sequence[Solved]) -> None:
-        device = self.table.values.device
-        # The diagonal bounds the other elements of a positive semidefinite matrix.
-        finite = [group.k.diagonal(dim1=-2, dim2=-1).sum().isfinite().to(device) for group in solved]
-        learned = finite[0] if len(finite) == 1 else torch.stack(finite).all()
-        if self.share == "sample":
-            assert batch.ids is not None
-            assert batch.columns is not None
-            self.table.record(batch.ids, batch.columns, solved, learned)
-            return
-        for group in solved:
-            s = group.s if self.share == "position" else group.s.mean(1, keepdim=True)
-            self.table.average(group.rows, s, learned)
 
     def _is_within_pass(self) -> bool:
         current = None if self._pass is None else self._pass()

@@ -8,7 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed import all_reduce_max, all_reduce_mean, world_size
-from .solver import Solved
+
+
+class Kept(NamedTuple):
+    """What is kept of a batch that was solved for, in some blocks."""
+
+    blocks: list[int]
+    """Their rows in the table."""
+    s: Tensor
+    """(len(blocks), n), a coefficient for each sample."""
+    finite: Tensor
+    """() bool on the device: whether their Gram matrices were."""
 
 
 class _Pending(NamedTuple):
@@ -112,29 +122,31 @@ class Table:
         """Return the coefficients (blocks, N) of the samples."""
         return self.values.index_select(1, columns)
 
-    def record(self, ids: Tensor, columns: Tensor, solved: Sequence[Solved], learned: Tensor) -> None:
-        """Keep what a batch was solved for, for those samples that have no coefficients yet, if learned.
+    def record(self, ids: Tensor, columns: Tensor, solved: Sequence[Kept]) -> None:
+        """Keep the coefficients of those samples that have none yet, if all Gram matrices were finite.
 
         Args:
-            ids: (N,) the samples, each once, on the CPU.
+            ids: (n,) the samples, each once, on the CPU.
             columns: The same on the table's device.
-            solved: What came of it, by blocks; the last of a block that is there several times counts.
-            learned: () bool on the device.
+            solved: Their coefficients; the last of a block that is there several times count.
         """
+        finite = [group.finite for group in solved]
+        learned = finite[0] if len(finite) == 1 else torch.stack(finite).all()
         new = self.seen[ids] == self.UNSEEN
         replaced = learned if bool(new.all()) else learned & self.columns(new)
         for group in solved:
-            rows = self.index(group.rows)[:, None]
+            rows = self.index(group.blocks)[:, None]
             kept = self.values[rows, columns]
             self.values[rows, columns] = torch.where(replaced, group.s.to(kept), kept)
         self.seen[ids[new]] = self.PENDING
-        absent = {*range(len(self.values))}.difference(*(group.rows for group in solved))
+        absent = {*range(len(self.values))}.difference(*(group.blocks for group in solved))
         self._pending.append(_Pending(ids, new, learned, sorted(absent)))
         if len(self._pending) == self.MOST_PENDING:
             self.settle()
 
-    def average(self, blocks: Sequence[int], s: Tensor, learned: Tensor) -> None:
-        """Take s (len(blocks), N) into the means of columns 0 to N - 1 in these blocks, if learned."""
+    def average(self, solved: Kept) -> None:
+        """Take coefficients into the means of columns 0 to n - 1, if the Gram matrices were finite."""
+        blocks, s, learned = solved
         size = s.shape[1]
         self.grow(size)
         self.averaged = F.pad(self.averaged, (0, len(self) - self.averaged.shape[1]))
