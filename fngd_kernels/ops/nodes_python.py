@@ -154,7 +154,7 @@ class Conv(Function):
             else:
                 e = scaled(e, coefficients, e.dtype)
                 dw = convolution.weight_gradient(e, a, weight, ctx.arguments) if needs_w else None
-                db = e.transpose(0, 1).reshape(e.shape[1], -1).sum(1) if needs_b else None
+                db = e.sum((0, *range(2, e.ndim))) if needs_b else None
         return dx, dw, db, None, None, None, None, None
 
 

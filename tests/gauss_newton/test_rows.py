@@ -302,8 +302,9 @@ def test_single_precision():
     model, x = mlp(2, 8, 1).float(), points(20, 2).float()
     opt = fngd.GaussNewton(model, damping=0.1)
     _, jacobian = opt._linearize(lambda: (lambda u: {"first": u[:7], "second": u[7:] - 1})(model(x)))
-    dense = torch.func.jacrev(lambda p: torch.func.functional_call(model.double(), p, (x.double(),)))(
-        {name: p.double() for name, p in model.named_parameters()}
+    model, x = model.double(), x.double()
+    dense = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (x,)))(
+        dict(model.named_parameters())
     )
     scale = torch.tensor([7.0] * 7 + [13.0] * 13).double().rsqrt()[:, None]
     j = scale * torch.cat([rows.reshape(20, -1) for rows in dense.values()], 1).detach()
