@@ -133,9 +133,9 @@ def viewed(dataset: Any) -> tuple[Any, list[Any]]:
     return dataset, views
 
 
-def length(dataset: Any) -> int | None:
-    """Return how many samples a dataset has, None where it does not say."""
+def length(sized: Any) -> int | None:
+    """Return how many samples a dataset has, or batches a loader, None where it does not say."""
     try:
-        return len(dataset)
+        return len(sized)
     except TypeError:
         return None

@@ -124,10 +124,8 @@ class _Pass:
     @property
     def yielded_all(self) -> bool:
         """Whether it has yielded as many batches as the loader has."""
-        try:
-            return self._yielded >= len(self._tracked)
-        except TypeError:
-            return False
+        batches = length(self._tracked)
+        return batches is not None and self._yielded >= batches
 
     def __iter__(self) -> Iterator[Any]:
         return self
