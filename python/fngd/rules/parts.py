@@ -84,7 +84,11 @@ class _WeightRule(PartRule):
         self, module: Any, x: Tensor, coefficients: Tensor | None, on_use: UseHandler | None, *arguments: Any
     ) -> Tensor:
         y = super().forward(module, x, coefficients, on_use, *arguments)  # type: ignore[misc]
-        return plus_bias(y, parameters_of(module.owner)["bias"], self.channel)
+        return plus_bias(y, self.bias_of(module, *arguments), self.channel)
+
+    def bias_of(self, module: Any, *arguments: Any) -> Tensor:
+        """Return the bias that is added in this call."""
+        return parameters_of(module.owner)["bias"]
 
 
 class LinearWeightRule(_WeightRule, LinearRule):
@@ -103,22 +107,14 @@ class ConvTransposeWeightRule(_WeightRule, ConvTransposeRule):
     """Transposed convolutions."""
 
 
-class ProjectionWeightRule(PartRule, ProjectionRule):
+class ProjectionWeightRule(_WeightRule, ProjectionRule):
     """The input projections of an attention."""
 
     def part_of(self, module: Any) -> Any:
         return InputPart(module, "in_proj_weight")
 
-    def forward(
-        self,
-        module: Any,
-        x: Tensor,
-        coefficients: Tensor | None,
-        on_use: UseHandler | None,
-        rows: slice = ALL,
-    ) -> Tensor:
-        y = super().forward(module, x, coefficients, on_use, rows)
-        return plus_bias(y, parameters_of(module.attention)["in_proj_bias"][rows], self.channel)
+    def bias_of(self, module: Any, rows: slice = ALL) -> Tensor:
+        return parameters_of(module.attention)["in_proj_bias"][rows]
 
 
 class BiasRule(PartRule, Rule):
