@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev, vmap
 
 import fngd
-import fngd_kernels as fk
 from bench.tools import environment, jsonl
 from bench.tools.jsonl import Row
 from bench.tools.timing import Step, Timing, columns, round_robin
+from fngd.gauss_newton.direct import ParameterSystem, SampleSystem
 from fngd.gauss_newton.jacobian import Jacobian
+from fngd.gauss_newton.ranks import Ranks
 
 DAMPING = 1e-3
 # Points of the gate, which forms the whole Jacobian.
@@ -98,19 +99,26 @@ def phases(
     model = network(dimensions, width, device, dtype)
     optimizer = fngd.GaussNewton(model, damping=DAMPING)
 
-    def linearize() -> tuple[Tensor, Jacobian]:
+    def linearize() -> Jacobian:
         return optimizer._linearize(lambda: residuals(model, x))
 
-    _, jacobian = linearize()
-    k = jacobian.gram()
-    damping, rho = DAMPING * float(k.diagonal().mean()), jacobian.residuals.double()
-    y = fk.solve(k, damping, rho)
+    jacobian = linearize()
+
+    def system() -> SampleSystem | ParameterSystem:
+        if points < jacobian.shape[1]:
+            return SampleSystem(jacobian)
+        return ParameterSystem(jacobian, Ranks(None))
+
+    formed = system()
+    lam = DAMPING * formed.squared_norm / points
+    solve = formed.damped(lam)
+    assert solve is not None
     return {
         "step": lambda: optimizer.step(lambda: residuals(model, x)),
-        "residuals and capture": linearize,
-        "Gram": jacobian.gram,
-        "solve": lambda: fk.solve(k, damping, rho),
-        "combine": lambda: jacobian.transposed_times(y),
+        "residuals and Jacobian": linearize,
+        "Gram": system,
+        "factor": lambda: formed.damped(lam),
+        "solve": lambda: solve(jacobian.residuals),
     }
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,11 @@ def per_sample_rows(block: PerSample, parameters: Mapping[str, Tensor]) -> dict[
     """Return d residual / d parameter (N, C, *shape) by name, one sample at a time under vmap."""
     detached = {name: p.detach() for name, p in parameters.items()}
     in_dims = (None,) + (0,) * len(block.inputs)
-    rows = vmap(jacrev(block.function), in_dims, chunk_size=CHUNK)(detached, *block.inputs)
-    with_components = vmap(block.function, in_dims)
-    components = with_components(detached, *(x[:1] for x in block.inputs)).ndim == 2
+
+    def function(*arguments: Any) -> Tensor:
+        values = block.function(*arguments)
+        return torch.view_as_real(values).flatten() if values.is_complex() else values
+
+    rows = vmap(jacrev(function), in_dims, chunk_size=CHUNK)(detached, *block.inputs)
+    components = vmap(function, in_dims)(detached, *(x[:1] for x in block.inputs)).ndim == 2
     return {name: r if components else r.unsqueeze(1) for name, r in rows.items()}

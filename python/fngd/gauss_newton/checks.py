@@ -1,13 +1,12 @@
 """What is asked of residuals before they are worth a step."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ..memory import is_out_of_memory
 from ..torch_private import BATCH_NORMS
-from .residuals import Block
 
 SEVERAL = 16
 """Residuals of a row or column that are compared."""
@@ -49,18 +48,17 @@ def refuse_broadcasting(name: str, values: Tensor, gradient: Callable[[Tensor], 
             )
 
 
-def refuse_too_many(blocks: Sequence[Block]) -> None:
-    """Refuse residuals for whose Gram matrix and its factor there is no memory."""
-    rows = sum(block.values.numel() for block in blocks)
+def refuse_too_large(device: torch.device, solver: str, order: int) -> None:
+    """Refuse a system for whose matrix, the damped one and its factor there is no memory."""
     try:
-        torch.empty((2, rows, rows), dtype=torch.float64, device=blocks[0].values.device)
+        torch.empty((3, order, order), dtype=torch.float64, device=device)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        shapes = ", ".join(f"{block.name!r} {tuple(block.values.shape)}" for block in blocks)
+        what = "residuals, J J^T" if solver == "sample" else "parameters, J^T J"
         raise ValueError(
-            f"residuals: {rows} rows need {16 * rows**2 / 1e9:.1f} GB for J J^T and its factor, which cannot "
-            f"be allocated; take fewer points in a step, or mend the shapes of the blocks: {shapes}"
+            f"solver: {order} {what} and its factor need {24 * order**2 / 1e9:.1f} GB, which cannot be "
+            "allocated; take solver='iterative', or fewer points in a step"
         ) from error
 
 

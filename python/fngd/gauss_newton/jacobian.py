@@ -1,8 +1,8 @@
-"""The Jacobian of residuals in factors, contracted in sample space; of linear layers it is rarely formed."""
+"""The Jacobian of residuals: its products with vectors and with itself, by factors."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -10,8 +10,12 @@ from torch import Tensor
 import fngd_kernels as fk
 
 from ..capture import RoutedModule, Uses
-from ..rules import Use, is_linear_map
+from ..rules import is_linear_map
+from .factors import CHUNK_BYTES, Factor, FormedFactor, LinearFactor, contributions_of, write_rows
 from .layers import trainable
+
+FORMED_BYTES = 256 << 20
+"""Up to this size J is formed; beyond it linear layers stay as they were captured."""
 
 
 @dataclass
@@ -23,147 +27,135 @@ class Group:
     rows: dict[Tensor, Tensor]  # (N, *shape), what is formed
 
 
-class Factor(Protocol):
-    """The columns of J (M, P) that belong to some parameters."""
-
-    parameters: Sequence[Tensor]
-
-    def gram(self) -> Tensor:
-        """Return J J^T (M, M) of these columns."""
-
-    def transposed_times(self, y: Tensor) -> Sequence[Tensor]:
-        """Return J^T y in the parameters' shapes, for y (M,)."""
-
-    def times(self, direction: Sequence[Tensor]) -> Tensor:
-        """Return J d (M,), for a direction of the parameters' shapes."""
-
-
-class LinearFactor:
-    """A linear layer: row m of J is E_m^T A_m, a (M, T, I) and e (M, T, O); the bias is a's last column."""
-
-    def __init__(self, parameters: Sequence[Tensor], a: Tensor, e: Tensor) -> None:
-        self.parameters, self.a, self.e = parameters, a, e
-
-    def gram(self) -> Tensor:
-        return fk.gram(self.a, self.e, precision="ieee")
-
-    def transposed_times(self, y: Tensor) -> Sequence[Tensor]:
-        combined = fk.combine(self.a, self.e, y.to(self.a.dtype))
-        assert isinstance(combined, Tensor)
-        return (combined,) if len(self.parameters) == 1 else (combined[:, :-1], combined[:, -1])
-
-    def times(self, direction: Sequence[Tensor]) -> Tensor:
-        columns = torch.cat([d.reshape(len(d), -1) for d in direction], dim=1)
-        return ((self.a @ columns.T) * self.e).sum((1, 2))
-
-
-class RowsFactor:
-    """J as it is: rows (M, *shape) of one parameter."""
-
-    def __init__(self, parameter: Tensor, rows: Tensor) -> None:
-        self.parameters: Sequence[Tensor] = (parameter,)
-        self.rows = rows
-
-    def gram(self) -> Tensor:
-        return fk.gram_rows(self.rows)
-
-    def transposed_times(self, y: Tensor) -> Sequence[Tensor]:
-        return (fk.combine_rows(self.rows, y.to(self.rows.dtype)),)
-
-    def times(self, direction: Sequence[Tensor]) -> Tensor:
-        return self.rows.flatten(1) @ direction[0].flatten()
-
-
 class Jacobian:
-    """J (M, P) of M scaled residuals."""
+    """J (M, P) of M scaled residuals rho, in float64; a vector of length P holds one parameter after another.
 
-    def __init__(self, factors: Sequence[Factor], residuals: Tensor) -> None:
-        self.factors, self.residuals = factors, residuals
+    Args:
+        residuals: (M,) rho.
+        parameters: What J differentiates by, in order.
+        factors: Their columns; zeros for parameters that no factor has.
+    """
+
+    def __init__(self, residuals: Tensor, parameters: Sequence[Tensor], factors: Sequence[Factor]) -> None:
+        self.residuals, self.parameters, self._factors = residuals.double(), parameters, factors
+        self._sizes = [p.numel() for p in parameters]
+        ends = torch.tensor(self._sizes, dtype=torch.int64, device="cpu").cumsum(0).tolist()
+        pairs = zip(parameters, self._sizes, ends, strict=True)
+        self._columns = {p: slice(end - size, end) for p, size, end in pairs}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return (M, P)."""
+        return len(self.residuals), sum(self._sizes)
+
+    @property
+    def rounding(self) -> float:
+        """Return the unit roundoff of the residuals' derivatives, the largest of any parameter."""
+        return max(torch.finfo(p.dtype).eps for p in self.parameters)
+
+    def by_parameter(self, x: Tensor) -> dict[Tensor, Tensor]:
+        """Return the parts (*shape) of a vector x (P,)."""
+        pairs = zip(self.parameters, x.split(self._sizes), strict=True)
+        return {p: part.view(p.shape) for p, part in pairs}
+
+    def flattened(self, parts: Mapping[Tensor, Tensor]) -> Tensor:
+        """Return the vector (P,) in float64 of parts in the parameters' shapes."""
+        return torch.cat([parts[p].flatten().double() for p in self.parameters])
 
     def gram(self) -> Tensor:
-        """Return J J^T (M, M) in float64; each factor's share is summed in its own dtype, at least fp32."""
-        k = torch.zeros(2 * self.residuals.shape, dtype=torch.float64, device=self.residuals.device)
-        for factor in self.factors:
+        """Return J J^T (M, M); each factor's share is summed in its own dtype, at least fp32."""
+        k = self.residuals.new_zeros(2 * self.residuals.shape)
+        for factor in self._factors:
             k += factor.gram()
         return k
 
-    def transposed_times(self, y: Tensor) -> dict[Tensor, Tensor]:
-        """Return J^T y (P,), by parameter."""
-        parts = [zip(factor.parameters, factor.transposed_times(y), strict=True) for factor in self.factors]
-        return {parameter: part for pairs in parts for parameter, part in pairs}
+    def normal_matrix(self) -> Tensor:
+        """Return J^T J (P, P)."""
+        rows, columns = self.shape
+        matrix = self.residuals.new_zeros((columns, columns))
+        chunk = max(1, CHUNK_BYTES // (8 * columns))
+        for i in range(0, rows, chunk):
+            matrix += fk.gram_rows(self._rows(i, min(i + chunk, rows)).T)
+        return matrix
 
-    def times(self, direction: Mapping[Tensor, Tensor]) -> Tensor:
-        """Return J d (M,) in float64, for a direction by parameter."""
-        parts = [f.times([direction[p] for p in f.parameters]).double() for f in self.factors]
-        return torch.stack(parts).sum(0)
+    def squared_norm(self) -> Tensor:
+        """Return |J|_F^2."""
+        return torch.stack([factor.squared_norm() for factor in self._factors]).sum()
 
+    def times(self, x: Tensor) -> Tensor:
+        """Return J x (M,) or (M, K), for x (P,) or (P, K)."""
+        columns = x.view(len(x), -1)
+        parts = [factor.times(self._taken(columns, factor)).double() for factor in self._factors]
+        product = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        return product.view(-1, *x.shape[1:])
 
-def linear_factor(
-    parameters: Sequence[Tensor], groups: Sequence[Sequence[Use]], sizes: list[int]
-) -> LinearFactor:
-    """Return one factor of groups of rows, filled up with zeros to the most positions of any group.
+    def transposed_times(self, y: Tensor) -> Tensor:
+        """Return J^T y (P,) or (P, K), for y (M,) or (M, K)."""
+        rows = y.view(len(y), -1)
+        product = y.new_zeros((sum(self._sizes), rows.shape[1]))
+        for factor in self._factors:
+            self._put(factor.transposed_times(rows), factor, product)
+        return product.view(-1, *y.shape[1:])
 
-    Args:
-        parameters: The weight, and the bias where it is trained.
-        groups: For each group the uses of its N samples, empty for a group that the layer takes no
-            part in.
-        sizes: N of each group.
-    """
-    outputs, inputs = parameters[0].shape
-    most = max(sum(use.e[0].numel() for use in uses) for uses in groups) // outputs
-    like = next(use.e for uses in groups for use in uses)
-    a = like.new_empty((sum(sizes), most, inputs + len(parameters) - 1))
-    e = like.new_empty((sum(sizes), most, outputs))
-    for uses, a_rows, e_rows in zip(groups, a.split(sizes), e.split(sizes), strict=True):
-        begin = 0
-        for use in uses:
-            end = begin + use.e[0].numel() // outputs
-            a_rows[:, begin:end, :inputs] = use.a.reshape(len(a_rows), -1, inputs)
-            a_rows[:, begin:end, inputs:] = float(use.biased)
-            e_rows[:, begin:end] = use.e.reshape(len(e_rows), -1, outputs)
-            begin = end
-        a_rows[:, begin:], e_rows[:, begin:] = 0, 0
-    return LinearFactor(parameters, a, e)
+    def _rows(self, begin: int, end: int) -> Tensor:
+        found = self.residuals.new_zeros((end - begin, sum(self._sizes)))
+        for factor in self._factors:
+            self._put(factor.rows(begin, end).T, factor, found.T)
+        return found
+
+    def _taken(self, x: Tensor, factor: Factor) -> Tensor:
+        """Return the rows of x (P, K) that belong to a factor."""
+        return torch.cat([x[self._columns[p]] for p in factor.parameters])
+
+    def _put(self, part: Tensor, factor: Factor, x: Tensor) -> None:
+        """Write the rows of x (P, K) that belong to a factor."""
+        parts = part.split([p.numel() for p in factor.parameters])
+        for p, own in zip(factor.parameters, parts, strict=True):
+            x[self._columns[p]] = own
 
 
 @torch.no_grad()
-def factors_of(modules: Sequence[RoutedModule], groups: Sequence[Group]) -> list[Factor]:
-    """Return the factors of all parameters; linear layers stay unformed where that takes less memory.
+def jacobian_of(
+    residuals: Tensor,
+    parameters: Sequence[Tensor],
+    modules: Sequence[RoutedModule],
+    groups: Sequence[Group],
+) -> Jacobian:
+    """Return the Jacobian, formed where it is small, else without the rows of linear layers.
 
     Args:
+        residuals: (M,) rho.
+        parameters: What J differentiates by.
         modules: The layers that are captured.
-        groups: The rows of the Jacobian, to which those of layers that are formed are added.
+        groups: The rows of J.
     """
-    sizes = [len(group.residuals) for group in groups]
     factors: list[Factor] = []
-    for module in modules:
-        parameters = trainable(module)
-        uses = [group.uses.get(module, []) for group in groups]
-        formed = any(parameters[0] in group.rows for group in groups)
-        if (
-            is_linear_map(module.rule)
-            and any(uses)
-            and not formed
-            and not _mostly_zeros(parameters[0], uses, sizes)
-        ):
-            factors.append(linear_factor(parameters, uses, sizes))
-            continue
-        for group, captured in zip(groups, uses, strict=True):
-            if captured:
-                contributions = module.rule.contributions(module.module, captured)
-                pairs = zip(module.parameters, contributions, strict=True)
-                group.rows |= {p: c for p, c in pairs if p is not None and c is not None}
-    for parameter in dict.fromkeys(p for group in groups for p in group.rows):
-        zeros = (parameter.new_zeros((size, *parameter.shape)) for size in sizes)
-        rows = [g.rows.get(parameter, zero) for g, zero in zip(groups, zeros, strict=True)]
-        factors.append(RowsFactor(parameter, torch.cat(rows)))
-    return factors
+    formed = list(parameters)
+    if len(residuals) * sum(p.numel() * p.itemsize for p in parameters) > FORMED_BYTES:
+        in_rows = {p for group in groups for p in group.rows}
+        for module in modules:
+            uses = [(len(group.residuals), group.uses.get(module, [])) for group in groups]
+            own = set(trainable(module))
+            if is_linear_map(module.rule) and in_rows.isdisjoint(own) and any(u for _, u in uses):
+                factors.append(LinearFactor(module, uses))
+                formed = [p for p in formed if p not in own]
+    if formed:
+        others = [m for m in modules if not set(formed).isdisjoint(trainable(m))]
+        factors.append(_formed(formed, others, groups))
+    return Jacobian(residuals, parameters, factors)
 
 
-def _mostly_zeros(weight: Tensor, groups: Sequence[Sequence[Use]], sizes: Sequence[int]) -> bool:
-    """Return whether groups of few positions, filled up to the most, take more numbers than rows of J."""
-    outputs, inputs = weight.shape
-    positions = [sum(use.e[0].numel() for use in uses) // outputs for uses in groups]
-    own = sum(size * t for size, t in zip(sizes, positions, strict=True)) * (outputs + inputs)
-    filled_up = sum(sizes) * max(positions) * (outputs + inputs)
-    return filled_up > max(own, sum(sizes) * outputs * inputs)
+def _formed(
+    parameters: Sequence[Tensor], modules: Sequence[RoutedModule], groups: Sequence[Group]
+) -> FormedFactor:
+    dtype = reduce(torch.promote_types, (p.dtype for p in parameters))
+    sizes = [len(group.residuals) for group in groups]
+    shape = sum(sizes), sum(p.numel() for p in parameters)
+    jacobian = torch.empty(shape, dtype=dtype, device=parameters[0].device)
+    for group, part in zip(groups, jacobian.split(sizes), strict=True):
+        rows = dict(group.rows)
+        for module in modules:
+            if uses := group.uses.get(module):
+                rows |= contributions_of(module, uses)
+        write_rows(part, parameters, rows)
+    return FormedFactor(parameters, jacobian)

@@ -13,11 +13,12 @@ from torch.nn import Parameter
 from ..capture import RoutedModule, Uses, route
 from ..event_log import log
 from .autograd_rows import differentiated_rows, per_sample_rows
-from .checks import disagreeing, refuse_batch_statistics, refuse_broadcasting, refuse_too_many
-from .jacobian import Group, Jacobian, factors_of
+from .checks import disagreeing, refuse_batch_statistics, refuse_broadcasting
+from .jacobian import Group, Jacobian, jacobian_of
 from .layers import ROWS_DIFFER, USED_ELSEWHERE, Layers, trainable
+from .ranks import Ranks
 from .recorder import UseRecorder
-from .residuals import Block, evaluate, loss
+from .residuals import Block, evaluate, with_counts
 from .rows import RowFinder
 
 UNUSED = "unused: no residual depends on it"
@@ -37,10 +38,11 @@ class Linearizer:
     Args:
         model: The network.
         parameters: What is optimized; what is outside of the model goes by its place here.
+        ranks: Who holds the other residuals.
     """
 
-    def __init__(self, model: nn.Module, parameters: Iterable[Tensor]) -> None:
-        self.model, self.parameters = model, list(parameters)
+    def __init__(self, model: nn.Module, parameters: Iterable[Tensor], ranks: Ranks) -> None:
+        self.model, self.parameters, self._ranks = model, list(parameters), ranks
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self._names = {p: names.get(p, f"params[{i}]") for i, p in enumerate(self.parameters)}
         self.layers = Layers(model, self.parameters)
@@ -49,10 +51,11 @@ class Linearizer:
         self._active: list[RoutedModule] = []  # the layers that are captured in this linearization
         self._shapes: list[Any] = []  # of the blocks, when they were last asked for broadcasting
         self._checked: tuple[Any, ...] = ()  # the form of the last Jacobian that was compared with autograd's
+        self._counts: dict[str, int] = {}  # residuals of the blocks, of all ranks, in this step
         self._unused: set[Tensor] = set()
 
-    def __call__(self, residuals: Callable[[], Any]) -> tuple[Tensor, Jacobian]:
-        """Return the loss and the Jacobian of the scaled residuals, whose squares sum to the loss.
+    def __call__(self, residuals: Callable[[], Any]) -> Jacobian:
+        """Return the scaled residuals, whose squares sum to the loss, with their Jacobian.
 
         Raises:
             TypeError, ValueError: Residuals of a wrong form, or that do not depend on the parameters.
@@ -60,16 +63,23 @@ class Linearizer:
         refuse_batch_statistics(self.model)
         if not self._trained():
             raise ValueError("params: expected a parameter that requires a gradient, all are frozen")
+        self._counts = {}
         while True:
             try:
                 return self._linearized(residuals)
             except LayersChanged:
                 continue
 
-    def value(self, residuals: Callable[[], Any]) -> Tensor:
-        """Return the loss alone."""
+    @property
+    def count(self) -> int:
+        """Return how many residuals the last Jacobian has, on all ranks."""
+        return sum(self._counts.values())
+
+    def rows(self, residuals: Callable[[], Any]) -> Tensor:
+        """Return the scaled residuals (M,) alone, in float64, in the blocks that the last Jacobian had."""
         with torch.enable_grad():
-            return loss(evaluate(residuals, self._of_model()))
+            blocks = with_counts(evaluate(residuals, self._of_model()), self._counts)
+        return torch.cat([block.rows.double() for block in blocks])
 
     def coverage(self) -> dict[str, str]:
         """Return how the Jacobian of every parameter is found: a rule, or "generic: " and why."""
@@ -96,29 +106,30 @@ class Linearizer:
         return {p: module for module in self._active for p in trainable(module)}
 
     @torch.enable_grad()
-    def _linearized(self, residuals: Callable[[], Any]) -> tuple[Tensor, Jacobian]:
+    def _linearized(self, residuals: Callable[[], Any]) -> Jacobian:
         self._active = self.layers.captured()
         restore = route(self._active, self.recorder)
         try:
             blocks = evaluate(residuals, self._of_model())
+            if not self._counts:
+                self._counts = self._ranks.sums({block.name: block.values.numel() for block in blocks})
+            blocks = with_counts(blocks, self._counts)
             with _freed_graphs_explained():
                 shapes = [(block.name, block.values.shape) for block in blocks]
                 if shapes != self._shapes:
                     for block in blocks:
                         refuse_broadcasting(block.name, block.values, self._gradient)
                     self._shapes = shapes
-                refuse_too_many(blocks)
                 groups: list[Group] = []
                 for block in blocks:
                     groups += self._per_sample(block) if block.per_sample else self._captured(block)
-                jacobian = Jacobian(
-                    factors_of(self._active, groups), torch.cat([block.rows for block in blocks])
-                )
+                rho = torch.cat([block.rows for block in blocks])
+                jacobian = jacobian_of(rho, self._trained(), self._active, groups)
                 form = shapes, self._active, self._rows.changes
                 if form != self._checked and bool(jacobian.residuals.isfinite().all()):
                     self._check(blocks, jacobian)
                     self._checked = form
-            return loss(blocks), jacobian
+            return jacobian
         finally:
             restore()
             self.recorder.reset()
@@ -224,7 +235,7 @@ class Linearizer:
                 )
             used |= expected.keys()
             part.copy_(seed.T.flatten())
-            for p in disagreeing(expected, jacobian.transposed_times(v)):
+            for p in disagreeing(expected, jacobian.by_parameter(jacobian.transposed_times(v))):
                 if p not in owners:
                     raise ValueError(
                         f"residuals: the Jacobian of {self._names[p]} in block {block.name!r} does not agree "

@@ -2,28 +2,46 @@
 
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-
-from fngd_kernels import solve
-from fngd_kernels.ops.finite import found_non_finite
 
 from ..event_log import EventLog
 from ..state import NotCopied, check_groups, check_like
+from .acceleration import acceleration
+from .direct import Solve, System
 from .jacobian import Jacobian
 from .linearize import Linearizer
+from .ranks import Ranks
+from .systems import SOLVERS, Solver, chosen, system_of
+from .walk import Walk
 
 LM = "lm"
-DECREASE, INCREASE = 3.0, 4.0
-"""Damping is divided by the one after a step that lowers the loss, multiplied by the other if not."""
+DECREASE = 3.0
+"""What damping is at most divided by after a step."""
+SMALLEST_INCREASE = 2.0
+"""What it is multiplied by after a failed trial, and twice as much after each further one."""
 LARGEST_DAMPING = 1e8
+COUNTERS = (
+    "steps",
+    "accelerated_steps",
+    "undone_trials",
+    "given_up_steps",
+    "skipped_steps",
+    "iterations",
+)
 MAX_TRIALS = 12
 """Trial steps, or halvings of a step, before a step is given up."""
-
-Direction = dict[Tensor, Tensor]
+SINCE_FIRST_VERSION = {"damping_increase": SMALLEST_INCREASE, "accelerated_steps": 0, "iterations": 0}
+"""What a state of the first version has not."""
+NOT_FINITE = "left out, its loss or Jacobian is not finite"
+AHEAD = 0.1
+"""The part of a step after which residuals are evaluated for their second derivative along it."""
+LARGEST_ACCELERATION = 0.75
+"""Of the step; where it is larger, second order does not describe the residuals."""
 
 
 class GaussNewton(NotCopied):
@@ -57,9 +75,15 @@ class GaussNewton(NotCopied):
 
     adaptive: bool
     damping: float
+    geodesic: bool
     momentum: float
     line_search: bool
+    solver: Solver
+    tolerance: float
+    _form: Solver
+    _increase: float
     _linearize: Linearizer
+    _ranks: Ranks
     _counts: dict[str, int]
     _log: EventLog
 
@@ -70,9 +94,13 @@ class GaussNewton(NotCopied):
         *,
         damping: str | float = LM,
         initial_damping: float = 1.0,
+        geodesic: bool = True,
         momentum: float = 0.0,
         line_search: bool = False,
         params: Iterable[Any] | None = None,
+        solver: Solver = "auto",
+        tolerance: float = 0.1,
+        process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -88,14 +116,23 @@ class GaussNewton(NotCopied):
             raise ValueError(
                 "line_search: expected False with damping='lm', which accepts or undoes steps itself"
             )
+        if solver not in SOLVERS:
+            raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
+        if solver == "sample" and process_group is not None:
+            raise ValueError(
+                "solver: expected 'auto', 'parameter' or 'iterative' with a process_group, got 'sample'"
+            )
+        _number("tolerance", tolerance)
         super().__init__(model.parameters() if params is None else params, {"lr": lr})
         _refuse_complex(model, self.param_groups)
         self.adaptive = damping == LM
         self.damping = float(initial_damping if isinstance(damping, str) else damping)
-        self.momentum, self.line_search = float(momentum), line_search
-        self._linearize = Linearizer(model, self._parameters())
-        counters = ("steps", "undone_trials", "given_up_steps", "skipped_steps")
-        self._counts = dict.fromkeys(counters, 0)
+        self._increase = SMALLEST_INCREASE
+        self.geodesic, self.momentum, self.line_search = geodesic, float(momentum), line_search
+        self.solver, self.tolerance, self._form = solver, float(tolerance), solver
+        self._ranks = Ranks(process_group)
+        self._linearize = Linearizer(model, self._parameters(), self._ranks)
+        self._counts = dict.fromkeys(COUNTERS, 0)
         self._log = EventLog("step")
 
     def _parameters(self) -> list[Tensor]:
@@ -112,11 +149,12 @@ class GaussNewton(NotCopied):
             model = self._linearize.model
             try:
                 _refuse_complex(model, self.param_groups)
-                self._linearize = Linearizer(model, self._parameters())
+                self._linearize = Linearizer(model, self._parameters(), self._ranks)
             except (TypeError, ValueError):
                 self.param_groups.pop()
                 raise
 
+    @torch.no_grad()
     def step(self, residuals: Callable[[], Any]) -> Tensor:  # type: ignore[override]
         """Make one step on the residuals and return the loss before it.
 
@@ -136,115 +174,125 @@ class GaussNewton(NotCopied):
             TypeError, ValueError: Residuals that are of another form, do not depend on what is optimized, or
                 are more than memory allows; a model with batch normalisation in training mode.
         """
-        loss, jacobian = self._linearize(residuals)
-        with torch.profiler.record_function("GaussNewton.gram"), torch.no_grad():
-            k = jacobian.gram()
-        unit = float(k.diagonal().mean())
-        if not (math.isfinite(unit) and bool(loss.isfinite())):
-            self._leave_out("skipped_steps", "left out, its loss or Jacobian is not finite")
+        jacobian = self._linearize(residuals)
+        loss = self._loss(jacobian.residuals)
+        if not bool(loss.isfinite()):
+            self._leave_out("skipped_steps", NOT_FINITE)
             return loss
-        if unit == 0:  # stationary
-            return loss
-        if self.adaptive:
-            self._levenberg_marquardt(residuals, float(loss), jacobian, k, unit)
-        else:
-            self._fixed(residuals, float(loss), jacobian, k, unit)
+        rows = self._linearize.count
+        self._form = chosen(self.solver, rows, jacobian.shape[1], self._ranks)
+        system = system_of(jacobian, self._form, self._ranks, self.tolerance)
+        unit = system.squared_norm / rows
+        if not math.isfinite(unit):
+            self._leave_out("skipped_steps", NOT_FINITE)
+        elif unit > 0:  # else stationary
+            self._step(Walk(self._linearize, residuals, jacobian), float(loss), jacobian, system, unit)
+            self._counts["iterations"] += system.iterations
         return loss
+
+    def _loss(self, residuals: Tensor) -> Tensor:
+        return self._ranks.sum(residuals.square().sum())
 
     def _leave_out(self, counter: str, reason: str) -> None:
         self._counts[counter] += 1
         self._log.count(reason)
 
-    @torch.no_grad()
-    def _direction(self, jacobian: Jacobian, k: Tensor, damping: float) -> Direction | None:
-        """Return d, or None when the damped system cannot be factored or d is not finite."""
-        phi: Direction = {}
-        if self.momentum:
-            trained = [p for factor in jacobian.factors for p in factor.parameters]
-            phi = {
-                p: self.momentum * self.state[p].get("momentum_buffer", torch.zeros_like(p)) for p in trained
-            }
-        rho = jacobian.residuals.double()
-        with torch.profiler.record_function("GaussNewton.solve"):
-            y, info = solve(k, damping, rho - jacobian.times(phi) if phi else rho, return_info=True)
-        if int(info) != 0:
-            return None
-        with torch.profiler.record_function("GaussNewton.combine"):
-            direction = jacobian.transposed_times(y)
-        if phi:
-            direction = {p: d + phi[p] for p, d in direction.items()}
-        return None if found_non_finite(list(direction.values())) else direction
-
-    def _levenberg_marquardt(
-        self, residuals: Callable[[], Any], before: float, jacobian: Jacobian, k: Tensor, unit: float
-    ) -> None:
-        """Take the first step that lowers the loss, with more damping after each that does not."""
-        smallest = torch.finfo(jacobian.residuals.dtype).eps
-        for _ in range(MAX_TRIALS):
-            direction = self._direction(jacobian, k, self.damping * unit)
-            if direction is not None and self._try(residuals, before, direction, 1.0):
-                self.damping = max(self.damping / DECREASE, smallest)
-                return
-            self.damping = min(self.damping * INCREASE, LARGEST_DAMPING)
-        self._leave_out("given_up_steps", f"given up after {MAX_TRIALS} trials")
-
-    def _fixed(
-        self, residuals: Callable[[], Any], before: float, jacobian: Jacobian, k: Tensor, unit: float
-    ) -> None:
-        # Rounding can make the system indefinite.
-        ladder = (self.damping * INCREASE**i * unit for i in range(MAX_TRIALS))
-        direction = next(filter(None, (self._direction(jacobian, k, damping) for damping in ladder)), None)
-        if direction is None:
-            self._leave_out("given_up_steps", f"given up after {MAX_TRIALS} trials")
-            return
-        if not self.line_search:
-            self._move(direction, 1.0)
-            self._finish(direction)
-            return
-        if not any(self._try(residuals, before, direction, 0.5**halvings) for halvings in range(MAX_TRIALS)):
-            self._leave_out("given_up_steps", f"given up after {MAX_TRIALS} trials")
-
-    # ---- the parameters ----
-
-    def _try(
-        self, residuals: Callable[[], Any], before: float, direction: Direction, fraction: float
-    ) -> bool:
-        """Make a step; undo it and return False when it does not lower the loss."""
-        saved = {p: p.detach().clone() for p in direction}
+    def _step(self, walk: Walk, before: float, jacobian: Jacobian, system: System, unit: float) -> None:
+        """Take a step, or none where no trial was good enough."""
+        take = self._levenberg_marquardt if self.adaptive else self._fixed
         try:
-            self._move(direction, fraction)
-            lowered = float(self._linearize.value(residuals)) < before
+            direction = take(walk, before, jacobian, system, unit)
         except BaseException:
-            self._put_back(saved)
+            walk.go_back()
             raise
-        if lowered:
-            self._finish(direction)
-        else:
-            self._put_back(saved)
-            self._counts["undone_trials"] += 1
-        return lowered
-
-    @torch.no_grad()
-    def _move(self, direction: Direction, fraction: float) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p in direction:
-                    p.add_(direction[p].to(p.dtype), alpha=-float(group["lr"]) * fraction)
-
-    @torch.no_grad()
-    def _put_back(self, saved: Direction) -> None:
-        for p, value in saved.items():
-            p.copy_(value)
-
-    def _finish(self, direction: Direction) -> None:
+        if direction is None:
+            walk.go_back()
+            self._leave_out("given_up_steps", f"given up after {MAX_TRIALS} trials")
+            return
         self._counts["steps"] += 1
         if self.momentum:
-            for p, d in direction.items():
-                self.state[p]["momentum_buffer"] = d
+            for p, d in jacobian.by_parameter(direction).items():
+                self.state[p]["momentum_buffer"] = d.to(p.dtype, copy=True)
+
+    def _levenberg_marquardt(
+        self, walk: Walk, before: float, jacobian: Jacobian, system: System, unit: float
+    ) -> Tensor | None:
+        """Take the first step that lowers the loss, with more damping after each that does not."""
+        residuals = jacobian.residuals
+        for _ in range(MAX_TRIALS):
+            solve = system.damped(self.damping * unit)
+            direction = None if solve is None else self._direction(jacobian, solve)
+            if solve is not None and direction is not None:
+                step = self._moving(jacobian, direction)
+                change = jacobian.times(step)
+                bend = (
+                    acceleration(step, change, residuals, walk.residuals_at, solve) if self.geodesic else None
+                )
+                after = float(self._loss(walk.residuals_at(step if bend is None else step + bend)))
+                if after < before:
+                    predicted = before - float(self._loss(residuals + change))
+                    self._counts["accelerated_steps"] += bend is not None
+                    self._trust((before - after) / predicted if predicted > 0 else 0.0, jacobian.rounding)
+                    return direction
+            self._counts["undone_trials"] += 1
+            self._distrust()
+        return None
+
+    def _fixed(
+        self, walk: Walk, before: float, jacobian: Jacobian, system: System, unit: float
+    ) -> Tensor | None:
+        """Take the step, or with a line search the first of its halves that lowers the loss."""
+        # Rounding can make the system indefinite.
+        solves = (system.damped(self.damping * SMALLEST_INCREASE**i * unit) for i in range(MAX_TRIALS))
+        directions = (self._direction(jacobian, solve) for solve in solves if solve is not None)
+        direction = next((d for d in directions if d is not None), None)
+        if direction is None:
+            return None
+        step = self._moving(jacobian, direction)
+        if not self.line_search:
+            walk.go(step)
+            return direction
+        for _ in range(MAX_TRIALS):
+            if float(self._loss(walk.residuals_at(step))) < before:
+                return direction
+            self._counts["undone_trials"] += 1
+            step = step / 2
+        return None
+
+    def _direction(self, jacobian: Jacobian, solve: Solve) -> Tensor | None:
+        """Return d (P,), None where it is not finite."""
+        if self.momentum:
+            buffers = {
+                p: self.state[p].get("momentum_buffer", torch.zeros_like(p)) for p in jacobian.parameters
+            }
+            phi = self.momentum * jacobian.flattened(buffers)
+            direction = solve(jacobian.residuals - jacobian.times(phi)) + phi
+        else:
+            direction = solve(jacobian.residuals)
+        return direction if bool(direction.isfinite().all()) else None
+
+    def _moving(self, jacobian: Jacobian, direction: Tensor) -> Tensor:
+        """Return -lr d (P,), with the learning rate of each parameter's group."""
+        rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
+        parts = jacobian.by_parameter(direction)
+        return jacobian.flattened({p: -rates[p] * d for p, d in parts.items()})
+
+    def _trust(self, gain: float, rounding: float) -> None:
+        """Lower the damping by how well the linear model foretold the gain, after Nielsen (1999)."""
+        factor = max(1 / DECREASE, 1 - (2 * min(gain, 1.0) - 1) ** 3)
+        self.damping = min(max(self.damping * factor, rounding), LARGEST_DAMPING)
+        self._increase = SMALLEST_INCREASE
+
+    def _distrust(self) -> None:
+        self.damping = min(self.damping * self._increase, LARGEST_DAMPING)
+        self._increase *= 2
 
     def state_dict(self) -> dict[str, Any]:
         """Return momentum, groups and, under "gauss_newton", damping and counters."""
-        return {**super().state_dict(), "gauss_newton": {"damping": self.damping, **self._counts}}
+        return {**super().state_dict(), "gauss_newton": self._own_state()}
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"damping": self.damping, "damping_increase": self._increase, **self._counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what state_dict returned.
@@ -260,7 +308,9 @@ class GaussNewton(NotCopied):
                 "state_dict: expected the state of a GaussNewton optimizer, 'gauss_newton' is missing"
             )
         own = state_dict["gauss_newton"]
-        check_like(own, self.stats(), "gauss_newton")
+        if isinstance(own, Mapping):
+            own = {**SINCE_FIRST_VERSION, **own}
+        check_like(own, self._own_state(), "gauss_newton")
         if not (math.isfinite(own["damping"]) and own["damping"] > 0):
             raise ValueError(f"state_dict: expected a finite damping > 0, got {own['damping']}")
         for number, parameter in enumerate(self._parameters()):
@@ -272,6 +322,7 @@ class GaussNewton(NotCopied):
                 )
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "gauss_newton"})
         self.damping = own["damping"]
+        self._increase = own["damping_increase"]
         self._counts = {counter: own[counter] for counter in self._counts}
 
     def coverage(self) -> dict[str, str]:
@@ -282,11 +333,13 @@ class GaussNewton(NotCopied):
         return self._linearize.coverage()
 
     def stats(self) -> dict[str, Any]:
-        """Return the damping and counters of steps, undone trials, given up and skipped steps.
+        """Return the damping, the solver of the last step, and counters.
 
-        The logger "fngd" tells of the 1st, 10th, 100th, ... given up or skipped one.
+        They count steps and those with geodesic acceleration, undone trials, given up and skipped steps, and
+        the iterations of the iterative solver. The logger "fngd" tells of the 1st, 10th, 100th, ... given up
+        or skipped step.
         """
-        return {"damping": self.damping, **self._counts}
+        return {"damping": self.damping, "solver": self._form, **self._counts}
 
 
 def _refuse_complex(model: nn.Module, groups: Iterable[dict[str, Any]]) -> None:

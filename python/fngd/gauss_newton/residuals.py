@@ -3,7 +3,7 @@
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,12 +43,13 @@ class Block:
     name: str
     values: Tensor  # (N, C)
     weight: float
+    count: int  # of residuals of this name, those of other ranks among them
     per_sample: PerSample | None
 
     @property
     def scale(self) -> float:
         """Return the factor that makes the loss the sum of squares of the scaled residuals."""
-        return math.sqrt(self.weight / self.values.numel())
+        return math.sqrt(self.weight / self.count)
 
     @property
     def rows(self) -> Tensor:
@@ -74,9 +75,18 @@ def evaluate(residuals: Callable[[], Any], params: Mapping[str, Tensor]) -> list
     return [_block(str(name), given, params) for name, given in named.items()]
 
 
-def loss(blocks: Sequence[Block]) -> Tensor:
-    """Return sum_b weight_b mean(r_b^2), detached."""
-    return torch.stack([block.weight * block.values.detach().square().mean() for block in blocks]).sum()
+def with_counts(blocks: Sequence[Block], counts: Mapping[str, int]) -> list[Block]:
+    """Return the blocks as parts of as many residuals as the counts say by name.
+
+    Raises:
+        ValueError: Blocks of other names.
+    """
+    names = [block.name for block in blocks]
+    if names != list(counts):
+        raise ValueError(
+            f"residuals: expected the blocks {list(counts)} in every call of a step, got {names}"
+        )
+    return [replace(block, count=counts[block.name]) for block in blocks]
 
 
 def _block(name: str, given: Any, params: Mapping[str, Tensor]) -> Block:
@@ -91,6 +101,8 @@ def _block(name: str, given: Any, params: Mapping[str, Tensor]) -> Block:
     per_sample = values if isinstance(values, PerSample) else None
     if per_sample is not None:
         values = per_sample(params)
+    if isinstance(values, Tensor) and values.is_complex() and values.ndim in (1, 2):
+        values, weight = torch.view_as_real(values).flatten(1), 2 * weight  # of twice as many numbers
     if not isinstance(values, Tensor) or not values.is_floating_point():
         kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
         raise TypeError(f"residuals: expected floating tensors, block {name!r} is {kind}")
@@ -110,4 +122,5 @@ def _block(name: str, given: Any, params: Mapping[str, Tensor]) -> Block:
             f"({values.grad_fn.name()}); a squared error is given as prediction - target, and for other "
             "losses, such as cross entropy, use FNGD"
         )
-    return Block(name, values if values.ndim == 2 else values.unsqueeze(1), weight, per_sample)
+    values = values if values.ndim == 2 else values.unsqueeze(1)
+    return Block(name, values, weight, values.numel(), per_sample)
