@@ -121,7 +121,7 @@ def _weight_chunk(layer: LayerSizes, columns: int) -> tuple[int, int, int]:
 def row_block(n: int) -> int:
     """Return how many rows of the upper triangle of a symmetric (n,n) product are formed at a time."""
     # With fewer blocks more of the lower triangle is computed in vain, with more the products get too narrow.
-    return max(32, ceil(n / 4))
+    return max(32, min(256, ceil(n / 4)))
 
 
 def _upper_blocks(n: int, block: int) -> int:

@@ -9,8 +9,8 @@ from ... import native
 from ...torch_private import HAS_ONEDNN_PRODUCT, onednn_rows_product
 from .costs import row_block
 
-NATIVE_MAX_ROWS = 1024
-"""With more rows, the library's products of row blocks are at least as fast as the extension's kernel."""
+NATIVE_MAX_ROWS = 512
+"""With more rows, the library's products of row blocks are faster than the extension's kernel."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
