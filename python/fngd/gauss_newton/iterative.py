@@ -9,29 +9,63 @@ from .direct import Solve
 from .jacobian import Jacobian
 from .ranks import Ranks
 
-RANK = 100
-"""Of the approximation, which takes as many products with J and J^T."""
+FEW_ITERATIONS = 10
+"""A solve of no more is well preconditioned."""
+FIRST_RANK, LARGEST_RANK = 16, 256
 MAX_ITERATIONS = 500
 SEED = 0
-"""Of the sketch, the same on all ranks."""
+"""Of sketches, the same on all ranks."""
 
 Product = Callable[[Tensor], Tensor]
 
 
-class Nystroem:
-    """G ~ U diag(s) U^T of low rank, from a random sketch of a positive semidefinite G (n, n).
+class Preconditioner:
+    """G ~ U diag(s) U^T of low rank, from sketches of the positive semidefinite G (n, n) of successive steps.
 
-    Its damped inverse preconditions G + lam I for every lam:
-        x -> U diag((s_r + lam) / (s + lam)) U^T x + x - U U^T x,  s_r the smallest of s
+    Its damped inverse preconditions G + lam I for every lam,
+        x -> U diag((s_r + lam) / (s + lam)) U^T x + x - U U^T x,  s_r the smallest of s.
+
+    A sketch costs as many products with G as it has directions. It is renewed, with twice as many, once solves
+    have taken that many iterations more than a few; the directions of the last one are among the new.
 
     Source: Frangella, Tropp, Udell, "Randomized Nystroem preconditioning" (arXiv 2110.02820).
     """
 
-    def __init__(self, product: Product, n: int, device: torch.device, rounding: float) -> None:
-        """Sketch G by its products with (n, K); `rounding` is the relative error of these."""
-        generator = torch.Generator(device="cpu").manual_seed(SEED)
-        gaussian = torch.randn((n, min(RANK, n)), dtype=torch.float64, device="cpu", generator=generator)
-        directions = torch.linalg.qr(gaussian.to(device)).Q
+    def __init__(self) -> None:
+        self._u, self._s = torch.empty(0, 0), torch.empty(0)
+        self._excess = 0
+        self._generator = torch.Generator(device="cpu").manual_seed(SEED)
+
+    def count(self, iterations: int) -> None:
+        """Take note of how many iterations a solve took."""
+        self._excess += max(0, iterations - FEW_ITERATIONS)
+
+    def damped_inverse(self, lam: float, product: Product, like: Tensor, rounding: float) -> Product:
+        """Return the preconditioner of G + lam I.
+
+        Args:
+            lam: The damping.
+            product: Returns G x (n, K) for x (n, K).
+            like: A vector (n,).
+            rounding: The relative error of the products.
+        """
+        if len(self._u) != len(like) or self._u.device != like.device:
+            self._u, self._s = like.new_empty((len(like), 0)), like.new_empty(0)
+        rank = min(max(FIRST_RANK, 2 * len(self._s)), LARGEST_RANK, len(like))
+        if self._excess >= rank:
+            with torch.profiler.record_function("GaussNewton.precondition"):
+                self._sketch(product, rank, rounding)
+            self._excess = 0
+        u, s = self._u, self._s
+        shrunk = (s[-1:].sum() + lam) / (s + lam) - 1
+        return lambda x: x + u @ (shrunk * (u.T @ x))
+
+    def _sketch(self, product: Product, rank: int, rounding: float) -> None:
+        n, known = self._u.shape
+        gaussian = torch.randn(
+            (n, rank - known), dtype=torch.float64, generator=self._generator, device="cpu"
+        )
+        directions = torch.linalg.qr(torch.cat([self._u, gaussian.to(self._u)], 1)).Q
         sketch = product(directions)
         core = directions.T @ sketch
         eigenvalues, vectors = torch.linalg.eigh((core + core.T) / 2)
@@ -39,11 +73,6 @@ class Nystroem:
         root = sketch @ (vectors[:, kept] * eigenvalues[kept].rsqrt())
         self._u, singular, _ = torch.linalg.svd(root, full_matrices=False)
         self._s = singular.square()
-
-    def damped_inverse(self, lam: float) -> Product:
-        """Return the preconditioner of G + lam I."""
-        shrunk = (self._s[-1:].sum() + lam) / (self._s + lam) - 1
-        return lambda x: x + self._u @ (shrunk * (self._u.T @ x))
 
 
 class IterativeSystem:
@@ -53,28 +82,27 @@ class IterativeSystem:
     solution for a damping that differs by no more than `tolerance`, relatively.
     """
 
-    def __init__(self, jacobian: Jacobian, ranks: Ranks, tolerance: float) -> None:
+    def __init__(
+        self, jacobian: Jacobian, ranks: Ranks, tolerance: float, preconditioner: Preconditioner
+    ) -> None:
         self._jacobian, self._ranks, self._tolerance = jacobian, ranks, tolerance
         rows, columns = jacobian.shape
         self._by_sample = ranks.alone and rows < columns
-        self._n = rows if self._by_sample else columns
         self.squared_norm = float(ranks.sum(jacobian.squared_norm()))
-        self._preconditioner: Nystroem | None = None
+        self._preconditioner = preconditioner
         self.iterations = 0
 
     def damped(self, lam: float) -> Solve:
         """Return the solve for lam > 0."""
-        if self._preconditioner is None:
-            with torch.profiler.record_function("GaussNewton.precondition"):
-                device = self._jacobian.residuals.device
-                self._preconditioner = Nystroem(self._product, self._n, device, self._jacobian.rounding)
-        inverse = self._preconditioner.damped_inverse(lam)
 
         def solve(r: Tensor) -> Tensor:
+            right = r if self._by_sample else self._transposed_times(r)
+            inverse = self._preconditioner.damped_inverse(lam, self._product, right, self._jacobian.rounding)
             with torch.profiler.record_function("GaussNewton.solve"):
-                right = r if self._by_sample else self._transposed_times(r)
-                x = self._conjugate_gradients(right, lam, inverse)
-                return self._transposed_times(x) if self._by_sample else x
+                x, iterations = self._conjugate_gradients(right, lam, inverse)
+            self._preconditioner.count(iterations)
+            self.iterations += iterations
+            return self._transposed_times(x) if self._by_sample else x
 
         return solve
 
@@ -86,22 +114,21 @@ class IterativeSystem:
     def _transposed_times(self, y: Tensor) -> Tensor:
         return self._ranks.sum(self._jacobian.transposed_times(y))
 
-    def _conjugate_gradients(self, right: Tensor, lam: float, inverse: Product) -> Tensor:
-        """Return x of (G + lam I) x = right, from 0 on: each iterate lowers the quadratic model."""
+    def _conjugate_gradients(self, right: Tensor, lam: float, inverse: Product) -> tuple[Tensor, int]:
+        """Return x of (G + lam I) x = right and the iterations: each of them lowers the quadratic model."""
         x, r = torch.zeros_like(right), right.clone()
         z = inverse(r)
         p, rz = z, float(r @ z)
-        for _ in range(MAX_ITERATIONS):
-            if not rz > 0:
-                break
+        iterations = 0
+        while rz > 0 and iterations < MAX_ITERATIONS:
             q = self._product(p) + lam * p
             alpha = rz / float(p @ q)
             x += alpha * p
             r -= alpha * q
-            self.iterations += 1
+            iterations += 1
             if float(r.norm()) <= self._tolerance * lam * float(x.norm()):
                 break
             z = inverse(r)
             rz, last = float(r @ z), rz
             p = z + (rz / last) * p
-        return x
+        return x, iterations

@@ -13,6 +13,7 @@ from ..event_log import EventLog
 from ..state import NotCopied, check_groups, check_like
 from .acceleration import acceleration
 from .direct import Solve, System
+from .iterative import Preconditioner
 from .jacobian import Jacobian
 from .linearize import Linearizer
 from .ranks import Ranks
@@ -84,6 +85,7 @@ class GaussNewton(NotCopied):
     _increase: float
     _linearize: Linearizer
     _ranks: Ranks
+    _preconditioner: Preconditioner
     _counts: dict[str, int]
     _log: EventLog
 
@@ -130,7 +132,7 @@ class GaussNewton(NotCopied):
         self._increase = SMALLEST_INCREASE
         self.geodesic, self.momentum, self.line_search = geodesic, float(momentum), line_search
         self.solver, self.tolerance, self._form = solver, float(tolerance), solver
-        self._ranks = Ranks(process_group)
+        self._ranks, self._preconditioner = Ranks(process_group), Preconditioner()
         self._linearize = Linearizer(model, self._parameters(), self._ranks)
         self._counts = dict.fromkeys(COUNTERS, 0)
         self._log = EventLog("step")
@@ -181,7 +183,7 @@ class GaussNewton(NotCopied):
             return loss
         rows = self._linearize.count
         self._form = chosen(self.solver, rows, jacobian.shape[1], self._ranks)
-        system = system_of(jacobian, self._form, self._ranks, self.tolerance)
+        system = system_of(jacobian, self._form, self._ranks, self.tolerance, self._preconditioner)
         unit = system.squared_norm / rows
         if not math.isfinite(unit):
             self._leave_out("skipped_steps", NOT_FINITE)

@@ -4,7 +4,7 @@ from typing import Literal
 
 from .checks import refuse_too_large
 from .direct import ParameterSystem, SampleSystem, System
-from .iterative import IterativeSystem
+from .iterative import IterativeSystem, Preconditioner
 from .jacobian import Jacobian
 from .ranks import Ranks
 
@@ -24,7 +24,9 @@ def chosen(solver: Solver, rows: int, columns: int, ranks: Ranks) -> Solver:
     return "sample" if order < columns else "parameter"
 
 
-def system_of(jacobian: Jacobian, solver: Solver, ranks: Ranks, tolerance: float) -> System:
+def system_of(
+    jacobian: Jacobian, solver: Solver, ranks: Ranks, tolerance: float, preconditioner: Preconditioner
+) -> System:
     """Return the damped normal equations in one form.
 
     Raises:
@@ -32,6 +34,6 @@ def system_of(jacobian: Jacobian, solver: Solver, ranks: Ranks, tolerance: float
     """
     rows, columns = jacobian.shape
     if solver == "iterative":
-        return IterativeSystem(jacobian, ranks, tolerance)
+        return IterativeSystem(jacobian, ranks, tolerance, preconditioner)
     refuse_too_large(jacobian.residuals.device, solver, rows if solver == "sample" else columns)
     return SampleSystem(jacobian) if solver == "sample" else ParameterSystem(jacobian, ranks)
