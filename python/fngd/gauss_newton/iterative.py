@@ -20,13 +20,13 @@ Product = Callable[[Tensor], Tensor]
 
 
 class Preconditioner:
-    """G ~ U diag(s) U^T of low rank, from sketches of the positive semidefinite G (n, n) of successive steps.
+    """G ~ U diag(s) U^T of low rank, from sketches of positive semidefinite G (n, n), step by step.
 
     Its damped inverse preconditions G + lam I for every lam,
         x -> U diag((s_r + lam) / (s + lam)) U^T x + x - U U^T x,  s_r the smallest of s.
 
-    A sketch costs as many products with G as it has directions. It is renewed, with twice as many, once solves
-    have taken that many iterations more than a few; the directions of the last one are among the new.
+    A sketch costs as many products with G as it has directions. It is renewed, with twice as many, once
+    solves have taken that many iterations more than a few; the last one's directions are among the new.
 
     Source: Frangella, Tropp, Udell, "Randomized Nystroem preconditioning" (arXiv 2110.02820).
     """
