@@ -32,7 +32,8 @@ class Preconditioner:
     """
 
     def __init__(self) -> None:
-        self._u, self._s = torch.empty(0, 0), torch.empty(0)
+        self._u = torch.empty((0, 0), dtype=torch.float64, device="cpu")
+        self._s = torch.empty((0,), dtype=torch.float64, device="cpu")
         self._excess = 0
         self._generator = torch.Generator(device="cpu").manual_seed(SEED)
 

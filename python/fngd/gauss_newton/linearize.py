@@ -63,6 +63,8 @@ class Linearizer:
         refuse_batch_statistics(self.model)
         if not self._trained():
             raise ValueError("params: expected a parameter that requires a gradient, all are frozen")
+        if not self._counts:
+            self._ranks.check_equal({self._names[p]: p for p in self.parameters})
         self._counts = {}
         while True:
             try:

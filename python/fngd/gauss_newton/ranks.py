@@ -1,5 +1,8 @@
 """Sums over the ranks of a data-parallel run, each of which holds some of the residuals."""
 
+from collections.abc import Mapping
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -20,6 +23,21 @@ class Ranks:
         if self._group is not None:
             dist.all_reduce(x, group=self._group)
         return x
+
+    def check_equal(self, parameters: Mapping[str, Tensor]) -> None:
+        """Raise ValueError where a parameter differs between the ranks."""
+        if self._group is None:
+            return
+        sums = torch.stack([p.detach().double().sum() for p in parameters.values()])
+        least, most = sums.clone(), sums.clone()
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=self._group)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self._group)
+        differing = [name for name, differs in zip(parameters, least != most, strict=True) if differs]
+        if differing:
+            raise ValueError(
+                f"model: expected equal parameters on all ranks, {', '.join(differing)} differ; "
+                "broadcast them, or load the same state"
+            )
 
     def sums(self, own: dict[str, int]) -> dict[str, int]:
         """Return the sums of numbers by name.
