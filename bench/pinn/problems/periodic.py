@@ -24,6 +24,7 @@ from bench.pinn.problems.spectral import Array, Series, evolve
 class _Periodic(Equation):
     """An equation for u(x, t), u given at t = 0, whose network is periodic in x."""
 
+    # Of 1, 10, 100 and 1000 the one with which 8 seconds of Adam do best.
     boundary_weight = 1.0
 
     def __init__(self, *, interior: int, initial: int) -> None:
@@ -87,10 +88,10 @@ class KortewegDeVries(_Periodic):
 
     name = "kdv"
     title = "Korteweg and de Vries' equation"
-    widths = (3, 32, 32, 32, 1)
+    widths = (3, 44, 44, 1)
     low, high = (-1.0, 0.0), (1.0, 1.0)
     dispersion = 0.0025
-    boundary_weight = 100.0
+    boundary_weight = 10.0
 
     @override
     def solution(self, x: Tensor) -> Tensor:
@@ -128,10 +129,10 @@ class KuramotoSivashinsky(_Periodic):
 
     name = "kuramoto-sivashinsky"
     title = "Kuramoto and Sivashinsky's equation until t = 0.2"
-    widths = (3, 32, 32, 32, 1)
+    widths = (3, 44, 44, 1)
     low, high = (0.0, 0.0), (2 * math.pi, 0.2)
     alpha, beta, gamma = 100 / 16, 100 / 16**2, 100 / 16**4
-    boundary_weight = 100.0
+    boundary_weight = 1000.0
 
     @override
     def solution(self, x: Tensor) -> Tensor:
