@@ -13,7 +13,7 @@ from torch import nn
 
 from bench.peers import PEERS, PINN_NAMES, Peer, Pinn, lbfgs, pinn_of, ssbroyden
 from bench.pinn import __main__ as comparison
-from bench.pinn import demo, figures, gauss_newton, problems, study
+from bench.pinn import demo, figures, gauss_newton, problems, published, study
 from bench.pinn import run as training
 from bench.pinn import table as tables
 from bench.pinn.problems import Equation, base, cavity
@@ -224,7 +224,9 @@ def test_networks_are_periodic_and_anchored():
 
 def test_errors_of_systems_are_of_what_is_known():
     pairs = base.Pairs(torch.zeros(2, 2), torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
-    assert base.relative_error(lambda x: torch.tensor([[3.0, 0.0, 9.0], [0.0, 1.0, 9.0]]), pairs) == pytest.approx(0.6)
+    assert base.relative_error(
+        lambda x: torch.tensor([[3.0, 0.0, 9.0], [0.0, 1.0, 9.0]]), pairs
+    ) == pytest.approx(0.6)
 
 
 def test_fields_of_a_system_are_drawn(tmp_path):
@@ -607,6 +609,33 @@ def test_demo_settings_are_among_those_tried():
     for name, setting in demo.CONTENDERS.items():
         assert setting in pinn_of(name).settings
     assert lbfgs.ITERATIONS > 1
+
+
+def test_published_figures_stand_beside_ours(capsys):
+    assert published.main(["--problem", "heat", "--seconds", "0.5"]) == 0
+    out = capsys.readouterr().out
+    assert "network 2 - 64 - 1, points: 900 interior, 60 initial, 60 walls" in out
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if "|" in line]
+    assert ["ENGD (full)", "RTX 6000", "1000", "3.05e-08", "arXiv 2405.15603, run ruxdkxho"] in rows
+    (ours,) = [row for row in rows if row[0] == "GaussNewton"]
+    assert 0 < float(ours[3]) < 1
+    assert "exp13_reproduce_heat1d" in out
+
+
+@pytest.mark.parametrize("name", published.SETUPS)
+def test_published_problems_have_the_sources_solutions(name):
+    setup = published.SETUPS[name]
+    problem = setup.problem()
+    exact = Exact(problem)
+    for residuals, weight in problem.residuals(exact, problem.points(3)).values():
+        assert residuals.abs().max() < 1e-11
+        assert weight <= 1
+    assert {row.setup for row in published.PUBLISHED} == set(published.SETUPS)
+    # D of the sources
+    sizes = {"poisson-2d": 257, "heat": 257, "poisson-5d": 449, "poisson-5d-deep": 10065}
+    assert sum(p.numel() for p in problem.network().parameters()) == sizes[name]
+    rows = sum(len(x) for block, x in problem.points(0).items() if x.ndim == 2)
+    assert rows == (1020 if problem.low == (0.0, 0.0) else 3500)
 
 
 def test_phases_of_a_gauss_newton_step_are_recorded(tmp_path):
