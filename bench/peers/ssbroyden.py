@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.optimize import line_search
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -104,6 +103,8 @@ class SelfScaled:
 
     def _search(self) -> tuple[float, float, Tensor] | None:
         """Return a step length with the value and the gradient there, None where none is found."""
+        from scipy.optimize import line_search
+
         last: tuple[np.ndarray, float, Tensor] | None = None
 
         def at(x: np.ndarray) -> tuple[float, Tensor]:

@@ -73,7 +73,8 @@ class Corners:
         forces = {}
         for n in range(2, ORDER + 1):
             pairs = [(j, n - j) for j in range(1, n)]
-            forces[n] = sum(j * g[j] * (d @ w[k]) - (k - 2) * (d @ g[j]) * w[k] for j, k in pairs)
+            products = [j * g[j] * (d @ w[k]) - (k - 2) * (d @ g[j]) * w[k] for j, k in pairs]
+            forces[n] = np.sum(products, axis=0)
             system, right = (d2 + (n - 2) ** 2 * one) @ (d2 + n**2 * one), forces[n].copy()
             # g_n and its derivative vanish on both walls.
             system[ends], system[[1, -2]], right[[0, 1, -2, -1]] = one[ends], d[ends], 0
