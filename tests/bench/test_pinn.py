@@ -91,6 +91,10 @@ def test_initial_and_wall_values(name):
 
     if name == "cavity":
         near(at(x, 1), torch.tensor([1.0, 0.0]))
+        near(
+            problem.solution(torch.tensor([[0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)),
+            torch.tensor([1, 0]),
+        )
         for wall in (at(x, 0), at(0, x), at(1, x)):
             near(wall, 0)
         return

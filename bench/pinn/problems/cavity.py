@@ -40,7 +40,8 @@ ORDER = 3
 DEGREE = 32
 CORNER_DEGREE = 24
 NEWTON_STEPS = 12
-TINY = 1e-300
+# The corners themselves count as the lid's.
+TINY = 1e-150
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Corners:
         """Return the velocity (N,2), bounded in the corners, where it jumps."""
         u, v = torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0])
         for along, below, sign in _coordinates(x):
-            square = (along.square() + below.square()).clamp_min(TINY)
+            square = along.square() + below.square()
             angle = torch.atan2(below, along)
             factor = (ALONG * along + ACROSS * below) / square
             u = u - (SLOPE + along * factor + ACROSS * angle)
@@ -126,8 +127,8 @@ class Corners:
 def _coordinates(x: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Yield the distances from the side wall and from the lid, and -1 where they mirror the plane."""
     below = 1 - x[:, 1]
-    yield x[:, 0], below, 1
-    yield 1 - x[:, 0], below, -1
+    yield x[:, 0].clamp_min(TINY), below, 1
+    yield (1 - x[:, 0]).clamp_min(TINY), below, -1
 
 
 def _at_angle(series: Tensor, angle: Tensor) -> Tensor:
