@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tabulate import tabulate
@@ -197,8 +198,7 @@ def train(setup: Setup, *, seconds: float, damping: float, seed: int) -> tuple[i
         if setup.fresh and steps:
             # Apart from the seeds of other runs.
             points = problem.points(1000 * seed + steps)
-        drawn = points
-        optimizer.step(lambda drawn=drawn: problem.residuals(network, drawn))
+        optimizer.step(partial(problem.residuals, network, points))
         steps += 1
     spent = time.process_time() - began
     pairs = problem.pairs(setup.evaluation, TEST_SEED)
