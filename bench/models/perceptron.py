@@ -1,6 +1,7 @@
 """The networks that are trained: tanh perceptrons, as is usual for physics-informed networks."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -31,3 +32,33 @@ class WithCoefficient(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the solution (N,1) at points (N,d)."""
         return self.network(x)
+
+
+class Periodic(nn.Module):
+    """A network of (x, t) that is periodic in x: it gets a cosine and a sine of x, and t / `end`."""
+
+    def __init__(self, network: nn.Module, *, period: float, end: float) -> None:
+        super().__init__()
+        self.network, self.wave, self.end = network, 2 * math.pi / period, end
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the values (N,outputs) at points (N,2)."""
+        phase = self.wave * x[:, 0]
+        return self.network(torch.stack([phase.cos(), phase.sin(), x[:, 1] / self.end], dim=1))
+
+
+class Anchored(nn.Module):
+    """fixed(x) + distance(x) network(x): equal to `fixed` wherever the distance is 0, however it trains."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        fixed: Callable[[Tensor], Tensor],
+        distance: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__()
+        self.network, self.fixed, self.distance = network, fixed, distance
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the values (N,1) at points (N,d)."""
+        return self.fixed(x).unsqueeze(-1) + self.distance(x).unsqueeze(-1) * self.network(x)

@@ -33,6 +33,7 @@ MODULES = (
     "shampoo",
     "distributed_shampoo",
     "kfac",
+    "ssbroyden",
     "levenberg_marquardt",
     "gauss_newton",
 )

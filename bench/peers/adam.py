@@ -29,7 +29,7 @@ def adam(task: Fit, *, lr: float) -> Iterate:
     return along_a_cosine(task, torch.optim.Adam(task.parameters, lr=lr, fused=True), lr)
 
 
-def along_a_cosine(task: Fit, optimizer: torch.optim.Optimizer, lr: float) -> Iterate:
+def along_a_cosine(task: Fit, optimizer: torch.optim.Optimizer | Update, lr: float) -> Iterate:
     """Return steps of `optimizer` whose learning rate falls from `lr` to 0 while the seconds are spent."""
 
     def step(spent: float) -> int:

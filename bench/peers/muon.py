@@ -1,11 +1,21 @@
-"""torch.optim.Muon for hidden weights, AdamW for the rest."""
+"""torch.optim.Muon for hidden weights, AdamW for the rest; on equations both without weight decay."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.peers.base import ADAMW_LRS, ADAMW_WEIGHT_DECAY, Peer, Settings, Training
+from bench.peers.adam import along_a_cosine
+from bench.peers.base import (
+    ADAMW_LRS,
+    ADAMW_WEIGHT_DECAY,
+    Fit,
+    Iterate,
+    Peer,
+    Pinn,
+    Settings,
+    Training,
+)
 
 
 class Muon:
@@ -16,17 +26,19 @@ class Muon:
     Keller Jordan, "Muon", 2024: first and last layer by AdamW, convolutions as matrices.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
+    def __init__(
+        self, model: nn.Module, settings: Settings, weight_decay: float = ADAMW_WEIGHT_DECAY
+    ) -> None:
         hidden = hidden_weights(model)
         names = {id(weight) for weight in hidden}
         rest = [parameter for parameter in model.parameters() if id(parameter) not in names]
         # Views share their weight's memory, so that a step on the matrix is a step on the weight.
         self._matrices = [(weight, nn.Parameter(as_matrix(weight.detach()))) for weight in hidden]
-        self._adamw = torch.optim.AdamW(rest, lr=settings.lr, weight_decay=ADAMW_WEIGHT_DECAY)
+        self._adamw = torch.optim.AdamW(rest, lr=settings.lr, weight_decay=weight_decay)
         self._muon = torch.optim.Muon(
             [matrix for _, matrix in self._matrices],
             lr=settings.lr,
-            weight_decay=ADAMW_WEIGHT_DECAY,
+            weight_decay=weight_decay,
             adjust_lr_fn="match_rms_adamw",
         )
         self.param_groups = [*self._adamw.param_groups, *self._muon.param_groups]
@@ -72,4 +84,18 @@ def as_matrix(weight: Tensor) -> Tensor:
     return weight.view(len(weight), -1)
 
 
-PEERS = {"muon": Peer("Muon", Training(ADAMW_LRS, Muon, {"color": "#009E73", "linestyle": "-"}))}
+def _fit(task: Fit, *, lr: float) -> Iterate:
+    return along_a_cosine(task, Muon(task.network, Settings(lr=lr), weight_decay=0.0), lr)
+
+
+PEERS = {
+    "muon": Peer(
+        "Muon",
+        Training(ADAMW_LRS, Muon, {"color": "#009E73", "linestyle": "-"}),
+        Pinn(
+            tuple({"lr": lr} for lr in (3e-3, 1e-2, 3e-2, 1e-1)),
+            _fit,
+            {"color": "#009E73", "linestyle": "-"},
+        ),
+    )
+}

@@ -13,6 +13,7 @@ from torch import nn
 from bench.peers import PEERS, pinn_of
 from bench.pinn.archive import History
 from bench.pinn.problems import Equation
+from bench.pinn.problems.base import predicted
 from bench.pinn.study import Final, describe
 from bench.tools.figures import blank
 
@@ -104,20 +105,26 @@ def draw_fields(axes: np.ndarray, problem: Equation, networks: Mapping[str, nn.M
         indexing="xy",
     )
     points = torch.stack([columns.flatten(), rows.flatten()], dim=1)
-    exact = problem.solution(points).view(GRID, GRID)
-    with torch.no_grad():
-        predicted = {name: network(points).view(GRID, GRID) for name, network in networks.items()}
-    errors = {name: (field - exact).abs() for name, field in predicted.items()}
+    values = problem.solution(points)
+    outputs = {name: predicted(network, points, values) for name, network in networks.items()}
+    exact = _on_grid(values)
+    fields = {name: _on_grid(output) for name, output in outputs.items()}
+    errors = {name: _on_grid(output - values).abs() for name, output in outputs.items()}
     highest = max(error.max().item() for error in errors.values())
     lowest = min(error.median().item() for error in errors.values()) / 10
     last = list(networks)[-1]
-    shown = [("solution", exact), (f"{PEERS[last].label}: prediction", predicted[last])]
+    shown = [("solution", exact), (f"{PEERS[last].label}: prediction", fields[last])]
     colours = {"cmap": "viridis", "vmin": exact.min().item(), "vmax": exact.max().item()}
     error_colours = {"cmap": "magma", "norm": LogNorm(max(lowest, 1e-16), max(highest, 1e-15))}
     for axis, (title, field) in zip(axes, shown, strict=False):
         _field(axis, title, field, (x0, x1, y0, y1), colours)
     for axis, (name, error) in zip(axes[2:], errors.items(), strict=True):
         _field(axis, f"{PEERS[name].label}: |error|", error, (x0, x1, y0, y1), error_colours)
+
+
+def _on_grid(values: torch.Tensor) -> torch.Tensor:
+    """Return values as a picture, of vectors their length."""
+    return (values if values.ndim == 1 else values.norm(dim=1)).view(GRID, GRID)
 
 
 def _field(

@@ -22,6 +22,7 @@ from bench.peers import (
 from bench.peers import __main__ as peers_main
 from bench.peers.__main__ import main
 from bench.peers.muon import as_matrix, hidden_weights
+from bench.peers.ssbroyden import SelfScaled
 from bench.tools.timing import Timing
 
 HERE = available(TRAINING_NAMES)[0]
@@ -96,7 +97,7 @@ def test_packages_of_the_development_set_are_here():
 
 def test_a_peer_says_where_it_takes_part():
     assert {"sgd", "fngd", "soap", "kfac"} <= set(TRAINING_NAMES)
-    assert {name for name in PEERS if name in TRAINING_NAMES and name in PINN_NAMES} == {"soap"}
+    assert {name for name in PEERS if name in TRAINING_NAMES and name in PINN_NAMES} == {"muon", "soap"}
     assert all(peer.training or peer.pinn for peer in PEERS.values())
     with pytest.raises(KeyError, match="lbfgs"):
         training_of("lbfgs")
@@ -138,6 +139,117 @@ def test_muon_moves_convolutions_along_orthogonal_matrices(memory_format):
     # 0.2 lr sqrt(larger side): torch's rule for the size, five Newton-Schulz steps leave 30 % of it open
     singular = torch.linalg.svdvals(moved) / (0.2 * 0.5 * 27**0.5)
     assert ((singular > 0.6) & (singular < 1.3)).all()
+
+
+def muon_fit():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    x = torch.randn(20, 2, dtype=torch.float64)
+
+    class Task:
+        def __init__(self):
+            self.network, self.parameters = network, list(network.parameters())
+
+        def backward(self):
+            for parameter in self.parameters:
+                parameter.grad = None
+            loss = (network(x).squeeze(1) - x.prod(dim=1)).square().mean()
+            loss.backward()
+            return loss
+
+    return Task()
+
+
+def test_muon_on_equations_moves_the_hidden_weight_along_an_orthogonal_matrix_without_decay():
+    task = muon_fit()
+    before = [p.detach().clone() for p in task.parameters]
+    pinn_of("muon").build(task, lr=0.1)(0.0)
+    moved = [p - q for p, q in zip(task.parameters, before, strict=True)]
+    singular = torch.linalg.svdvals(moved[2]) / (0.2 * 0.1 * 8**0.5)
+    # the gradient's smallest singular values stay small in five Newton-Schulz steps
+    assert ((singular[:4] > 0.6) & (singular[:4] < 1.3)).all()
+    # AdamW's first step is the rate times a sign: there is no decay beside it
+    for other in (moved[0], moved[1], moved[4]):
+        assert torch.allclose(other.abs(), torch.tensor(0.1, dtype=torch.float64), rtol=1e-3)
+
+
+def convex_quadratic(n):
+    torch.manual_seed(n)
+    q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0]
+    matrix = q @ torch.diag(torch.logspace(0, 3, n, dtype=torch.float64)) @ q.T
+    target = torch.randn(n, dtype=torch.float64)
+    return matrix, lambda x: (float((x - target) @ matrix @ (x - target)) / 2, matrix @ (x - target))
+
+
+@pytest.mark.parametrize("broyden", [True, False])
+@pytest.mark.parametrize("n", [6, 20])
+def test_self_scaled_updates_minimise_a_quadratic_in_about_n_steps(n, broyden):
+    _, objective = convex_quadratic(n)
+    optimizer = SelfScaled(objective, torch.zeros(n, dtype=torch.float64), broyden=broyden)
+    start = objective(optimizer.x)[0]
+    steps = next(k for k in range(1, 200) if optimizer.step() and objective(optimizer.x)[0] < 1e-10 * start)
+    assert steps < 2 * n + 10
+
+
+def rosenbrock(x):
+    x = x.clone().requires_grad_()
+    value = (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
+    value.backward()
+    return value.item(), x.grad
+
+
+@pytest.mark.parametrize("broyden", [True, False])
+def test_self_scaled_updates_minimise_rosenbrocks_function(broyden):
+    start = torch.tensor([-1.2, 1.0, -1.2, 1.0], dtype=torch.float64)
+    optimizer = SelfScaled(rosenbrock, start, broyden=broyden)
+    for _ in range(100):
+        optimizer.step()
+    assert (optimizer.x - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("broyden", [True, False])
+def test_self_scaled_update_is_the_formula(broyden):
+    """Al-Baali's updates as they are printed, with the inverse of H and v written out."""
+    n = 5
+    optimizer = SelfScaled(rosenbrock, torch.full((n,), -1.2, dtype=torch.float64), broyden=broyden)
+    branches = set()
+    for _ in range(40):
+        h, x, g = optimizer.inverse.clone(), optimizer.x.clone(), rosenbrock(optimizer.x)[1]
+        assert optimizer.step()
+        s, y = optimizer.x - x, rosenbrock(optimizer.x)[1] - g
+        assert torch.allclose(s / s.norm(), -(h @ g) / (h @ g).norm(), atol=1e-6)
+        ys, yhy = y @ s, y @ h @ y
+        b_k, h_k = s @ torch.linalg.solve(h, s) / ys, yhy / ys
+        tau, phi = torch.clamp(1 / b_k, max=1), torch.ones(())
+        if broyden:
+            a_k = b_k * h_k - 1
+            c_k = torch.sqrt(a_k / (1 + a_k))
+            rho = torch.clamp(h_k * (1 - c_k), max=1)
+            theta = torch.maximum((rho - 1) / a_k, torch.minimum(1 / rho, (1 - b_k) / b_k))
+            sigma = 1 + a_k * theta
+            power = sigma.abs() ** (-1 / (n - 1))
+            positive, negative = tau * torch.minimum(power, 1 / theta), torch.minimum(tau * power, sigma)
+            tau = positive if theta > 0 else negative
+            phi = (1 - theta) / (1 + a_k * theta)
+            branches.add(bool(theta > 0))
+        v = torch.sqrt(yhy) * (s / ys - h @ y / yhy)
+        expected = (h - torch.outer(h @ y, y @ h) / yhy + phi * torch.outer(v, v)) / tau
+        expected = expected + torch.outer(s, s) / ys
+        assert torch.allclose(optimizer.inverse, expected, rtol=1e-5, atol=1e-6 * expected.abs().max())
+    assert branches == ({True, False} if broyden else set())
+
+
+def test_a_failed_line_search_forgets_the_curvature():
+    _, objective = convex_quadratic(6)
+    optimizer = SelfScaled(objective, torch.ones(6, dtype=torch.float64), broyden=True)
+    assert optimizer.step()
+    optimizer._objective = lambda x: (float("nan"), torch.full_like(x, float("nan")))
+    before = optimizer.x.clone()
+    assert not optimizer.step()
+    assert torch.equal(optimizer.x, before)
+    assert torch.equal(optimizer.inverse, torch.eye(6, dtype=torch.float64))
+    optimizer._objective = objective
+    assert optimizer.step()
 
 
 def test_average_over_the_schedule_solves_in_one_epoch():

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.pinn.problems.base import Equation, Pairs, Points, Problem, mean_squares, relative_error
+from bench.pinn.problems.cavity import Cavity
 from bench.pinn.problems.elliptic import Helmholtz, Poisson2d, Poisson5d, Poisson10d
-from bench.pinn.problems.evolution import Burgers, Heat, InverseDiffusion
+from bench.pinn.problems.evolution import Burgers, Heat, InverseDiffusion, Wave
+from bench.pinn.problems.periodic import AllenCahn, Convection, KortewegDeVries, KuramotoSivashinsky
 from bench.pinn.problems.regression import Fit1d, Fit2d, Regression, california, diabetes
 
 __all__ = [
@@ -30,6 +32,12 @@ _EMBEDDED: dict[str, Callable[[], Problem]] = {
     "helmholtz": lambda: Helmholtz(interior=700, boundary=160),
     "burgers": lambda: Burgers(interior=800, initial=80, walls=80),
     "inverse-diffusion": lambda: InverseDiffusion(interior=600, initial=60, walls=60, measurements=100),
+    "wave": lambda: Wave(interior=1000, initial=80, walls=80),
+    "convection": lambda: Convection(interior=1100, initial=100),
+    "allen-cahn": lambda: AllenCahn(interior=1200),
+    "kdv": lambda: KortewegDeVries(interior=1100, initial=100),
+    "kuramoto-sivashinsky": lambda: KuramotoSivashinsky(interior=1100, initial=100),
+    "cavity": lambda: Cavity(interior=400, walls=160),
     "diabetes": diabetes,
 }
 NAMES = (*_EMBEDDED, "california")

@@ -19,7 +19,7 @@ Residuals = dict[str, tuple[Tensor, float]]
 
 @dataclass(frozen=True)
 class Pairs:
-    """Points and the values a network should have there."""
+    """Points and the values (N,) or (N,c) a network's first outputs should have there."""
 
     x: Tensor
     u: Tensor
@@ -63,7 +63,7 @@ class Equation(Problem):
 
     @abstractmethod
     def solution(self, x: Tensor) -> Tensor:
-        """Return the exact solution (N,) at points (N,d)."""
+        """Return the solution (N,) at points (N,d), of a system the first outputs (N,c) of its network."""
 
     def draw(self, count: int, seed: int) -> Tensor:
         """Return scrambled Sobol points (count,d) in the box."""
@@ -104,8 +104,14 @@ def mean_squares(residuals: Residuals) -> Tensor:
     return torch.stack(terms).sum()
 
 
+def predicted(model: Model, x: Tensor, like: Tensor) -> Tensor:
+    """Return the model's outputs at `x` that the values `like` are known of, in their shape."""
+    with torch.no_grad():
+        outputs = model(x)
+    return outputs.squeeze(-1) if like.ndim == 1 else outputs[:, : like.shape[1]]
+
+
 def relative_error(model: Model, pairs: Pairs) -> float:
     """Return ||model(x) - u|| / ||u||."""
-    with torch.no_grad():
-        difference = model(pairs.x).squeeze(-1) - pairs.u
+    difference = predicted(model, pairs.x, pairs.u) - pairs.u
     return (difference.norm() / pairs.u.norm()).item()

@@ -1,4 +1,4 @@
-"""Equations in (x, t): heat, viscous Burgers, and diffusion with an unknown coefficient."""
+"""Equations in (x, t) between walls: heat, viscous Burgers, waves, diffusion with an unknown coefficient."""
 
 import math
 from typing import Any
@@ -105,6 +105,37 @@ class Burgers(_Evolution):
         first = gradient(u, x)
         second = gradient(first[:, 0], x)[:, 0]
         return first[:, 1] + u * first[:, 0] - self.viscosity * second
+
+
+class Wave(_Evolution):
+    """u_tt = 4 u_xx in the unit interval, at rest at t = 0: a wave and one four times as fast."""
+
+    name = "wave"
+    title = "Wave equation, two frequencies"
+    widths = (2, 32, 32, 32, 1)
+    low, high = (0.0, 0.0), (1.0, 1.0)
+    squared_speed = 4.0
+    boundary_weight = 100.0
+
+    @override
+    def solution(self, x: Tensor) -> Tensor:
+        speed = math.sqrt(self.squared_speed)
+        return sum(
+            amplitude * torch.sin(k * math.pi * x[:, 0]) * torch.cos(k * math.pi * speed * x[:, 1])
+            for k, amplitude in ((1, 1.0), (4, 0.5))
+        )  # type: ignore[return-value]
+
+    @override
+    def equation(self, model: Any, u: Tensor, x: Tensor) -> Tensor:
+        first = gradient(u, x)
+        second = [gradient(first[:, axis], x)[:, axis] for axis in range(2)]
+        return second[1] - self.squared_speed * second[0]
+
+    @override
+    def residuals(self, model: Any, points: Points) -> Residuals:
+        start = points["initial"].clone().requires_grad_()
+        speed = gradient(model(start).squeeze(-1), start)[:, 1]
+        return super().residuals(model, points) | {"initial speed": (speed, self.boundary_weight)}
 
 
 class InverseDiffusion(_Evolution):
