@@ -1,4 +1,4 @@
-"""GaussNewton: exact damped Gauss-Newton steps for least squares, solved in sample space."""
+"""GaussNewton: damped Gauss-Newton steps for least squares."""
 
 import math
 import numbers
@@ -39,21 +39,16 @@ MAX_TRIALS = 12
 SINCE_FIRST_VERSION = {"damping_increase": SMALLEST_INCREASE, "accelerated_steps": 0, "iterations": 0}
 """What a state of the first version has not."""
 NOT_FINITE = "left out, its loss or Jacobian is not finite"
-AHEAD = 0.1
-"""The part of a step after which residuals are evaluated for their second derivative along it."""
-LARGEST_ACCELERATION = 0.75
-"""Of the step; where it is larger, second order does not describe the residuals."""
 
 
 class GaussNewton(NotCopied):
-    """Exact damped Gauss-Newton for regression and physics-informed networks, solved in sample space.
+    """Damped Gauss-Newton for regression and physics-informed networks.
 
     With the M residuals rho, scaled so that the loss is |rho|^2, and their Jacobian J (M, P),
-        d = J^T y + mu phi,  (J J^T + lam I) y = rho - mu J phi,  theta <- theta - lr d
-    which for mu = 0 is (J^T J + lam I)^-1 J^T rho. phi is the previous d (SPRING). J J^T comes from the
-    kernels of `fngd_kernels`, J is rarely formed for linear layers, and the solve runs in float64.
-
-    A step costs about M^2 P multiply-adds for J J^T and M^3 / 3 for the solve; J J^T takes 8 M^2 bytes.
+        d = (J^T J + lam I)^-1 J^T (rho - mu J phi) + mu phi,  theta <- theta - lr d
+    where phi is the previous d (SPRING). The step is solved for in float64, in the space of the residuals or
+    of the parameters, whichever has fewer dimensions n: M P n / 2 multiply-adds for J J^T or J^T J, n^3 / 6
+    for a factor, 24 n^2 bytes. Where both are large, it is found by conjugate gradients.
 
     Args:
         model: The network; its forwards are routed during `step` only.
@@ -61,17 +56,23 @@ class GaussNewton(NotCopied):
         damping: "lm", adapted so that every step lowers the loss, or lam in units of the mean diagonal of J
             J^T (about 0.001 to 0.01 in minibatches).
         initial_damping: Where "lm" starts, in the same unit.
+        geodesic: Whether steps of "lm" follow the residuals' second derivative along them.
         momentum: mu >= 0 and < 1; 0.9 suits minibatches.
         line_search: Halve each step until it lowers the loss; for a fixed damping.
         params: What to optimize, as for any torch optimizer, for example an unknown coefficient of an
             equation besides the model's parameters; by default the model's.
+        solver: "sample" (J J^T), "parameter" (J^T J), "iterative", or "auto", the cheapest; all of them give
+            the same d.
+        tolerance: How far the damping may be off, relatively, for which the iterative solver's d is exact.
+        process_group: Ranks that each return some of the residuals, in blocks of the same names; by default
+            this process has them all.
 
     Raises:
         ValueError: An argument out of range, or a model with parameters that have no values yet.
         TypeError: A wrong type, or a complex parameter.
 
     Source: arXiv 2505.12149 (Gauss-Newton for physics-informed networks in Woodbury form); arXiv 2401.10190
-        (SPRING); damping after Levenberg and Marquardt.
+        (SPRING); arXiv 1201.5885 (geodesic acceleration); damping after Levenberg, Marquardt and Nielsen.
     """
 
     adaptive: bool
@@ -166,7 +167,7 @@ class GaussNewton(NotCopied):
                 weight_b mean(r_b^2). Residuals may contain derivatives of the model with respect to its
                 inputs, by autograd.grad(..., create_graph=True). Layers are captured, and steps fast, where
                 each row of a layer belongs to one residual of a block. With damping="lm" or a line search
-                the function is called again for each trial step and must give the residuals of the same
+                the function is called again in each trial step and must give the residuals of the same
                 points.
 
         Returns:
