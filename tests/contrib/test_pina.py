@@ -180,3 +180,10 @@ def test_a_solver_that_steps_by_itself_is_refused():
     solver = DeepEnsemblePINN(problem, models, optimizers=[GaussNewton(model) for model in models])
     with pytest.raises(ValueError, match="without a closure"):
         train(solver)
+
+
+def test_gradients_of_several_batches_are_refused():
+    problem, model = poisson(), network()
+    solver = PINN(problem, model, optimizer=GaussNewton(model))
+    with pytest.raises(ValueError, match="gradients of several batches"):
+        train(solver, batch_size=6, accumulate_grad_batches=2)

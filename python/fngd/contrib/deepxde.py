@@ -46,11 +46,14 @@ class GaussNewton(ClosureGaussNewton):
         known = {p for group in self.param_groups for p in group["params"]}
         missing = [v for v in variables if v not in known]
         if missing:
-            others = self.param_groups[1:]
-            first = self.param_groups[0]
+            before = list(self.param_groups)
             self.param_groups.clear()
-            self.add_param_group(first | {"params": [*first["params"], *missing]})
-            self.param_groups.extend(others)
+            try:
+                self.add_param_group(before[0] | {"params": [*before[0]["params"], *missing]})
+                self.param_groups.extend(before[1:])
+            except (TypeError, ValueError):
+                self.param_groups.extend(before)
+                raise
 
     @contextmanager
     def _recording(self, squares: Squares) -> Iterator[None]:
