@@ -321,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
             with redirect_stdout(sys.stderr):
                 error, spent = conduct(framework, method, options.seconds)
             print(
-                f"{framework:12s} {method:18s} relative error {error:.2e} after {spent:5.1f} CPU s",
+                f"{framework:12s} {method:18s} error {error:.2e} after {spent:5.1f} CPU s",
                 flush=True,
             )
     return 0
