@@ -77,7 +77,7 @@ LAYERS = (
     ("drawn", "base_optimizer", "update", "rules"),
     ("capture",),
     ("coefficients", "gauss_newton"),
-    ("preconditioner", "samples"),
+    ("preconditioner", "samples", "contrib"),
     ("optimizer",),
     ("graphs",),
     ("__init__",),
