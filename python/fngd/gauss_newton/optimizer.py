@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..event_log import EventLog
 from ..state import NotCopied, check_groups, check_like
 from .acceleration import acceleration
-from .direct import Solve, System
+from .direct import Solve
 from .iterative import Preconditioner
 from .jacobian import Jacobian
 from .linearize import Linearizer
@@ -38,6 +38,8 @@ MAX_TRIALS = 12
 """Trial steps, or halvings of a step, before a step is given up."""
 SINCE_FIRST_VERSION = {"damping_increase": SMALLEST_INCREASE, "accelerated_steps": 0, "iterations": 0}
 """What a state of the first version has not."""
+Damped = Callable[[float], Solve | None]
+"""Returns the solve for a damping in units of the mean diagonal of J J^T."""
 NOT_FINITE = "left out, its loss or Jacobian is not finite"
 
 
@@ -178,8 +180,9 @@ class GaussNewton(NotCopied):
                 are more than memory allows; a model with batch normalisation in training mode.
         """
         jacobian = self._linearize(residuals)
-        loss = self._loss(jacobian.residuals)
-        if not bool(loss.isfinite()):
+        walk = Walk(self._linearize, residuals, jacobian, self._ranks)
+        loss = jacobian.residuals.new_tensor(walk.before)
+        if not math.isfinite(walk.before):
             self._leave_out("skipped_steps", NOT_FINITE)
             return loss
         rows = self._linearize.count
@@ -189,22 +192,20 @@ class GaussNewton(NotCopied):
         if not math.isfinite(unit):
             self._leave_out("skipped_steps", NOT_FINITE)
         elif unit > 0:  # else stationary
-            self._step(Walk(self._linearize, residuals, jacobian), float(loss), jacobian, system, unit)
+            self._step(walk, lambda damping: system.damped(damping * unit))
             self._counts["iterations"] += system.iterations
         return loss
-
-    def _loss(self, residuals: Tensor) -> Tensor:
-        return self._ranks.sum(residuals.square().sum())
 
     def _leave_out(self, counter: str, reason: str) -> None:
         self._counts[counter] += 1
         self._log.count(reason)
 
-    def _step(self, walk: Walk, before: float, jacobian: Jacobian, system: System, unit: float) -> None:
+    def _step(self, walk: Walk, damped: Damped) -> None:
         """Take a step, or none where no trial was good enough."""
-        take = self._levenberg_marquardt if self.adaptive else self._fixed
         try:
-            direction = take(walk, before, jacobian, system, unit)
+            direction = (
+                self._levenberg_marquardt(walk, damped) if self.adaptive else self._fixed(walk, damped)
+            )
         except BaseException:
             walk.go_back()
             raise
@@ -214,49 +215,46 @@ class GaussNewton(NotCopied):
             return
         self._counts["steps"] += 1
         if self.momentum:
-            for p, d in jacobian.by_parameter(direction).items():
+            for p, d in walk.jacobian.by_parameter(direction).items():
                 self.state[p]["momentum_buffer"] = d.to(p.dtype, copy=True)
 
-    def _levenberg_marquardt(
-        self, walk: Walk, before: float, jacobian: Jacobian, system: System, unit: float
-    ) -> Tensor | None:
+    def _levenberg_marquardt(self, walk: Walk, damped: Damped) -> Tensor | None:
         """Take the first step that lowers the loss, with more damping after each that does not."""
-        residuals = jacobian.residuals
+        residuals = walk.jacobian.residuals
         for _ in range(MAX_TRIALS):
-            solve = system.damped(self.damping * unit)
-            direction = None if solve is None else self._direction(jacobian, solve)
+            solve = damped(self.damping)
+            direction = None if solve is None else self._direction(walk.jacobian, solve)
             if solve is not None and direction is not None:
-                step = self._moving(jacobian, direction)
-                change = jacobian.times(step)
+                step = self._moving(walk.jacobian, direction)
+                change = walk.jacobian.times(step)
                 bend = (
                     acceleration(step, change, residuals, walk.residuals_at, solve) if self.geodesic else None
                 )
-                after = float(self._loss(walk.residuals_at(step if bend is None else step + bend)))
-                if after < before:
-                    predicted = before - float(self._loss(residuals + change))
+                after = walk.loss(walk.residuals_at(step if bend is None else step + bend))
+                if after < walk.before:
+                    foretold = walk.before - walk.loss(residuals + change)
                     self._counts["accelerated_steps"] += bend is not None
-                    self._trust((before - after) / predicted if predicted > 0 else 0.0, jacobian.rounding)
+                    self._trust((walk.before - after) / foretold if foretold > 0 else 0.0)
+                    self.damping = max(self.damping, walk.jacobian.rounding)
                     return direction
             self._counts["undone_trials"] += 1
             self._distrust()
         return None
 
-    def _fixed(
-        self, walk: Walk, before: float, jacobian: Jacobian, system: System, unit: float
-    ) -> Tensor | None:
+    def _fixed(self, walk: Walk, damped: Damped) -> Tensor | None:
         """Take the step, or with a line search the first of its halves that lowers the loss."""
         # Rounding can make the system indefinite.
-        solves = (system.damped(self.damping * SMALLEST_INCREASE**i * unit) for i in range(MAX_TRIALS))
-        directions = (self._direction(jacobian, solve) for solve in solves if solve is not None)
+        solves = (damped(self.damping * SMALLEST_INCREASE**i) for i in range(MAX_TRIALS))
+        directions = (self._direction(walk.jacobian, solve) for solve in solves if solve is not None)
         direction = next((d for d in directions if d is not None), None)
         if direction is None:
             return None
-        step = self._moving(jacobian, direction)
+        step = self._moving(walk.jacobian, direction)
         if not self.line_search:
             walk.go(step)
             return direction
         for _ in range(MAX_TRIALS):
-            if float(self._loss(walk.residuals_at(step))) < before:
+            if walk.loss(walk.residuals_at(step)) < walk.before:
                 return direction
             self._counts["undone_trials"] += 1
             step = step / 2
@@ -280,11 +278,10 @@ class GaussNewton(NotCopied):
         parts = jacobian.by_parameter(direction)
         return jacobian.flattened({p: -rates[p] * d for p, d in parts.items()})
 
-    def _trust(self, gain: float, rounding: float) -> None:
-        """Lower the damping by how well the linear model foretold the gain, after Nielsen (1999)."""
+    def _trust(self, gain: float) -> None:
+        """Lower the damping by how well the linear model foretold the gain; raise it where it did badly."""
         factor = max(1 / DECREASE, 1 - (2 * min(gain, 1.0) - 1) ** 3)
-        self.damping = min(max(self.damping * factor, rounding), LARGEST_DAMPING)
-        self._increase = SMALLEST_INCREASE
+        self.damping, self._increase = min(self.damping * factor, LARGEST_DAMPING), SMALLEST_INCREASE
 
     def _distrust(self) -> None:
         self.damping = min(self.damping * self._increase, LARGEST_DAMPING)

@@ -8,19 +8,36 @@ from torch import Tensor
 
 from .jacobian import Jacobian
 from .linearize import Linearizer
+from .ranks import Ranks
 
 
 class Walk:
-    """Steps from where the parameters of a Jacobian stand."""
+    """Steps from where the parameters of a Jacobian stand.
 
-    def __init__(self, linearize: Linearizer, residuals: Callable[[], Any], jacobian: Jacobian) -> None:
-        self._linearize, self._residuals, self._jacobian = linearize, residuals, jacobian
+    Args:
+        linearize: Evaluates the residuals.
+        residuals: Their closure.
+        jacobian: J and rho at the start.
+        ranks: Who holds the other residuals.
+    """
+
+    def __init__(
+        self, linearize: Linearizer, residuals: Callable[[], Any], jacobian: Jacobian, ranks: Ranks
+    ) -> None:
+        self.jacobian = jacobian
+        self._linearize, self._residuals, self._ranks = linearize, residuals, ranks
         self._start = {p: p.detach().clone() for p in jacobian.parameters}
+        self.before = self.loss(jacobian.residuals)
+        """The loss at the start."""
+
+    def loss(self, residuals: Tensor) -> float:
+        """Return the sum of the squares of residuals (M,) and of those of other ranks."""
+        return float(self._ranks.sum(residuals.square().sum()))
 
     @torch.no_grad()
     def go(self, step: Tensor) -> None:
         """Put the parameters to start + step (P,)."""
-        for p, part in self._jacobian.by_parameter(step).items():
+        for p, part in self.jacobian.by_parameter(step).items():
             p.copy_(self._start[p] + part.to(p.dtype))
 
     def residuals_at(self, step: Tensor) -> Tensor:
