@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fngd_kernels as fk
@@ -94,10 +95,9 @@ class LinearFactor:
         return fk.gram(*self._filled_up(), precision="ieee")
 
     def squared_norm(self) -> Tensor:
-        rows = max(1, CHUNK_BYTES // (self._columns * self._like.itemsize))
-        total = sum(self._sizes)
-        parts = (self.rows(i, min(i + rows, total)) for i in range(0, total, rows))
-        return torch.stack([FormedFactor(self.parameters, part).squared_norm() for part in parts]).sum()
+        used = [(size, uses) for size, uses in self._groups if uses]
+        norms = [fk.gram(*self._joined(size, uses), precision="ieee", diag=True) for size, uses in used]
+        return torch.cat(norms).sum(dtype=torch.float64)
 
     def times(self, x: Tensor) -> Tensor:
         return torch.stack([self._times(column) for column in x.to(self._like.dtype).unbind(1)], 1)
@@ -132,24 +132,24 @@ class LinearFactor:
         return torch.cat([total.flatten() for total in found])
 
     def _filled_up(self) -> tuple[Tensor, Tensor]:
-        """Return a (M, T, I) and e (M, T, O) with zeros up to the most positions of any group.
-
-        A trained bias is the last column of a.
-        """
+        """Return a (M, T, I) and e (M, T, O) with zeros up to the most positions of any group."""
         rows, most = sum(self._sizes), self._most_positions()
         a = self._like.new_zeros((rows, most, self._inputs + len(self.parameters) - 1))
         e = self._like.new_zeros((rows, most, self._outputs))
         for (size, uses), a_rows, e_rows in zip(
             self._groups, a.split(self._sizes), e.split(self._sizes), strict=True
         ):
-            begin = 0
-            for use in uses:
-                end = begin + self._positions(use)
-                a_rows[:, begin:end, : self._inputs] = use.a.reshape(size, -1, self._inputs)
-                a_rows[:, begin:end, self._inputs :] = float(use.biased)
-                e_rows[:, begin:end] = use.e.reshape(size, -1, self._outputs)
-                begin = end
+            if uses:
+                own_a, own_e = self._joined(size, uses)
+                a_rows[:, : own_a.shape[1]], e_rows[:, : own_e.shape[1]] = own_a, own_e
         return a, e
+
+    def _joined(self, size: int, uses: Sequence[Use]) -> tuple[Tensor, Tensor]:
+        """Return a (N, T, I) and e (N, T, O) of all uses; a trained bias is the last column of a."""
+        inputs = [use.a.reshape(size, -1, self._inputs) for use in uses]
+        if len(self.parameters) == 2:
+            inputs = [F.pad(a, (0, 1), value=float(u.biased)) for a, u in zip(inputs, uses, strict=True)]
+        return torch.cat(inputs, 1), torch.cat([use.e.reshape(size, -1, self._outputs) for use in uses], 1)
 
     def _positions(self, use: Use) -> int:
         return use.e[0].numel() // self._outputs
