@@ -2,8 +2,8 @@
 
 A case is a launch on meta tensors: signature, constants and alignments are those of the real launch.
 `python compile_cases.py 90 gram_pairs-bfloat16-ieee ...` prints one JSON object for each compilation, with
-`--first` one for each kernel of a case, with `--instructions` also what it multiplies and loads with: to disassemble a
-kernel takes as long as to compile it.
+`--first` one for each kernel of a case, with `--instructions` also what it multiplies and loads with: to
+disassemble a kernel takes as long as to compile it.
 """
 
 import argparse
