@@ -1,5 +1,6 @@
 # make train | pinn | test | lint | bench | profile | reliability; each sets up .venv by itself.
-# PYTHON chooses the interpreter, ARGS is passed on.
+# PYTHON chooses the interpreter, ARGS is passed on. Tests run on every core; those that ARGS chooses start sooner in one
+# process, unless `-n auto` is among it.
 PYTHON ?= python3
 PY := .venv/bin/python
 ARGS ?=
@@ -27,7 +28,7 @@ pinn: setup
 	$(PY) -m bench.pinn.demo $(ARGS)
 
 test: setup
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(or $(ARGS),-n auto --dist worksteal)
 
 lint: setup
 	$(PY) -m ruff check .

@@ -3,9 +3,10 @@
 // Torch has no symmetric product, and the general one is slow for the few and long rows of Gram matrices. Here a tile
 // of K stays in registers while its rows are read along, in panels that the caches hold. Every element is summed in the
 // same order whatever the tile and the number of threads.
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
-#include <torch/extension.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <cmath>

@@ -1,7 +1,9 @@
 // What each source file adds to the Python module; called once by extension.cpp.
 #pragma once
 
-#include <torch/extension.h>
+// Not torch/extension.h: to read it takes the compiler longer than all of a source file.
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
 
 namespace fngd {
 

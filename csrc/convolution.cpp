@@ -1,6 +1,9 @@
 #include "convolution.h"
 
+#include <ATen/Context.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
 
 #include <algorithm>
 

@@ -2,7 +2,7 @@
 // fngd_kernels/backends/torch/convolution.py does the same in Python.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <array>
 #include <cstdint>

@@ -2,12 +2,17 @@
 #include "finite.h"
 
 #include <ATen/Parallel.h>
-#include <torch/extension.h>
+#include <ATen/TensorIterator.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/full.h>
+#include <torch/library.h>
 
 #include <atomic>
 #include <vector>
 
 #ifdef FNGD_WITH_CUDA
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/zeros.h>
 // Not ATen/cuda: it includes headers of libraries that many toolkits come without.
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>

@@ -2,8 +2,8 @@
 // and the same with torch's operators.
 #include "scale_bias.h"
 
-#include <ATen/TensorSubclassLikeUtils.h>
-#include <torch/extension.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <optional>
@@ -14,6 +14,10 @@
 #include "scale_bias_op.h"
 
 #ifdef FNGD_WITH_CUDA
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 // Not ATen/cuda: it includes headers of libraries that many toolkits come without.
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>

@@ -1,7 +1,7 @@
 // The samples of a tensor times their coefficients, as operations on torch tensors; scale_bias.h has the kernel's core.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <tuple>
 

@@ -1,5 +1,8 @@
 // The damped solve and the coefficients: checks, and dispatch on device and dtype.
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cstdint>

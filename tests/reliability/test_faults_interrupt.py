@@ -18,6 +18,7 @@ CASES = [("sample", "sgd"), ("none", "adamw"), ("position", "sgd"), ("GaussNewto
 
 def interrupted(run, file, answer):
     """Train with a checkpoint after every step; answer with the interruptions and the parameters."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     step, stops, whole = 0, 0, False
     while not whole:
         try:

@@ -2,15 +2,16 @@
 
 A case is a launch on meta tensors: signature, constants and alignments are those of the real launch.
 `python compile_cases.py 90 gram_pairs-bfloat16-ieee ...` prints one JSON object for each compilation, with
-`--first` before the cases one for each kernel of a case.
+`--first` one for each kernel of a case, with `--instructions` also what it multiplies and loads with: to
+disassemble a kernel takes as long as to compile it.
 """
 
+import argparse
 import contextlib
 import io
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -211,20 +212,20 @@ def source_of(kernel: JITFunction, arguments: dict, target: GPUTarget) -> tuple[
     return ASTSource(kernel, *source), vars(options)
 
 
-def compiled(source: ASTSource, options: dict, target: GPUTarget) -> dict:
-    """Compile, and return what the code needs of a multiprocessor."""
+def compiled(source: ASTSource, options: dict, target: GPUTarget) -> tuple[dict, CompiledKernel]:
+    """Compile, and return what the code needs of a multiprocessor, and the code."""
     # ptxas reports only when it runs.
     triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         result = triton.compile(source, target=target, options=options)
-    return {
+    needs = {
         "kernel": source.name,
         "shared": result.metadata.shared,
         "registers": int(re.search(r"Used (\d+) registers", log.getvalue())[1]),
         "spilled": int(re.search(r"(\d+) bytes spill stores", log.getvalue())[1]),
-        "instructions": sorted(instructions(result)) if target.arch == 90 else [],
     }
+    return needs, result
 
 
 def instructions(result: CompiledKernel) -> set[str]:
@@ -237,20 +238,27 @@ def instructions(result: CompiledKernel) -> set[str]:
     return set(re.findall(r"\b(?:HGMMA|HMMA|FFMA|LDGSTS|LDG)(?![A-Z])(?:\.\w+)*", text))
 
 
-def main(arch: int, names: list[str]) -> None:
-    once = names[0] == "--first"
-    target = GPUTarget("cuda", arch, 32)
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("arch", type=int)
+    parser.add_argument("names", nargs="+")
+    parser.add_argument("--first", action="store_true")
+    parser.add_argument("--instructions", action="store_true")
+    given = parser.parse_args()
+    target = GPUTarget("cuda", given.arch, 32)
     seen = set()
-    for name in names[once:]:
+    for name in given.names:
         case, variant = name.split("-", 1)
-        for kernel, arguments in recorded(partial((CASES | NETWORKS)[case], *VARIANTS[variant]), arch):
+        for kernel, arguments in recorded(partial((CASES | NETWORKS)[case], *VARIANTS[variant]), given.arch):
             source, options = source_of(kernel, arguments, target)
-            key = (case, source.name) if once else (source.hash(), str(options))
+            key = (case, source.name) if given.first else (source.hash(), str(options))
             if key not in seen:
                 seen.add(key)
-                result = compiled(source, options, target)
-                print(json.dumps({"case": name, "arch": arch} | result), flush=True)
+                row, code = compiled(source, options, target)
+                if given.instructions:
+                    row["instructions"] = sorted(instructions(code))
+                print(json.dumps({"case": name, "arch": given.arch} | row), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main()

@@ -43,9 +43,9 @@ def test_embedding_and_its_diagonal(n, positions, size, vocabulary, padding_idx,
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_every_tile(arch, device, monkeypatch):
     monkeypatch.setattr(fused, "capability", lambda _: divmod(arch, 10))
-    ids = torch.randint(7, (19, 9), device=device)
+    ids = torch.randint(7, (11, 9), device=device)
     for dtype in TOLERANCE:
-        assert_as_good_as_the_library(ids, torch.randn(19, 9, 33).to(device, dtype), 7, 3)
+        assert_as_good_as_the_library(ids, torch.randn(11, 9, 33).to(device, dtype), 7, 3)
 
 
 def test_any_strides_and_32_bit_ids(device):
