@@ -109,7 +109,7 @@ def pina() -> Example:
     from fngd.contrib.pina import GaussNewton
 
     def equation(input_: Any, output_: Any) -> Any:
-        x, y = input_.extract(["x"]), input_.extract(["y"])
+        x, y = input_["x"], input_["y"]
         force = torch.sin(x * torch.pi) * torch.sin(y * torch.pi)
         return laplacian(output_, input_, components=["u"], d=["x", "y"]) - force
 

@@ -104,19 +104,19 @@ def phases(
 
     jacobian = linearize()
 
-    def system() -> SampleSystem | ParameterSystem:
+    def solved_by() -> SampleSystem | ParameterSystem:
         if points < jacobian.shape[1]:
             return SampleSystem(jacobian)
         return ParameterSystem(jacobian, Ranks(None))
 
-    formed = system()
+    formed = solved_by()
     lam = DAMPING * formed.squared_norm / points
     solve = formed.damped(lam)
     assert solve is not None
     return {
         "step": lambda: optimizer.step(lambda: residuals(model, x)),
         "residuals and Jacobian": linearize,
-        "Gram": system,
+        "Gram": solved_by,
         "factor": lambda: formed.damped(lam),
         "solve": lambda: solve(jacobian.residuals),
     }

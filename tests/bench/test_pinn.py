@@ -648,6 +648,6 @@ def test_phases_of_a_gauss_newton_step_are_recorded(tmp_path):
         ["--points", "20", "--dimensions", "2", "--width", "8", "--rounds", "1", f"--output={path}"]
     )
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    phases = ["step", "residuals and capture", "Gram", "solve", "combine"]
+    phases = ["step", "residuals and Jacobian", "Gram", "factor", "solve"]
     assert [row["contender"] for row in rows] == 2 * phases
     assert all(row["median_s"] > 0 for row in rows)

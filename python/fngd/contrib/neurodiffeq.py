@@ -50,7 +50,9 @@ def _weights(loss_fn: Any, residuals: Tensor, *rest: Any) -> Tensor:
         ValueError: A loss that is no weighted mean square of the residuals.
     """
     ones = torch.ones_like(residuals).requires_grad_()
-    other = torch.linspace(-1, 2, residuals.numel()).to(residuals).view_as(residuals)
+    other = torch.linspace(-1, 2, residuals.numel(), dtype=residuals.dtype, device=residuals.device).view_as(
+        residuals
+    )
     try:
         (gradient,) = torch.autograd.grad(loss_fn(ones, *rest), ones)
         expected, found = float((gradient / 2 * other**2).sum()), float(loss_fn(other, *rest))
