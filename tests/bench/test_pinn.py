@@ -13,7 +13,7 @@ from torch import nn
 
 from bench.peers import PEERS, PINN_NAMES, Peer, Pinn, lbfgs, pinn_of, ssbroyden
 from bench.pinn import __main__ as comparison
-from bench.pinn import demo, figures, gauss_newton, problems, published, study
+from bench.pinn import demo, figures, gauss_newton, problems, published, scale, study
 from bench.pinn import run as training
 from bench.pinn import table as tables
 from bench.pinn.problems import Equation, base, cavity
@@ -640,6 +640,20 @@ def test_published_problems_have_the_sources_solutions(name):
     assert sum(p.numel() for p in problem.network().parameters()) == sizes[name]
     rows = sum(len(x) for block, x in problem.points(0).items() if x.ndim == 2)
     assert rows == (1020 if problem.low == (0.0, 0.0) else 3500)
+
+
+def test_the_table_over_sizes(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    scale.main(["--points", "20", "60", "--width", "4", "--steps", "2", f"--output={path}"])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["points"], row["parameters"], row["solver"]) for row in rows] == [
+        (20, 57, "sample"),
+        (60, 57, "parameter"),
+    ]
+    for row in rows:
+        assert row["loss_after_2_steps"] < row["loss_before"]
+        assert row["loss_after_lbfgs"] < row["loss_before"]
+        assert row["peak_bytes"] > 8 * min(row["points"], 57) ** 2
 
 
 def test_phases_of_a_gauss_newton_step_are_recorded(tmp_path):
