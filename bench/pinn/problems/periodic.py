@@ -36,6 +36,11 @@ class _Periodic(Equation):
         """Return the equation's residual (N,) of values u (N,) at points (N,2)."""
         raise NotImplementedError
 
+    @classmethod
+    def box(cls) -> dict[str, float]:
+        """Return where x begins, how long its period is, and when t ends, as `evolve` takes them."""
+        return {"start": cls.low[0], "period": cls.high[0] - cls.low[0], "end": cls.high[1]}
+
     @override
     def network(self) -> nn.Module:
         return Periodic(MLP(self.widths), period=self.high[0] - self.low[0], end=self.high[1])
@@ -105,9 +110,7 @@ class KortewegDeVries(_Periodic):
             lambda x: np.cos(math.pi * x),
             lambda k: 1j * cls.dispersion * k**3,
             lambda u: (np.zeros_like(u), -u * u / 2),
-            start=cls.low[0],
-            period=cls.high[0] - cls.low[0],
-            end=cls.high[1],
+            **cls.box(),
             points=points,
             step=step,
             nodes=nodes,
@@ -146,9 +149,7 @@ class KuramotoSivashinsky(_Periodic):
             lambda x: np.cos(x) * (1 + np.sin(x)),
             lambda k: cls.beta * k**2 - cls.gamma * k**4,
             lambda u: (np.zeros_like(u), -cls.alpha * u * u / 2),
-            start=cls.low[0],
-            period=cls.high[0] - cls.low[0],
-            end=cls.high[1],
+            **cls.box(),
             points=points,
             step=step,
             nodes=nodes,
